@@ -1,0 +1,54 @@
+"""The private parts of Keras that this package needs, each with its reason."""
+
+import contextlib
+
+
+def set_class(instance, cls):
+    """Gives a live Keras object another class.
+
+    The layer keeps its identity, so every parent, graph node and compiled
+    function that holds it sees the change and no weight is copied. Keras's own
+    `__setattr__` would try to track the class as state.
+    """
+    object.__setattr__(instance, "__class__", cls)
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Lets a built layer take new variables, under its own path.
+
+    Keras locks the state of a layer once it is built and has no public way
+    to add to it later; its own `enable_lora` does the same.
+    """
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        with layer._open_name_scope():
+            yield
+    finally:
+        if locked:
+            layer._tracker.lock()
+
+
+def forget(layer, *names):
+    """Deletes attributes that hold variables of a built layer."""
+    with unlocked(layer):
+        for name in names:
+            if hasattr(layer, name):
+                delattr(layer, name)
+
+
+def sublayers(layer):
+    """Direct sublayers in order; Keras has this in public for models only."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def track_for_torch(model):
+    """Tells torch of the variables that came or went.
+
+    On torch every layer lists the parameters below it when it is built;
+    `zero_grad` and `to` work on that list. No other backend has one.
+    """
+    for layer in model._flatten_layers():
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()

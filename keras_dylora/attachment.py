@@ -1,0 +1,174 @@
+"""What enable_dylora does to a model, and how it is undone."""
+
+import contextlib
+import dataclasses
+
+from keras_dylora._keras import forget
+from keras_dylora._keras import set_class
+from keras_dylora._keras import sublayers
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.layers import ADAPTERS
+from keras_dylora.layers import LowRankAdapter
+from keras_dylora.layers import RankGate
+
+
+def layer_paths(model):
+    """All layers below `model`, parents first, by a unique path.
+
+    The path is Keras's own `layer.path` less the model's name, with `_1`,
+    `_2`, … where Keras gives two layers the same one.
+    """
+    paths, seen = {}, {id(model)}
+
+    def visit(parent, prefix):
+        children = getattr(parent, "layers", None) or sublayers(parent)
+        for layer in [*children, *sublayers(parent)]:
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            path = layer.path or f"{prefix}{layer.name}"
+            path = path.removeprefix(f"{model.name}/")
+            unique, count = path, 0
+            while unique in paths:
+                count += 1
+                unique = f"{path}_{count}"
+            paths[unique] = layer
+            visit(layer, f"{path}/")
+
+    visit(model, "")
+    return paths
+
+
+class Attachment:
+    """What `enable_dylora` did to a model, so that it can be undone.
+
+    Args:
+        model: the model, before the change.
+        layers: dict of path to the layers to adapt.
+        head: dict of path to the layers that are trained in full, each with
+            the list of its variables that are.
+        config: `DyLoRAConfig`.
+    """
+
+    def __init__(self, model, layers, head, config):
+        self.model = model
+        self.model_class = type(model)
+        self.layers = layers
+        self.head_paths = list(head)
+        self._head_variables = [v for group in head.values() for v in group]
+        self.config = config
+        self._original_flags = self._flags()
+
+    def _flags(self):
+        tree = [self.model, *layer_paths(self.model).values()]
+        # Layers first: setting theirs sets their variables' too.
+        return [(x, x.trainable) for x in [*tree, *self.model.variables]]
+
+    def attach(self):
+        config = self.config
+        gate = RankGate(config.rank, float(config.alpha))
+        for i, layer in enumerate(self.layers.values()):
+            ADAPTERS[type(layer)].attach(
+                layer,
+                gate,
+                seed=config.seed + i,
+                rank=config.rank,
+                min_rank=config.min_rank,
+                alpha=config.alpha,
+                frozen=config.frozen,
+                dropout=config.dropout,
+            )
+        self.freeze()
+
+    def freeze(self):
+        """Leaves the adapters and the head trainable, and nothing else."""
+        keep = {id(v) for v in self._head_variables}
+        for layer in self.layers.values():
+            keep |= {id(layer.down), id(layer.up)}
+        for layer in layer_paths(self.model).values():
+            layer.trainable = any(id(v) in keep for v in layer.variables)
+        for variable in self.model.variables:
+            variable.trainable = id(variable) in keep
+
+    def detach(self):
+        """Gives every layer back as it was."""
+        for layer in self.layers.values():
+            if isinstance(layer, LowRankAdapter):
+                forget(layer, "down", "up", "_gate_variable", "_dropout_seed")
+                for name in ADAPTER_ATTRIBUTES:
+                    layer.__dict__.pop(name, None)
+                set_class(layer, layer.base_class)
+        self._set_flags(self._original_flags)
+
+    def _set_flags(self, flags):
+        for item, trainable in flags:
+            item.trainable = trainable
+
+    def get_config(self):
+        config = dataclasses.replace(
+            self.config,
+            **{
+                name: paths
+                for name, paths in (
+                    ("target_layers", list(self.layers)),
+                    ("trainable_layers", self.head_paths),
+                )
+                if callable(getattr(self.config, name))
+            },
+        )
+        # Positions, since Keras numbers unnamed layers anew in each process.
+        order = [id(x) for x in layer_paths(self.model).values()]
+        return {
+            "config": config.get_config(),
+            "layers": [order.index(id(x)) for x in self.layers.values()],
+        }
+
+    @classmethod
+    def from_config(cls, model, config):
+        """Plans the same change of a fresh model; `None` if there is none."""
+        if config["layers"] is None:
+            return None
+        paths = list(layer_paths(model).items())
+        return cls(
+            model,
+            dict(paths[i] for i in config["layers"]),
+            {},
+            DyLoRAConfig.from_config(config["config"]),
+        )
+
+    @contextlib.contextmanager
+    def plain(self):
+        """The model as it was before, for the time of a `with` block.
+
+        Classes and trainable flags are the original ones; the adapters'
+        variables stay.
+        """
+        adapted = [(x, type(x)) for x in self.layers.values()]
+        model_class, flags = type(self.model), self._flags()
+        try:
+            for layer, cls in adapted:
+                set_class(layer, cls.base_class)
+            set_class(self.model, self.model_class)
+            self._set_flags(self._original_flags)
+            yield self.model
+        finally:
+            for layer, cls in adapted:
+                set_class(layer, cls)
+            set_class(self.model, model_class)
+            self._set_flags(flags)
+
+
+ADAPTER_ATTRIBUTES = (
+    "rank",
+    "min_rank",
+    "alpha",
+    "frozen",
+    "dropout",
+    "down_initializer",
+    "up_initializer",
+    "_gate",
+    "_adapter_dims",
+    "_kernel_axes",
+    "_down_equation",
+    "_up_equation",
+)

@@ -1,0 +1,149 @@
+"""DyLoRAConfig: every choice that defines a DyLoRA run."""
+
+import dataclasses
+import math
+import numbers
+
+import keras
+
+from keras_dylora.ranks import RankDistribution
+from keras_dylora.ranks import as_rank
+from keras_dylora.ranks import get_distribution
+
+OBJECTIVES = ("sampled",)
+
+
+def check_adapter_arguments(rank, min_rank, alpha, frozen, dropout):
+    """Raises if the arguments that layers and configs share are wrong."""
+    as_rank(rank, 1, 2**31 - 1, "rank")
+    as_rank(min_rank, 1, rank, "min_rank")
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, numbers.Real)
+        or not math.isfinite(alpha)
+        or alpha <= 0
+    ):
+        raise ValueError(
+            f"`alpha` must be a positive number. Received: alpha={alpha!r}"
+        )
+    if not isinstance(frozen, bool):
+        raise TypeError(
+            f"`frozen` must be True or False. Received: frozen={frozen!r}"
+        )
+    if (
+        isinstance(dropout, bool)
+        or not isinstance(dropout, numbers.Real)
+        or not 0 <= dropout < 1
+    ):
+        raise ValueError(
+            f"`dropout` must be in [0, 1). Received: dropout={dropout!r}"
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+@dataclasses.dataclass(frozen=True)
+class DyLoRAConfig:
+    """The choices that define a DyLoRA run.
+
+    Args:
+        rank: int. The maximum rank, the number of columns of every adapter.
+            Defaults to `8`.
+        min_rank: int. The lowest rank that is trained. `min_rank=rank` gives
+            fixed-rank LoRA. Defaults to `1`.
+        alpha: float. Rank `b` is scaled by `alpha / b` (Eq. 7). Defaults to
+            `16`.
+        target_layers: which `Dense` and `EinsumDense` layers get an adapter:
+            a name, a path, a regular expression that matches one of them
+            whole, a list of those, `"all-linear"`, or a callable
+            `(path, layer) -> bool`. Defaults to `None`, the query and value
+            projections.
+        trainable_layers: which layers are trained in full, named in the same
+            way. Defaults to `None`: the task head, that is every layer
+            outside `model.backbone`. `()` means none.
+        rank_distribution: `"uniform"`, `"geometric"` (p = 0.15), or a
+            `Uniform`, `Geometric` or `Categorical`. Defaults to
+            `"uniform"`.
+        frozen: bool. Whether a step with rank `b` updates column and row `b`
+            alone (Eq. 10) instead of the first `b`. Defaults to `False`.
+        dropout: float in `[0, 1)`. Dropout on the adapters' input. Defaults
+            to `0`.
+        objective: `"sampled"`, one rank a step. Defaults to `"sampled"`.
+        seed: int. Seed of the rank sequence, of the adapters' initial values
+            and of their dropout. Defaults to `0`.
+
+    Raises:
+        ValueError: if a value is outside its range.
+        TypeError: if a value has the wrong type.
+
+    Example:
+
+    ```python
+    config = keras_dylora.DyLoRAConfig(rank=16, alpha=32, frozen=True)
+    keras_dylora.enable_dylora(model, config)
+    ```
+
+    Reference:
+
+    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    """
+
+    rank: int = 8
+    min_rank: int = 1
+    alpha: float = 16.0
+    target_layers: object = None
+    trainable_layers: object = None
+    rank_distribution: str | RankDistribution = "uniform"
+    frozen: bool = False
+    dropout: float = 0.0
+    objective: str = "sampled"
+    seed: int = 0
+
+    def __post_init__(self):
+        check_adapter_arguments(
+            self.rank, self.min_rank, self.alpha, self.frozen, self.dropout
+        )
+        self.distribution.probabilities(self.min_rank, self.rank)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"`objective` must be one of {OBJECTIVES}. "
+                f"Received: objective={self.objective!r}"
+            )
+        as_rank(self.seed, 0, 2**63 - 1, "seed")
+
+    @property
+    def distribution(self):
+        """The `RankDistribution` that `rank_distribution` stands for."""
+        return get_distribution(self.rank_distribution)
+
+    def get_config(self):
+        config = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+        }
+        if isinstance(self.rank_distribution, RankDistribution):
+            config["rank_distribution"] = keras.saving.serialize_keras_object(
+                self.rank_distribution
+            )
+        for name in ("target_layers", "trainable_layers"):
+            if callable(config[name]):
+                raise ValueError(
+                    f"A callable `{name}` can't be written to a config. Use "
+                    "names or regular expressions. "
+                    f"Received: {name}={config[name]!r}"
+                )
+            if isinstance(config[name], (list, tuple)):
+                config[name] = list(config[name])
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        config["rank_distribution"] = _revived(config)
+        return cls(**config)
+
+
+def _revived(config):
+    distribution = config.get("rank_distribution", "uniform")
+    if isinstance(distribution, dict):
+        return get_distribution(distribution)
+    return distribution

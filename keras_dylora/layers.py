@@ -1,0 +1,490 @@
+"""DyLoRADense and DyLoRAEinsumDense: linear layers with a nested adapter."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora import ranks
+from keras_dylora._keras import set_class
+from keras_dylora._keras import unlocked
+from keras_dylora.config import check_adapter_arguments
+
+
+class RankGate:
+    """The gate vector that one or many adapted layers read.
+
+    It lives in a variable, so a new rank neither retraces nor recompiles, and
+    outside of `weights`, as it is state and not something learned.
+
+    Args:
+        rank: int. Length of the gate.
+        alpha: float. Scale of the adapters.
+    """
+
+    def __init__(self, rank, alpha):
+        self.rank = rank
+        self.alpha = alpha
+        self.active_rank = rank
+        self.override = None
+        self.variable = keras.Variable(
+            np.full((rank,), alpha / rank, dtype="float32"),
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+            name="gate",
+        )
+
+    @property
+    def value(self):
+        """`(rank,)`, or `(batch, rank)` where examples have their own rank."""
+        return self.variable if self.override is None else self.override
+
+    def set_rank(self, rank):
+        self.active_rank = ranks.as_rank(rank, 0, self.rank)
+        self.variable.assign(ranks.gate(rank, self.rank, self.alpha))
+
+
+class LowRankAdapter:
+    """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
+
+    The concrete class says how to project down and up for its base layer.
+    """
+
+    base_class = None
+
+    def __init__(
+        self,
+        *args,
+        rank=8,
+        min_rank=1,
+        alpha=16.0,
+        frozen=False,
+        dropout=0.0,
+        down_initializer=None,
+        up_initializer="zeros",
+        **kwargs,
+    ):
+        if kwargs.get("lora_rank") is not None:
+            raise ValueError(
+                f"`{type(self).__name__}` has an adapter of its own and takes "
+                f"no `lora_rank`. Received: lora_rank={kwargs['lora_rank']}"
+            )
+        super().__init__(*args, **kwargs)
+        self._set_adapter_arguments(
+            rank, min_rank, alpha, frozen, dropout, down_initializer,
+            up_initializer,
+        )  # fmt: skip
+
+    def _set_adapter_arguments(
+        self,
+        rank,
+        min_rank,
+        alpha,
+        frozen,
+        dropout,
+        down_initializer,
+        up_initializer,
+    ):
+        check_adapter_arguments(rank, min_rank, alpha, frozen, dropout)
+        self.rank = int(rank)
+        self.min_rank = int(min_rank)
+        self.alpha = float(alpha)
+        self.frozen = frozen
+        self.dropout = float(dropout)
+        # The authors' kaiming_uniform(a=sqrt(5)): limits 1 / sqrt(fan_in).
+        self.down_initializer = keras.initializers.get(
+            down_initializer
+            or keras.initializers.VarianceScaling(
+                1 / 3, mode="fan_in", distribution="uniform"
+            )
+        )
+        self.up_initializer = keras.initializers.get(up_initializer)
+
+    @classmethod
+    def check_base(cls, layer):
+        """Raises `ValueError` if a built base layer can't take an adapter."""
+        if layer.kernel_constraint is not None:
+            raise ValueError(
+                "A layer with a `kernel_constraint` can't be adapted. "
+                f"Received: {layer.name}"
+            )
+        if layer.lora_enabled:
+            raise ValueError(
+                "A layer with Keras's own LoRA can't be adapted too. "
+                f"Received: {layer.name}"
+            )
+        if layer.quantization_mode not in (None, "int8", "int4"):
+            raise ValueError(
+                "Only float, int8 and int4 layers can be adapted. Received: "
+                f"{layer.name} with quantization_mode="
+                f"{layer.quantization_mode}"
+            )
+
+    @classmethod
+    def attach(cls, layer, gate, seed, **arguments):
+        """Turns a built base layer into this class, in place."""
+        set_class(layer, cls)
+        initializer = keras.initializers.VarianceScaling(
+            1 / 3, mode="fan_in", distribution="uniform", seed=seed
+        )
+        layer._set_adapter_arguments(
+            **arguments, down_initializer=initializer, up_initializer="zeros"
+        )
+        with unlocked(layer):
+            layer._build_adapter(gate, seed)
+        return layer
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self._build_adapter(RankGate(self.rank, self.alpha), seed=None)
+
+    def _build_adapter(self, gate, seed):
+        self._set_geometry()
+        inputs, outputs = self._adapter_dims
+        self.down = self.add_weight(
+            shape=(int(np.prod(inputs)), self.rank),
+            initializer=self.down_initializer,
+            dtype="float32",
+            name="down",
+        )
+        self.up = self.add_weight(
+            shape=(self.rank, int(np.prod(outputs))),
+            initializer=self.up_initializer,
+            dtype="float32",
+            name="up",
+        )
+        self._gate = gate
+        self._gate_variable = gate.variable
+        self._dropout_seed = (
+            keras.random.SeedGenerator(seed) if self.dropout else None
+        )
+        self.trainable = self.trainable  # freezes the base, see below
+
+    @property
+    def trainable(self):
+        """Whether the adapter is trainable; the base layer never is."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.layers.Layer.trainable.fset(self, value)
+        if hasattr(self, "_gate"):
+            for variable in self.base_weights:
+                variable.trainable = False
+
+    @property
+    def weights(self):
+        gate = getattr(self, "_gate_variable", None)
+        return [w for w in super().weights if w is not gate]
+
+    @property
+    def base_weights(self):
+        """The variables of the base layer."""
+        adapter = (self.down, self.up)
+        return [w for w in self.weights if all(w is not a for a in adapter)]
+
+    @property
+    def active_rank(self):
+        """int. The rank that the layer computes at."""
+        return self._gate.active_rank
+
+    def set_rank(self, rank):
+        """Sets the rank that the layer computes at.
+
+        The layers that `enable_dylora` adapts share one rank.
+
+        Args:
+            rank: int in `0..self.rank`. `0` gives the base layer.
+
+        Raises:
+            ValueError: if `rank` is out of range.
+            TypeError: if `rank` isn't an integer.
+        """
+        if not self.built:
+            raise ValueError(
+                "A layer must be built before its rank is set. "
+                f"Received: {self.name}, which isn't built"
+            )
+        self._gate.set_rank(rank)
+
+    def call(self, inputs, training=None):
+        return self._call_adapted(super().call, inputs, training)
+
+    def quantized_call(self, inputs, training=None):
+        return self._call_adapted(super().quantized_call, inputs, training)
+
+    def _call_adapted(self, base_call, inputs, training):
+        activation = self.activation
+        if activation in (None, keras.activations.linear):
+            return base_call(inputs) + self._call_adapter(inputs, training)
+        # The adapter is added before the activation, which the base layer's
+        # call would apply.
+        self.activation = None
+        try:
+            outputs = base_call(inputs)
+        finally:
+            self.activation = activation
+        return activation(outputs + self._call_adapter(inputs, training))
+
+    def _call_adapter(self, inputs, training):
+        gate = ops.convert_to_tensor(self._gate.value)
+        down = ops.cast(self.down, self.compute_dtype)
+        up = ops.cast(self.up, self.compute_dtype)
+        if self.frozen:
+            newest = ranks.column(ops.sum(ops.cast(gate > 0, "int32")),
+                                  self.rank)
+            down = _gradient_where(newest, down)
+            up = _gradient_where(newest[:, None], up)
+        if self.dropout and training:
+            inputs = keras.random.dropout(
+                inputs, self.dropout, seed=self._dropout_seed
+            )
+        bottleneck = self._project_down(inputs, down)
+        gate = ops.cast(gate, bottleneck.dtype)
+        if len(gate.shape) == 2:  # one rank for each example
+            middle = (1,) * (len(bottleneck.shape) - 2)
+            gate = ops.reshape(gate, (-1, *middle, self.rank))
+        return self._project_up(bottleneck * gate, up)
+
+    def delta_kernel(self, rank):
+        """The adapter's update of the kernel at one rank.
+
+        Args:
+            rank: int in `0..self.rank`.
+
+        Returns:
+            A float32 NumPy array in the shape of the kernel.
+        """
+        ranks.as_rank(rank, 0, self.rank)
+        gate = ops.convert_to_numpy(ranks.gate(rank, self.rank, self.alpha))
+        down = ops.convert_to_numpy(self.down)
+        up = ops.convert_to_numpy(self.up)
+        inputs, outputs = self._adapter_dims
+        delta = np.reshape((down * gate) @ up, (*inputs, *outputs))
+        return np.transpose(delta, self._kernel_axes)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["down"] = self.down
+        store["up"] = self.up
+        store["active_rank"] = np.asarray(self.active_rank, dtype="int32")
+
+    def load_own_variables(self, store):
+        if "down" not in store.keys():
+            raise ValueError(
+                f"The file holds no adapter for layer '{self.path}'. Load the "
+                "weights of a base model before you enable DyLoRA."
+            )
+        super().load_own_variables(store)
+        self.down.assign(store["down"])
+        self.up.assign(store["up"])
+        self.set_rank(int(np.asarray(store["active_rank"])))
+
+    def _check_load_own_variables(self, store):
+        # The base layers count the variables of a plain layer.
+        pass
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "rank": self.rank,
+            "min_rank": self.min_rank,
+            "alpha": self.alpha,
+            "frozen": self.frozen,
+            "dropout": self.dropout,
+            "down_initializer": keras.initializers.serialize(
+                self.down_initializer
+            ),
+            "up_initializer": keras.initializers.serialize(
+                self.up_initializer
+            ),
+        }
+
+
+def _gradient_where(mask, x):
+    """`x`, whose gradient is zero where `mask` is false."""
+    return ops.where(mask, x, ops.stop_gradient(x))
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+class DyLoRADense(LowRankAdapter, keras.layers.Dense):
+    """A `Dense` layer with a low-rank adapter that works at every rank.
+
+    Computes, at rank `b` (Eq. 7),
+
+    `activation(x @ kernel + bias + (alpha / b) * x @ down[:, :b] @ up[:b, :])`
+
+    The kernel and the bias are frozen. In a plain `keras.Model` the layer
+    trains at its active rank, the full one unless `set_rank` changed it; in a
+    `DyLoRAModel` it trains at the rank that the model draws for each step.
+
+    Args:
+        units: int. As in `keras.layers.Dense`, like every argument that isn't
+            listed here.
+        rank: int. Maximum rank. Defaults to `8`.
+        min_rank: int. Lowest rank that a `DyLoRAModel` draws. Defaults to
+            `1`.
+        alpha: float. Scale: rank `b` is multiplied by `alpha / b`. Defaults
+            to `16`.
+        frozen: bool. Whether only column and row `b` get a gradient at rank
+            `b` (Eq. 10). Defaults to `False`.
+        dropout: float in `[0, 1)`. Dropout on the adapter's input. Defaults
+            to `0`.
+        down_initializer: initializer of `down`. Defaults to `None`, uniform
+            within `1 / sqrt(fan_in)`.
+        up_initializer: initializer of `up`. Defaults to `"zeros"`.
+
+    Input shape: `(batch, ..., inputs)`. Output shape: `(batch, ..., units)`.
+    Weights: `kernel` `(inputs, units)`, `bias` `(units,)`, `down`
+    `(inputs, rank)` and `up` `(rank, units)`, the last two in float32.
+
+    Raises:
+        ValueError: if a number is outside its range.
+        TypeError: if a rank isn't an integer.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((32,))
+    x = keras_dylora.DyLoRADense(64, "relu", rank=4, alpha=8)(inputs)
+    outputs = keras_dylora.DyLoRADense(1, rank=4, alpha=8)(x)
+    model = keras_dylora.DyLoRAModel(inputs, outputs)
+    ```
+
+    Reference:
+
+    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    """
+
+    base_class = keras.layers.Dense
+
+    def _set_geometry(self):
+        inputs, units = self.kernel.shape
+        self._adapter_dims = ((inputs,), (units,))
+        self._kernel_axes = (0, 1)
+
+    def _project_down(self, inputs, down):
+        return ops.matmul(inputs, down)
+
+    def _project_up(self, bottleneck, up):
+        return ops.matmul(bottleneck, up)
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
+    """An `EinsumDense` layer with a low-rank adapter for every rank.
+
+    All input axes of the kernel are flattened to one side and all output axes
+    to the other, so that rank means the rank of a matrix: an attention query
+    `"abc,cde->abde"` with a kernel of `(768, 12, 64)` is adapted as the
+    768×768 matrix it is.
+
+    Args:
+        equation: str. As in `keras.layers.EinsumDense`, like every argument
+            that isn't listed here. No axis may be in the input, the kernel
+            and the output at once.
+        output_shape: int or tuple, as in `keras.layers.EinsumDense`.
+        rank: int. Maximum rank. Defaults to `8`.
+        min_rank: int. Lowest rank that a `DyLoRAModel` draws. Defaults to
+            `1`.
+        alpha: float. Scale: rank `b` is multiplied by `alpha / b`. Defaults
+            to `16`.
+        frozen: bool. Whether only column and row `b` get a gradient at rank
+            `b` (Eq. 10). Defaults to `False`.
+        dropout: float in `[0, 1)`. Dropout on the adapter's input. Defaults
+            to `0`.
+        down_initializer: initializer of `down`. Defaults to `None`, uniform
+            within `1 / sqrt(fan_in)`.
+        up_initializer: initializer of `up`. Defaults to `"zeros"`.
+
+    Weights: `kernel`, `bias`, `down` (product of the input axes, rank), `up`
+    (rank, product of the output axes), the last two in float32.
+
+    Raises:
+        ValueError: if the equation can't be split into an input and an output
+            side, or a number is outside its range.
+        TypeError: if a rank isn't an integer.
+
+    Example:
+
+    ```python
+    query = keras_dylora.DyLoRAEinsumDense(
+        "abc,cde->abde", output_shape=(None, 12, 64), bias_axes="de", rank=8
+    )
+    query(x).shape  # x: (2, 10, 768) -> (2, 10, 12, 64)
+    ```
+
+    Reference:
+
+    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    """
+
+    base_class = keras.layers.EinsumDense
+
+    @classmethod
+    def check_base(cls, layer):
+        super().check_base(layer)
+        split_equation(layer.equation)
+
+    def _set_geometry(self):
+        kernel, inputs, outputs, self._down_equation, self._up_equation = (
+            split_equation(self.equation)
+        )
+        dims = dict(zip(kernel, self.kernel.shape, strict=True))
+        self._adapter_dims = (
+            tuple(dims[axis] for axis in inputs),
+            tuple(dims[axis] for axis in outputs),
+        )
+        self._kernel_axes = tuple((inputs + outputs).index(a) for a in kernel)
+
+    def _project_down(self, inputs, down):
+        dims, _ = self._adapter_dims
+        down = ops.reshape(down, (*dims, self.rank))
+        return ops.einsum(self._down_equation, inputs, down)
+
+    def _project_up(self, bottleneck, up):
+        _, dims = self._adapter_dims
+        up = ops.reshape(up, (self.rank, *dims))
+        return ops.einsum(self._up_equation, bottleneck, up)
+
+
+def split_equation(equation):
+    """Splits a dense einsum equation at the bottleneck.
+
+    Args:
+        equation: str, such as `"abc,cde->abde"`.
+
+    Returns:
+        The kernel's axes, its input axes in the order of the input, its
+        output axes in the order of the output, the equation that projects
+        down (`"abc,cr->abr"`) and the one that projects up
+        (`"abr,rde->abde"`).
+
+    Raises:
+        ValueError: if an axis of the kernel is on both sides or on none.
+    """
+    left, output = equation.replace(" ", "").split("->")
+    source, kernel = left.split(",")
+    contracted = [a for a in source if a in kernel and a not in output]
+    produced = [a for a in output if a in kernel and a not in source]
+    if "." in kernel or sorted(contracted + produced) != sorted(kernel):
+        raise ValueError(
+            "An adapter needs an equation in which every axis of the kernel "
+            "is either summed over or new in the output. "
+            f"Received: equation={equation!r}"
+        )
+    kept = "".join(a for a in source if a not in contracted)
+    r = next(a for a in "rzyxwvutsqponm" if a not in equation)
+    inputs, outputs = "".join(contracted), "".join(produced)
+    return (
+        kernel,
+        inputs,
+        outputs,
+        f"{source},{inputs}{r}->{kept}{r}",
+        f"{kept}{r},{r}{outputs}->{output}",
+    )
+
+
+ADAPTERS = {
+    adapter.base_class: adapter for adapter in (DyLoRADense, DyLoRAEinsumDense)
+}

@@ -1,0 +1,420 @@
+"""DyLoRAModel: the Keras model that draws a rank for every training step."""
+
+import contextlib
+import functools
+
+import keras
+import numpy as np
+
+from keras_dylora import training
+from keras_dylora._keras import forget
+from keras_dylora._keras import set_class
+from keras_dylora._keras import sublayers
+from keras_dylora._keras import track_for_torch
+from keras_dylora._keras import unlocked
+from keras_dylora.attachment import Attachment
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.layers import LowRankAdapter
+from keras_dylora.ranks import RankDraw
+
+FORMAT_VERSION = 1
+
+
+class DyLoRAState:
+    """What a DyLoRAModel keeps beside its layers.
+
+    Args:
+        model: the `DyLoRAModel`.
+        config: `DyLoRAConfig`.
+        layers: its adapted layers, in forward order.
+        attachment: how `enable_dylora` made it, or `None`.
+    """
+
+    def __init__(self, model, config, layers, attachment=None):
+        self.config = config
+        self.layers = layers
+        self.attachment = attachment
+        self.gates = list({id(x._gate): x._gate for x in layers}.values())
+        self.draw = RankDraw(
+            config.distribution, config.min_rank, config.rank, config.seed
+        )
+        with unlocked(model):
+            # Positions in the rank sequence: how many ranks were drawn.
+            model._ranks_drawn = keras.Variable(
+                0,
+                dtype="int",
+                trainable=False,
+                aggregation="only_first_replica",
+                name="ranks_drawn",
+            )
+            if config.frozen:
+                # Columns of the ranks drawn since the last weight update.
+                model._open_columns = keras.Variable(
+                    np.zeros((config.rank,), dtype="float32"),
+                    trainable=False,
+                    autocast=False,
+                    aggregation="only_first_replica",
+                    name="open_columns",
+                )
+
+
+def state_of(model):
+    """The `DyLoRAState` of a model, or a `ValueError`."""
+    state = getattr(model, "_dylora", None)
+    if state is None:
+        raise ValueError(
+            "The model must be enabled with `enable_dylora` or be a "
+            "`DyLoRAModel` whose layers are built. "
+            f"Received: {model!r} (of type {type(model).__name__})"
+        )
+    return state
+
+
+def attachment_of(model):
+    """How `enable_dylora` made the model, or a `ValueError`."""
+    attachment = state_of(model).attachment
+    if attachment is None:
+        raise ValueError(
+            "The model must come from `enable_dylora`. Received: "
+            f"{model.name}, which was built from DyLoRA layers"
+        )
+    return attachment
+
+
+def adopt(model, config, attachment=None, dylora_class=None):
+    """Makes a live model a `DyLoRAModel` without copying anything."""
+    dylora_class = dylora_class or DyLoRAModel
+    set_class(model, _combined_class(dylora_class, type(model)))
+    layers = _adapters(model)
+    object.__setattr__(
+        model, "_dylora", DyLoRAState(model, config, layers, attachment)
+    )
+    track_for_torch(model)
+    _reset_compiled(model)
+
+
+def release(model):
+    """Undoes `adopt`; does nothing to a model that isn't adopted."""
+    state = model.__dict__.pop("_dylora", None)
+    forget(model, "_ranks_drawn", "_open_columns")
+    if isinstance(model, DyLoRAModel):
+        set_class(model, type(model).original_class)
+    if state is not None:
+        track_for_torch(model)
+        _reset_compiled(model)
+
+
+def _reset_compiled(model):
+    """Drops functions and optimizer state of the model as it was."""
+    for name in ("train", "test", "predict", "generate"):
+        if getattr(model, f"{name}_function", None) is not None:
+            setattr(model, f"{name}_function", None)
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        model.optimizer = type(optimizer).from_config(optimizer.get_config())
+
+
+def _adapters(model):
+    """The adapted layers below a model, in forward order."""
+    found, seen = [], set()
+
+    def visit(layer):
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        if isinstance(layer, LowRankAdapter):
+            found.append(layer)
+        for child in [
+            *(getattr(layer, "layers", None) or ()),
+            *sublayers(layer),
+        ]:
+            visit(child)
+
+    visit(model)
+    return found
+
+
+@functools.cache
+def _combined_class(dylora_class, original_class):
+    """The class that is both a `DyLoRAModel` and the original one."""
+    cls = type(
+        f"DyLoRA{original_class.__name__}"
+        if dylora_class is DyLoRAModel
+        else dylora_class.__name__,
+        (dylora_class, original_class),
+        {
+            "__module__": dylora_class.__module__,
+            "__doc__": original_class.__doc__,
+            "original_class": original_class,
+        },
+    )
+    # It is saved under the name of the importable class, which revives it.
+    package, _, name = keras.saving.get_registered_name(
+        dylora_class
+    ).rpartition(">")
+    for registered in (cls, dylora_class) if package else ():
+        keras.saving.register_keras_serializable(package, name)(registered)
+    return cls
+
+
+@functools.cache
+def _functional_class():
+    inputs = keras.Input((1,))
+    return type(keras.Model(inputs, inputs))
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+class DyLoRAModel(keras.Model):
+    """A Keras model that trains its adapters for every rank at once.
+
+    Each training step draws a rank `b`, runs Keras's own step with the first
+    `b` columns and rows of every adapter (Algorithm 1), and logs it as
+    `rank`. In frozen mode nothing but column and row `b` of the adapters, and
+    the layers that are trained in full, may change (Eq. 10).
+
+    `enable_dylora` turns an existing model into one. A model that is built
+    from `DyLoRADense` and `DyLoRAEinsumDense` layers, functional or
+    subclassed, is one by construction; its layers must agree in `rank`,
+    `min_rank`, `alpha` and `frozen`.
+
+    Args:
+        *args: as in `keras.Model`, so `inputs, outputs` for a functional one.
+        rank_distribution: as in `DyLoRAConfig`. Defaults to `"uniform"`.
+        objective: as in `DyLoRAConfig`. Defaults to `"sampled"`.
+        seed: int. Seed of the rank sequence. Defaults to `0`.
+        **kwargs: as in `keras.Model`.
+
+    Raises:
+        ValueError: if the layers disagree or there is none.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((32,))
+    x = keras_dylora.DyLoRADense(64, "relu", rank=4, alpha=8)(inputs)
+    outputs = keras_dylora.DyLoRADense(1, rank=4, alpha=8)(x)
+    model = keras_dylora.DyLoRAModel(inputs, outputs, seed=1)
+    model.compile("adam", "mse")
+    model.fit(x_train, y_train)
+    model.set_rank(2)
+    model.predict(x_test)
+    ```
+
+    Reference:
+
+    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    """
+
+    original_class = keras.Model
+
+    def __init__(
+        self,
+        *args,
+        rank_distribution="uniform",
+        objective="sampled",
+        seed=0,
+        **kwargs,
+    ):
+        functional = len(args) == 2 or "outputs" in kwargs
+        if functional:
+            # Left alone, Keras would make `Functional` a base of this very
+            # class, and so of every subclassed model.
+            set_class(self, _combined_class(type(self), _functional_class()))
+        super().__init__(*args, **kwargs)
+        options = {
+            "rank_distribution": rank_distribution,
+            "objective": objective,
+            "seed": seed,
+        }
+        object.__setattr__(self, "_dylora_options", options)
+        if functional:
+            self._prepare()
+
+    def _prepare(self):
+        """Takes over the layers of a hand-built model, once they are built."""
+        if hasattr(self, "_dylora"):
+            return
+        layers = _adapters(self)
+        if not layers or not all(layer.built for layer in layers):
+            raise ValueError(
+                "A `DyLoRAModel` needs built `DyLoRADense` or "
+                "`DyLoRAEinsumDense` layers. Received: "
+                f"{[layer.name for layer in layers]} in {self.name}"
+            )
+        shared = {}
+        for name in ("rank", "min_rank", "alpha", "frozen"):
+            values = {getattr(layer, name) for layer in layers}
+            if len(values) > 1:
+                raise ValueError(
+                    f"All layers of a `DyLoRAModel` must have the same "
+                    f"`{name}`. Received: {sorted(values)}"
+                )
+            shared[name] = values.pop()
+        config = DyLoRAConfig(**shared, **self._dylora_options)
+        object.__setattr__(self, "_dylora", DyLoRAState(self, config, layers))
+
+    @property
+    def dylora_config(self):
+        """The `DyLoRAConfig` of the model."""
+        return state_of(self).config
+
+    @property
+    def dylora_layers(self):
+        """The adapted layers, in forward order."""
+        return list(state_of(self).layers)
+
+    @property
+    def rank(self):
+        """int. The rank of inference; training and validation keep it."""
+        return state_of(self).gates[0].active_rank
+
+    def set_rank(self, rank):
+        """Sets the rank of `predict`, `evaluate`, `generate` and calls.
+
+        Compiled functions read the new rank; nothing is traced again.
+
+        Args:
+            rank: int in `0..config.rank`. `0` gives the base model.
+
+        Raises:
+            ValueError: if `rank` is out of range.
+            TypeError: if `rank` isn't an integer.
+
+        Example:
+
+        ```python
+        clf.set_rank(4)
+        clf.predict(texts)
+        ```
+        """
+        self._prepare()
+        training.sync(self)
+        for gate in state_of(self).gates:
+            gate.set_rank(rank)
+
+    @contextlib.contextmanager
+    def rank_scope(self, rank):
+        """Sets the rank for the time of a `with` block.
+
+        Args:
+            rank: int in `0..config.rank`.
+
+        Raises:
+            ValueError: if `rank` is out of range.
+            TypeError: if `rank` isn't an integer.
+
+        Example:
+
+        ```python
+        with clf.rank_scope(2):
+            clf.predict(texts)
+        ```
+        """
+        self._prepare()
+        previous = self.rank
+        self.set_rank(rank)
+        try:
+            yield self
+        finally:
+            self.set_rank(previous)
+
+    def make_train_function(self, force=False):
+        self._prepare()
+        return super().make_train_function(force)
+
+    def train_step(self, *args):
+        return training.train_step(self, super().train_step, *args)
+
+    @property
+    def weights(self):
+        own = {
+            id(self.__dict__.get(name))
+            for name in ("_ranks_drawn", "_open_columns")
+        }
+        return [w for w in super().weights if id(w) not in own]
+
+    def save_own_variables(self, store):
+        self._prepare()
+        super().save_own_variables(store)
+        for name, variable in self._random_state().items():
+            store[name] = variable
+
+    def load_own_variables(self, store):
+        self._prepare()
+        random_state = self._random_state()
+        own = {k: store[k] for k in store.keys() if k not in random_state}
+        super().load_own_variables(own)
+        for name, variable in random_state.items():
+            variable.assign(store[name])
+
+    def _random_state(self):
+        """States of the layers' seed generators, which Keras doesn't save.
+
+        Without them, a run with dropout can't resume where it stopped.
+        """
+        skip = {id(w) for w in super().weights}
+        skip |= {id(gate.variable) for gate in self._dylora.gates}
+        states = [v for v in self.variables if id(v) not in skip]
+        return {f"random_state_{i}": v for i, v in enumerate(states)}
+
+    def get_config(self):
+        if not _is_combined(type(self)):
+            return super().get_config()
+        state = state_of(self)
+        attachment, trainable = state.attachment, [
+            w.trainable for w in self.weights
+        ]
+        with attachment.plain() if attachment else _plain(self):
+            base = keras.saving.serialize_keras_object(self)
+        base.pop("compile_config", None)
+        return {
+            "format_version": FORMAT_VERSION,
+            "base": base,
+            "dylora": attachment.get_config()
+            if attachment
+            else {"config": state.config.get_config(), "layers": None},
+            "trainable": trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        if "base" not in config:
+            return super().from_config(config, custom_objects)
+        if config["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                "The file must be of format version "
+                f"{FORMAT_VERSION} or older; a newer keras_dylora wrote it. "
+                f"Received: format_version={config['format_version']}"
+            )
+        model = keras.saving.deserialize_keras_object(
+            config["base"], custom_objects
+        )
+        attachment = Attachment.from_config(model, config["dylora"])
+        if attachment is not None:
+            attachment.attach()
+        adopt(
+            model,
+            DyLoRAConfig.from_config(config["dylora"]["config"]),
+            attachment,
+            cls,
+        )
+        for weight, trainable in zip(
+            model.weights, config["trainable"], strict=True
+        ):
+            weight.trainable = trainable
+        return model
+
+
+def _is_combined(cls):
+    return "original_class" in vars(cls) and cls is not DyLoRAModel
+
+
+@contextlib.contextmanager
+def _plain(model):
+    """A hand-built model as the Keras model it is, in a `with` block."""
+    cls = type(model)
+    set_class(model, cls.original_class)
+    try:
+        yield
+    finally:
+        set_class(model, cls)

@@ -1,0 +1,17 @@
+"""One training step: Keras's own, between a drawn rank and a masked update.
+
+Keras has two step conventions. `stateful` serves TensorFlow and torch,
+`stateless` serves JAX; what a DyLoRA step does is in `step`.
+"""
+
+import keras
+
+match keras.backend.backend():
+    case "jax":
+        from keras_dylora.training.stateless import sync
+        from keras_dylora.training.stateless import train_step
+    case _:
+        from keras_dylora.training.stateful import sync
+        from keras_dylora.training.stateful import train_step
+
+__all__ = ["sync", "train_step"]

@@ -1,0 +1,28 @@
+"""The step of TensorFlow and torch: `train_step(data)` changes variables."""
+
+from keras import ops
+
+from keras_dylora.training import step
+
+
+def train_step(model, keras_step, data):
+    """Runs one DyLoRA step on `data` and returns its logs."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    gates = [gate.variable for gate in model._dylora.gates]
+    inference = [ops.copy(gate) for gate in gates]
+    previous = {id(v): ops.copy(v) for v in step.watched(model)}
+    previous["iterations"] = ops.copy(model.optimizer.iterations)
+    try:
+        rank = step.begin(model)
+        logs = keras_step(data)
+    finally:
+        for gate, value in zip(gates, inference, strict=True):
+            gate.assign(value)
+    if model._dylora.config.frozen:
+        step.end(model, previous)
+    return {**logs, "rank": rank}
+
+
+def sync(model):
+    """Variables are up to date at any time; nothing to do."""

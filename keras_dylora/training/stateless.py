@@ -1,0 +1,56 @@
+"""The step of JAX: `train_step(state, data)` returns a new state."""
+
+import keras
+
+from keras_dylora.training import step
+
+
+def train_step(model, keras_step, state, data):
+    """Runs one DyLoRA step on `data`; returns its logs and the new state."""
+    trainable, non_trainable, optimizer, metrics = state
+    with _scope(model, trainable, non_trainable, optimizer) as scope:
+        gates = [gate.variable for gate in model._dylora.gates]
+        inference = [scope.get_current_value(gate) for gate in gates]
+        previous = {
+            id(v): scope.get_current_value(v) for v in step.watched(model)
+        }
+        previous["iterations"] = model.optimizer.iterations
+        rank = step.begin(model)
+    state = (trainable, _values(scope, model)[1], optimizer, metrics)
+    logs, state = keras_step(state, data)
+    with _scope(model, *state[:3]) as scope:
+        for gate, value in zip(gates, inference, strict=True):
+            gate.assign(value)
+        if model._dylora.config.frozen:
+            step.end(model, previous)
+    return {**logs, "rank": rank}, (*_values(scope, model), state[3])
+
+
+def _lists(model):
+    return (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+    )
+
+
+def _scope(model, *values):
+    pairs = [
+        pair
+        for variables, group in zip(_lists(model), values, strict=True)
+        for pair in zip(variables, group, strict=True)
+    ]
+    return keras.StatelessScope(state_mapping=pairs)
+
+
+def _values(scope, model):
+    return tuple(
+        [scope.get_current_value(v) for v in variables]
+        for variables in _lists(model)
+    )
+
+
+def sync(model):
+    """Writes the state of a running `fit` back to the variables."""
+    if getattr(model, "_jax_state", None) is not None:
+        model.jax_state_sync()

@@ -1,0 +1,96 @@
+"""What a DyLoRA step does before and after Keras's own, on any backend.
+
+In frozen mode (Eq. 10) a zero gradient isn't enough: momentum and weight decay
+still move a column. So the update itself is masked, the weights' and that of
+whatever the optimizer keeps for them.
+"""
+
+import collections
+
+from keras import ops
+
+from keras_dylora import ranks
+
+
+def begin(model):
+    """Draws the rank of a step and opens its columns.
+
+    Returns:
+        An int32 scalar tensor.
+    """
+    state, config = model._dylora, model._dylora.config
+    rank = state.draw(model._ranks_drawn)
+    model._ranks_drawn.assign(model._ranks_drawn + 1)
+    gate = ranks.gate(rank, config.rank, config.alpha)
+    for layer_gate in state.gates:
+        layer_gate.variable.assign(gate)
+    if config.frozen:
+        drawn = ops.cast(ranks.column(rank, config.rank), "float32")
+        model._open_columns.assign(ops.maximum(model._open_columns, drawn))
+    return rank
+
+
+def end(model, previous):
+    """Puts back what the step may not have changed.
+
+    With gradient accumulation, an update may change the columns of all ranks
+    drawn since the update before.
+
+    Args:
+        model: the `DyLoRAModel`.
+        previous: dict of variable id to its value before the step, for
+            everything in `watched(model)`.
+    """
+    opened = model._open_columns
+    mask = ops.greater(ops.convert_to_tensor(opened), 0)
+    for variable, by_column in _held(model):
+        mine = mask if by_column else ops.expand_dims(mask, -1)
+        variable.assign(ops.where(mine, variable, previous[id(variable)]))
+    iterations = model.optimizer.iterations
+    updated = ops.not_equal(iterations, previous["iterations"])
+    opened.assign(ops.where(updated, 0.0, opened))
+
+
+def watched(model):
+    """The variables whose values before the step `end` needs."""
+    if not model._dylora.config.frozen:
+        return []
+    return [variable for variable, _ in _held(model)]
+
+
+def _held(model):
+    """Adapters and their optimizer slots, each with whether a column (rather
+    than a row) of it belongs to one rank."""
+    adapters = {}
+    for layer in model._dylora.layers:
+        adapters[id(layer.down)] = (layer.down, True)
+        adapters[id(layer.up)] = (layer.up, False)
+    held = list(adapters.values())
+    for slot, owner in _slots(model.optimizer, model.trainable_variables):
+        if id(owner) in adapters:
+            held.append((slot, adapters[id(owner)][1]))
+    return held
+
+
+def _slots(optimizer, variables):
+    """Pairs of optimizer variable and the model variable it is kept for.
+
+    Keras names them `{path of the variable}_{name}`. Where several variables
+    share a path, theirs are in the same order. Gradient accumulators are left
+    out: they belong to the coming update.
+    """
+    owners = collections.defaultdict(list)
+    for variable in variables:
+        owners[variable.path.replace("/", "_") + "_"].append(variable)
+    seen = collections.Counter()
+    for slot in optimizer.variables:
+        if slot.name.endswith("gradient_accumulator"):
+            continue
+        prefixes = [prefix for prefix in owners if slot.name.startswith(prefix)]
+        if not prefixes:
+            continue
+        same_path = owners[max(prefixes, key=len)]
+        owner = same_path[seen[slot.name] % len(same_path)]
+        seen[slot.name] += 1
+        if tuple(slot.shape) == tuple(owner.shape):
+            yield slot, owner
