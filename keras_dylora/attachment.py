@@ -52,14 +52,14 @@ class Attachment:
 
     def __init__(self, model, layers, head, config):
         self.model = model
-        self.model_class = type(model)
         self.layers = layers
         self.head_paths = list(head)
         self._head_variables = [v for group in head.values() for v in group]
         self.config = config
-        self._original_flags = self._flags()
+        self._original_flags = self.flags()
 
-    def _flags(self):
+    def flags(self):
+        """Layers and variables with their `trainable`."""
         tree = [self.model, *layer_paths(self.model).values()]
         # Layers first: setting theirs sets their variables' too.
         return [(x, x.trainable) for x in [*tree, *self.model.variables]]
@@ -98,10 +98,11 @@ class Attachment:
                 for name in ADAPTER_ATTRIBUTES:
                     layer.__dict__.pop(name, None)
                 set_class(layer, layer.base_class)
-        self._set_flags(self._original_flags)
+        self.restore_flags()
 
-    def _set_flags(self, flags):
-        for item, trainable in flags:
+    def restore_flags(self):
+        """Makes trainable again what was before."""
+        for item, trainable in self._original_flags:
             item.trainable = trainable
 
     def get_config(self):
@@ -136,26 +137,29 @@ class Attachment:
             DyLoRAConfig.from_config(config["config"]),
         )
 
-    @contextlib.contextmanager
-    def plain(self):
-        """The model as it was before, for the time of a `with` block.
 
-        Classes and trainable flags are the original ones; the adapters'
-        variables stay.
-        """
-        adapted = [(x, type(x)) for x in self.layers.values()]
-        model_class, flags = type(self.model), self._flags()
-        try:
-            for layer, cls in adapted:
-                set_class(layer, cls.base_class)
-            set_class(self.model, self.model_class)
-            self._set_flags(self._original_flags)
-            yield self.model
-        finally:
-            for layer, cls in adapted:
-                set_class(layer, cls)
-            set_class(self.model, model_class)
-            self._set_flags(flags)
+@contextlib.contextmanager
+def plain(model, layers, attachment=None):
+    """The model without DyLoRA, for the time of a `with` block.
+
+    The classes of the model and of the given adapted layers are the original
+    ones, and so are the trainable flags of an attachment. The variables of
+    the adapters stay where they are.
+    """
+    items = [(x, type(x), x.base_class) for x in layers]
+    items.append((model, type(model), type(model).original_class))
+    flags = attachment.flags() if attachment else []
+    try:
+        for item, _, cls in items:
+            set_class(item, cls)
+        if attachment:
+            attachment.restore_flags()
+        yield model
+    finally:
+        for item, cls, _ in items:
+            set_class(item, cls)
+        for item, trainable in flags:
+            item.trainable = trainable
 
 
 ADAPTER_ATTRIBUTES = (

@@ -6,6 +6,7 @@ import numbers
 
 import keras
 
+from keras_dylora.ranks import Categorical
 from keras_dylora.ranks import RankDistribution
 from keras_dylora.ranks import as_rank
 from keras_dylora.ranks import get_distribution
@@ -114,6 +115,23 @@ class DyLoRAConfig:
     def distribution(self):
         """The `RankDistribution` that `rank_distribution` stands for."""
         return get_distribution(self.rank_distribution)
+
+    def truncated(self, rank):
+        """The config of this run's adapters when they are cut to `rank`."""
+        distribution = self.rank_distribution
+        if isinstance(distribution, Categorical):
+            weights = {
+                b: w for b, w in distribution.by_rank.items() if b <= rank
+            }
+            distribution = (
+                Categorical(weights) if any(weights.values()) else "uniform"
+            )
+        return dataclasses.replace(
+            self,
+            rank=rank,
+            min_rank=min(self.min_rank, rank),
+            rank_distribution=distribution,
+        )
 
     def get_config(self):
         config = {

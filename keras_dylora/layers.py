@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import ranks
+from keras_dylora._keras import forget
 from keras_dylora._keras import set_class
 from keras_dylora._keras import unlocked
 from keras_dylora.config import check_adapter_arguments
@@ -140,7 +141,14 @@ class LowRankAdapter:
 
     def _build_adapter(self, gate, seed):
         self._set_geometry()
-        inputs, outputs = self._adapter_dims
+        self._dropout_seed = (
+            keras.random.SeedGenerator(seed) if self.dropout else None
+        )
+        self._add_adapter(gate)
+        self.trainable = self.trainable  # freezes the base, see below
+
+    def _add_adapter(self, gate):
+        inputs, outputs = self.adapter_dims(self)
         self.down = self.add_weight(
             shape=(int(np.prod(inputs)), self.rank),
             initializer=self.down_initializer,
@@ -155,10 +163,27 @@ class LowRankAdapter:
         )
         self._gate = gate
         self._gate_variable = gate.variable
-        self._dropout_seed = (
-            keras.random.SeedGenerator(seed) if self.dropout else None
-        )
-        self.trainable = self.trainable  # freezes the base, see below
+
+    def truncate(self, rank, min_rank, gate):
+        """Cuts `down` and `up` to their first `rank` columns and rows.
+
+        Args:
+            rank: int in `1..self.rank`. The new maximum rank.
+            min_rank: int. The new lowest rank.
+            gate: `RankGate` of the new rank.
+        """
+        down = ops.convert_to_numpy(self.down)[:, :rank]
+        up = ops.convert_to_numpy(self.up)[:rank]
+        trainable = [v.trainable for v in (self.down, self.up)]
+        forget(self, "down", "up", "_gate_variable")
+        self.rank, self.min_rank = rank, min_rank
+        with unlocked(self):
+            self._add_adapter(gate)
+        for variable, value, flag in zip(
+            (self.down, self.up), (down, up), trainable, strict=True
+        ):
+            variable.assign(value)
+            variable.trainable = flag
 
     @property
     def trainable(self):
@@ -259,7 +284,7 @@ class LowRankAdapter:
         gate = ops.convert_to_numpy(ranks.gate(rank, self.rank, self.alpha))
         down = ops.convert_to_numpy(self.down)
         up = ops.convert_to_numpy(self.up)
-        inputs, outputs = self._adapter_dims
+        inputs, outputs = self.adapter_dims(self)
         delta = np.reshape((down * gate) @ up, (*inputs, *outputs))
         return np.transpose(delta, self._kernel_axes)
 
@@ -358,9 +383,13 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
 
     base_class = keras.layers.Dense
 
+    @staticmethod
+    def adapter_dims(layer):
+        """Shapes of the input side and the output side of a base layer."""
+        inputs, units = layer.kernel.shape
+        return (inputs,), (units,)
+
     def _set_geometry(self):
-        inputs, units = self.kernel.shape
-        self._adapter_dims = ((inputs,), (units,))
         self._kernel_axes = (0, 1)
 
     def _project_down(self, inputs, down):
@@ -426,15 +455,21 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         super().check_base(layer)
         split_equation(layer.equation)
 
+    @staticmethod
+    def adapter_dims(layer):
+        """Shapes of the input side and the output side of a base layer."""
+        kernel, inputs, outputs, *_ = split_equation(layer.equation)
+        dims = dict(zip(kernel, layer.kernel.shape, strict=True))
+        return (
+            tuple(dims[axis] for axis in inputs),
+            tuple(dims[axis] for axis in outputs),
+        )
+
     def _set_geometry(self):
         kernel, inputs, outputs, self._down_equation, self._up_equation = (
             split_equation(self.equation)
         )
-        dims = dict(zip(kernel, self.kernel.shape, strict=True))
-        self._adapter_dims = (
-            tuple(dims[axis] for axis in inputs),
-            tuple(dims[axis] for axis in outputs),
-        )
+        self._adapter_dims = self.adapter_dims(self)
         self._kernel_axes = tuple((inputs + outputs).index(a) for a in kernel)
 
     def _project_down(self, inputs, down):

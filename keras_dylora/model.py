@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import inspect
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_dylora import training
 from keras_dylora._keras import forget
@@ -13,6 +15,7 @@ from keras_dylora._keras import sublayers
 from keras_dylora._keras import track_for_torch
 from keras_dylora._keras import unlocked
 from keras_dylora.attachment import Attachment
+from keras_dylora.attachment import plain
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import LowRankAdapter
 from keras_dylora.ranks import RankDraw
@@ -102,6 +105,37 @@ def release(model):
     if state is not None:
         track_for_torch(model)
         _reset_compiled(model)
+
+
+def restart(model, config):
+    """Gives a model a new config, at the same place of its rank sequence."""
+    old = state_of(model)
+    drawn = ops.convert_to_numpy(model._ranks_drawn)
+    forget(model, "_ranks_drawn", "_open_columns")
+    if old.attachment is not None:
+        old.attachment.config = config
+    state = DyLoRAState(model, config, old.layers, old.attachment)
+    object.__setattr__(model, "_dylora", state)
+    model._ranks_drawn.assign(drawn)
+    track_for_torch(model)
+    _reset_compiled(model)
+
+
+def compile_like(model, config):
+    """Compiles a model as the one whose `get_compile_config` this is.
+
+    Keras leaves a model with a `compile` of its own uncompiled, and so every
+    KerasHub task; its `fit` would go on with another optimizer.
+    """
+    arguments = keras.saving.deserialize_keras_object(config)
+    try:
+        inspect.signature(model.compile).bind(**arguments)
+    except TypeError:
+        keras.Model.compile_from_config(model, config)
+        return
+    model.compile(**arguments)
+    if model.optimizer is not None and model.built:
+        model.optimizer.build(model.trainable_variables)
 
 
 def _reset_compiled(model):
@@ -357,6 +391,9 @@ class DyLoRAModel(keras.Model):
         states = [v for v in self.variables if id(v) not in skip]
         return {f"random_state_{i}": v for i, v in enumerate(states)}
 
+    def compile_from_config(self, config):
+        compile_like(self, config)
+
     def get_config(self):
         if not _is_combined(type(self)):
             return super().get_config()
@@ -364,7 +401,8 @@ class DyLoRAModel(keras.Model):
         attachment, trainable = state.attachment, [
             w.trainable for w in self.weights
         ]
-        with attachment.plain() if attachment else _plain(self):
+        attached = attachment.layers.values() if attachment else ()
+        with plain(self, attached, attachment):
             base = keras.saving.serialize_keras_object(self)
         base.pop("compile_config", None)
         return {
@@ -407,14 +445,3 @@ class DyLoRAModel(keras.Model):
 
 def _is_combined(cls):
     return "original_class" in vars(cls) and cls is not DyLoRAModel
-
-
-@contextlib.contextmanager
-def _plain(model):
-    """A hand-built model as the Keras model it is, in a `with` block."""
-    cls = type(model)
-    set_class(model, cls.original_class)
-    try:
-        yield
-    finally:
-        set_class(model, cls)

@@ -184,7 +184,7 @@ class Categorical(RankDistribution):
                 "`weights` must be a dict of rank to weight. "
                 f"Received: weights={weights!r}"
             )
-        self._weights = {}
+        self.by_rank = {}
         for b, weight in weights.items():
             # JSON turns integer keys into strings.
             b = int(b) if isinstance(b, str) and b.isdecimal() else b
@@ -198,24 +198,24 @@ class Categorical(RankDistribution):
                     "Weights must be finite and not negative. "
                     f"Received: weight {weight!r} for rank {b}"
                 )
-            self._weights[b] = float(weight)
-        if not any(self._weights.values()):
+            self.by_rank[b] = float(weight)
+        if not any(self.by_rank.values()):
             raise ValueError(
                 "At least one weight must be positive. "
                 f"Received: weights={weights!r}"
             )
 
     def weights(self, ranks):
-        outside = sorted(set(self._weights) - set(ranks))
+        outside = sorted(set(self.by_rank) - set(ranks))
         if outside:
             raise ValueError(
                 f"Ranks of a `Categorical` must be between {ranks[0]} and "
                 f"{ranks[-1]}. Received: weights for {outside}"
             )
-        return [self._weights.get(b, 0.0) for b in ranks]
+        return [self.by_rank.get(b, 0.0) for b in ranks]
 
     def get_config(self):
-        return {"weights": {str(b): w for b, w in self._weights.items()}}
+        return {"weights": {str(b): w for b, w in self.by_rank.items()}}
 
 
 def get_distribution(identifier):

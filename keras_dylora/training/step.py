@@ -41,14 +41,15 @@ def end(model, previous):
         previous: dict of variable id to its value before the step, for
             everything in `watched(model)`.
     """
-    opened = model._open_columns
-    mask = ops.greater(ops.convert_to_tensor(opened), 0)
+    opened = ops.convert_to_tensor(model._open_columns)
+    mask = ops.greater(opened, 0)
     for variable, by_column in _held(model):
         mine = mask if by_column else ops.expand_dims(mask, -1)
-        variable.assign(ops.where(mine, variable, previous[id(variable)]))
+        value = ops.convert_to_tensor(variable)
+        variable.assign(ops.where(mine, value, previous[id(variable)]))
     iterations = model.optimizer.iterations
     updated = ops.not_equal(iterations, previous["iterations"])
-    opened.assign(ops.where(updated, 0.0, opened))
+    model._open_columns.assign(ops.where(updated, 0.0, opened))
 
 
 def watched(model):

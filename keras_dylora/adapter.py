@@ -1,0 +1,260 @@
+"""Adapter files: safetensors and JSON, truncated to the rank that is kept."""
+
+import json
+import pathlib
+
+import numpy as np
+from keras import ops
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from keras_dylora import files
+from keras_dylora import ranks
+from keras_dylora.attach import enable_dylora
+from keras_dylora.attachment import layer_paths
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.layers import ADAPTERS
+from keras_dylora.layers import LowRankAdapter
+from keras_dylora.model import DyLoRAModel
+from keras_dylora.model import state_of
+
+WEIGHTS_NAME = "adapter.safetensors"
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = 1
+
+
+def variable_paths(model):
+    """Every weight of a model by its path.
+
+    Named after the innermost layer that holds it, `pooled_dense/kernel`, so
+    the same in every process.
+    """
+    names, taken = {}, {}
+    for path, layer in reversed(layer_paths(model).items()):
+        for variable in layer.weights:
+            if id(variable) not in names:
+                names[id(variable)] = f"{path}/{variable.name}"
+    for variable in model.weights:
+        name = names.get(id(variable), variable.name)
+        unique, count = name, 0
+        while unique in taken:
+            count += 1
+            unique = f"{name}_{count}"
+        taken[unique] = variable
+    return taken
+
+
+def adapters_by_path(model):
+    """The adapted layers of a model by their path."""
+    return {
+        path: layer
+        for path, layer in layer_paths(model).items()
+        if isinstance(layer, LowRankAdapter)
+    }
+
+
+def head_by_path(model):
+    """The variables that are trained besides the adapters, by their path."""
+    adapters = {
+        id(v) for x in state_of(model).layers for v in (x.down, x.up)
+    }
+    trainable = {id(v) for v in model.trainable_variables}
+    return {
+        path: v
+        for path, v in variable_paths(model).items()
+        if id(v) in trainable - adapters
+    }
+
+
+def save_adapter(model, directory, rank=None, overwrite=True):
+    """Saves the adapters, cut to a rank, and the trained head.
+
+    The directory holds `adapter.safetensors`, with
+    `adapter/<layer path>/down`, `adapter/<layer path>/up` and
+    `head/<variable path>` in float32, and `adapter_config.json`. At rank `b`
+    the adapter tensors have `b` columns and rows, so the file is as small as
+    that of an adapter trained at rank `b`.
+
+    Args:
+        model: an enabled model.
+        directory: str or path. Written beside, then renamed.
+        rank: int in `1..config.rank`. Defaults to `None`, the maximum.
+        overwrite: bool. Whether an adapter that is there may be replaced.
+            Defaults to `True`.
+
+    Raises:
+        TypeError: if `rank` isn't an integer.
+        ValueError: if `rank` is out of range, if the model isn't enabled, or
+            if the directory holds something else.
+
+    Example:
+
+    ```python
+    keras_dylora.save_adapter(clf, "adapter/", rank=4)
+    keras_dylora.load_adapter(other_clf, "adapter/")
+    ```
+    """
+    config = state_of(model).config
+    rank = ranks.as_rank(config.rank if rank is None else rank, 1, config.rank)
+    tensors = {}
+    for path, layer in adapters_by_path(model).items():
+        tensors[f"adapter/{path}/down"] = _array(layer.down)[:, :rank]
+        tensors[f"adapter/{path}/up"] = _array(layer.up)[:rank]
+    for path, variable in head_by_path(model).items():
+        tensors[f"head/{path}"] = _array(variable)
+    tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    attachment = state_of(model).attachment
+    described = attachment.get_config()["config"] if attachment else (
+        config.get_config()
+    )  # fmt: skip
+    described = DyLoRAConfig.from_config(described).truncated(rank)
+    with files.new_directory(directory, overwrite, CONFIG_NAME) as folder:
+        safetensors.save_file(tensors, folder / WEIGHTS_NAME)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "config": described.get_config(),
+            "sha256": files.sha256(folder / WEIGHTS_NAME),
+        }
+        (folder / CONFIG_NAME).write_text(json.dumps(manifest, indent=2))
+
+
+def _array(variable):
+    return np.asarray(ops.convert_to_numpy(variable), dtype="float32")
+
+
+def load_adapter(model, directory):
+    """Loads what `save_adapter` wrote, in place.
+
+    A model that isn't enabled yet is enabled with the configuration of the
+    file. An enabled one must have the same rank and the same layers.
+
+    Args:
+        model: a built Keras or KerasHub model.
+        directory: str or path.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: if the files are missing, damaged or from a newer format,
+            or if the rank, a layer, or a shape differs. The message lists
+            what is missing, extra or mis-shaped; the model is unchanged then.
+
+    Example:
+
+    ```python
+    clf = keras_hub.models.RobertaTextClassifier.from_preset(
+        "roberta_base_en", num_classes=2
+    )
+    keras_dylora.load_adapter(clf, "adapter/")
+    ```
+    """
+    config, tensors = _read(directory)
+    enabled = isinstance(model, DyLoRAModel)
+    if enabled and state_of(model).config.rank != config.rank:
+        raise ValueError(
+            "An adapter must have the rank of the model it is loaded into. "
+            f"Received: rank {config.rank} for a model of rank "
+            f"{state_of(model).config.rank}"
+        )
+    _check(_expected_shapes(model, config, tensors, enabled), tensors)
+    if not enabled:
+        targets = [
+            key.removeprefix("adapter/").removesuffix("/down")
+            for key in tensors
+            if key.startswith("adapter/") and key.endswith("/down")
+        ]
+        enable_dylora(model, config, target_layers=targets)
+    variables = {
+        f"head/{path}": v for path, v in variable_paths(model).items()
+    }
+    for path, layer in adapters_by_path(model).items():
+        variables[f"adapter/{path}/down"] = layer.down
+        variables[f"adapter/{path}/up"] = layer.up
+    for key, value in tensors.items():
+        variables[key].assign(value)
+    return model
+
+
+def _read(directory):
+    """The config and the tensors of an adapter directory."""
+    folder = pathlib.Path(directory)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"An adapter directory must hold {CONFIG_NAME} and "
+                f"{WEIGHTS_NAME}. Received: {str(folder)!r} without {name}"
+            )
+    try:
+        manifest = json.loads((folder / CONFIG_NAME).read_text())
+        version = manifest["format_version"]
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter must be of format version {FORMAT_VERSION} or "
+                "older; a newer keras_dylora wrote it. Received: "
+                f"format_version={version}"
+            )
+        config = DyLoRAConfig.from_config(manifest["config"])
+        expected = manifest["sha256"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{CONFIG_NAME} must be one that `save_adapter` wrote. "
+            f"Received: {str(folder / CONFIG_NAME)!r} ({error!r})"
+        ) from error
+    received = files.sha256(folder / WEIGHTS_NAME)
+    if received != expected:
+        raise ValueError(
+            f"{WEIGHTS_NAME} must have the SHA-256 that {CONFIG_NAME} names; "
+            "the file is damaged or from another adapter. "
+            f"Received: {received} instead of {expected}"
+        )
+    try:
+        return config, safetensors.load_file(folder / WEIGHTS_NAME)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{WEIGHTS_NAME} must be a safetensors file. "
+            f"Received: {str(folder / WEIGHTS_NAME)!r} ({error})"
+        ) from error
+
+
+def _expected_shapes(model, config, tensors, enabled):
+    """The tensors that the model needs, by key, with their shapes."""
+    if enabled:
+        layers = adapters_by_path(model)
+        head = head_by_path(model)
+    else:
+        # The file says what to adapt; the model must have it.
+        layers = {
+            path: layer
+            for path, layer in layer_paths(model).items()
+            if type(layer) in ADAPTERS and f"adapter/{path}/down" in tensors
+        }
+        head = {
+            path: v
+            for path, v in variable_paths(model).items()
+            if f"head/{path}" in tensors
+        }
+    shapes = {f"head/{path}": tuple(v.shape) for path, v in head.items()}
+    for path, layer in layers.items():
+        adapter = type(layer) if enabled else ADAPTERS[type(layer)]
+        inputs, outputs = adapter.adapter_dims(layer)
+        shapes[f"adapter/{path}/down"] = (int(np.prod(inputs)), config.rank)
+        shapes[f"adapter/{path}/up"] = (config.rank, int(np.prod(outputs)))
+    return shapes
+
+
+def _check(shapes, tensors):
+    wrong = [f"missing: {key}" for key in shapes if key not in tensors]
+    wrong += [f"extra: {key}" for key in tensors if key not in shapes]
+    wrong += [
+        f"mis-shaped: {key} is {tensors[key].shape}, must be {shape}"
+        for key, shape in shapes.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong[:20])
+        more = f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError(
+            "The adapter must fit the model, tensor by tensor. Received an "
+            f"adapter with\n  {shown}{more}"
+        )
