@@ -64,10 +64,11 @@ def merge(model, rank=None):
     sources = [w for w in model.weights if id(w) not in adapters]
     deltas = {id(x.kernel): x.delta_kernel(rank) for x in state.layers}
     for target, source in zip(merged.weights, sources, strict=True):
-        value = source
+        # Copied by way of NumPy: on JAX, two models that share a buffer lose
+        # it together when one of them donates it.
+        value = ops.convert_to_numpy(source)
         if id(source) in deltas:
-            kernel = np.asarray(ops.convert_to_numpy(source), "float32")
-            value = kernel + deltas[id(source)]
+            value = np.asarray(value, "float32") + deltas[id(source)]
         target.assign(value)
     if compile_config:
         compile_like(merged, compile_config)
