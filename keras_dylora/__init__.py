@@ -5,6 +5,8 @@ from keras_dylora.adapter import save_adapter
 from keras_dylora.attach import disable_dylora
 from keras_dylora.attach import enable_dylora
 from keras_dylora.config import DyLoRAConfig
+from keras_dylora.evaluation import RankEvaluation
+from keras_dylora.evaluation import evaluate_ranks
 from keras_dylora.layers import DyLoRADense
 from keras_dylora.layers import DyLoRAEinsumDense
 from keras_dylora.merging import merge
@@ -13,5 +15,5 @@ from keras_dylora.model import DyLoRAModel
 from keras_dylora.ranks import Categorical
 from keras_dylora.ranks import Geometric
 from keras_dylora.ranks import Uniform
-
-__version__ = "0.1.0"
+from keras_dylora.report import RankReport
+from keras_dylora.version import __version__

@@ -145,7 +145,7 @@ class LowRankAdapter:
             keras.random.SeedGenerator(seed) if self.dropout else None
         )
         self._add_adapter(gate)
-        self.trainable = self.trainable  # freezes the base, see below
+        self._freeze_base()
 
     def _add_adapter(self, gate):
         inputs, outputs = self.adapter_dims(self)
@@ -194,8 +194,11 @@ class LowRankAdapter:
     def trainable(self, value):
         keras.layers.Layer.trainable.fset(self, value)
         if hasattr(self, "_gate"):
-            for variable in self.base_weights:
-                variable.trainable = False
+            self._freeze_base()
+
+    def _freeze_base(self):
+        for variable in self.base_weights:
+            variable.trainable = False
 
     @property
     def weights(self):

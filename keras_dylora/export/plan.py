@@ -1,0 +1,167 @@
+"""Plan: what is exported, in a form that travels to a child process."""
+
+import dataclasses
+import json
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One tensor of a signature; `None` in the shape is a free dimension."""
+
+    name: str
+    shape: tuple
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The tensors that a model takes, and how it wants them packed.
+
+    Args:
+        kind: str. `"tensor"`, `"list"` or `"dict"`.
+        specs: tuple of `Input`.
+    """
+
+    kind: str
+    specs: tuple
+
+    @classmethod
+    def of(cls, model, input_signature=None):
+        """The inputs of a model, or those that the user asks for.
+
+        Args:
+            model: a built `keras.Model`.
+            input_signature: tensor specs in the structure of the model's
+                input, or `None`.
+        """
+        own = _own_inputs(model)
+        if input_signature is None:
+            if own is None:
+                raise ValueError(
+                    "A model that isn't functional and takes more than one "
+                    "argument needs an `input_signature`. "
+                    f"Received: {model.name} without one"
+                )
+            return own
+        # `Model.export` takes one entry for each argument of the call.
+        if (
+            isinstance(input_signature, (list, tuple))
+            and len(input_signature) == 1
+            and (own is None or own.kind != "list")
+        ):
+            input_signature = input_signature[0]
+        given = _from_structure(input_signature)
+        if own is not None and _names(own) != _names(given):
+            raise ValueError(
+                "`input_signature` must have the structure of the model's "
+                f"input: {_names(own)}. Received: {_names(given)}"
+            )
+        return given
+
+    def pack(self, tensors):
+        """A dict of tensors by name in the structure that the model takes."""
+        if self.kind == "dict":
+            return {spec.name: tensors[spec.name] for spec in self.specs}
+        flat = [tensors[spec.name] for spec in self.specs]
+        return flat if self.kind == "list" else flat[0]
+
+
+def _names(inputs):
+    if inputs.kind == "dict":
+        return sorted(spec.name for spec in inputs.specs)
+    return f"a {inputs.kind} of {len(inputs.specs)}"
+
+
+def _own_inputs(model):
+    """The inputs as the model itself knows them, if it does."""
+    if isinstance(model, keras.Sequential) and model.inputs:
+        return _from_structure(model.inputs[0])
+    try:
+        structure = model.input
+    except (AttributeError, ValueError):  # isn't functional
+        built = model.get_build_config() or {}
+        if "input_shape" not in built:
+            return None
+        structure = keras.tree.map_shape_structure(
+            lambda shape: keras.InputSpec(
+                shape=(None, *shape[1:]), dtype=model.input_dtype
+            ),
+            built["input_shape"],
+        )
+    return _from_structure(structure)
+
+
+def _from_structure(structure):
+    if isinstance(structure, dict):
+        kind, items = "dict", list(structure.items())
+    elif isinstance(structure, (list, tuple)):
+        kind = "list"
+        items = [
+            (getattr(spec, "name", None) or f"input_{i}", spec)
+            for i, spec in enumerate(structure)
+        ]
+    else:
+        kind = "tensor"
+        items = [(getattr(structure, "name", None) or "inputs", structure)]
+    for _, spec in items:
+        if getattr(spec, "shape", None) is None or not hasattr(spec, "dtype"):
+            raise ValueError(
+                "A model's input must be a tensor, or a list or a dict of "
+                "tensors, each given as a spec with a shape and a dtype. "
+                f"Received: {structure!r}"
+            )
+    return Inputs(
+        kind,
+        tuple(
+            Input(name, (None, *spec.shape[1:]), _dtype_name(spec.dtype))
+            for name, spec in items
+        ),
+    )
+
+
+def _dtype_name(dtype):
+    return keras.backend.standardize_dtype(dtype or keras.config.floatx())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The checked arguments of `export_ranks`.
+
+    Args:
+        ranks: tuple of int, ascending.
+        layout: str. `"shared"` or `"merged"`.
+        format: str. `"saved_model"`, `"onnx"` or `"litert"`.
+        dtype: str or `None`. What float parameters are stored in.
+        inputs: `Inputs`.
+        text: bool. Whether there is a `serve_text` signature.
+        generate: bool. Whether there are generate signatures.
+    """
+
+    ranks: tuple
+    layout: str
+    format: str
+    dtype: str | None
+    inputs: Inputs
+    text: bool
+    generate: bool
+
+    @property
+    def steps(self):
+        """How many pieces of work a writer reports."""
+        return len(self.ranks) + (self.layout == "shared")
+
+    def to_json(self):
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text):
+        plan = json.loads(text)
+        specs = tuple(
+            Input(x["name"], tuple(x["shape"]), x["dtype"])
+            for x in plan["inputs"]["specs"]
+        )
+        plan["inputs"] = Inputs(plan["inputs"]["kind"], specs)
+        plan["ranks"] = tuple(plan["ranks"])
+        return cls(**plan)

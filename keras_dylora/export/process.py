@@ -1,0 +1,66 @@
+"""Child processes: run, reported on, and ended with their parent's call."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ERROR_NAME = "error.json"
+
+
+class ChildError(Exception):
+    """What ended a child process.
+
+    Args:
+        kind: str. The name of the exception's class.
+        message: str.
+        stderr: str. All that the process wrote.
+    """
+
+    def __init__(self, kind, message, stderr):
+        super().__init__(f"{kind}: {message}" if message else kind)
+        self.kind = kind
+        self.stderr = stderr
+
+
+def run(arguments, folder, environment=None, on_line=lambda: None):
+    """Runs Python to its end; an interruption ends it too.
+
+    Args:
+        arguments: list of str, after the interpreter.
+        folder: str or path. Where the process leaves word of an error.
+        environment: dict. Environment variables to set.
+        on_line: callable. Called for each line that it prints.
+
+    Raises:
+        ChildError: if the process fails.
+    """
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as stderr,
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        ) as process,
+    ):
+        try:
+            for _ in process.stdout:
+                on_line()
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        if code == 0:
+            return
+        stderr.seek(0)
+        written = stderr.read()
+    with contextlib.suppress(FileNotFoundError):
+        error = json.loads(pathlib.Path(folder, ERROR_NAME).read_text())
+        raise ChildError(error["kind"], error["message"], written)
+    last = written.strip().rpartition("\n")[2]
+    raise ChildError(f"exit code {code}", last, written)

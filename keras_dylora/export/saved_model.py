@@ -1,0 +1,329 @@
+"""SavedModels: one for each rank, or one for all ranks.
+
+Needs the TensorFlow backend. Every parameter is tracked, and so stored, once.
+"""
+
+import contextlib
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from keras_dylora import ranks
+from keras_dylora._keras import set_class
+from keras_dylora.export.text import Preprocessing
+from keras_dylora.model import state_of
+
+
+def write(model, folder, plan):
+    """Writes the SavedModels of a plan.
+
+    Args:
+        model: an enabled model, on the TensorFlow backend.
+        folder: `pathlib.Path`. An empty directory.
+        plan: `Plan`.
+
+    Yields:
+        `None` after each of the `plan.steps` pieces of work.
+    """
+    writer = _write_shared if plan.layout == "shared" else _write_merged
+    yield from writer(model, folder, plan)
+
+
+@dataclasses.dataclass
+class _Endpoint:
+    """What a signature computes, before its rank is chosen.
+
+    Args:
+        name: str. Name of the signature that has no fixed rank.
+        rank_name: str or `None`. Prefix of the ones that have.
+        run: callable from a dict of tensors to a dict of tensors.
+        specs: dict of name to `tf.TensorSpec`. What `run` takes.
+        text: `Preprocessing` or `None`. What makes it from strings.
+    """
+
+    name: str
+    rank_name: str | None
+    run: object
+    specs: dict
+    text: Preprocessing | None = None
+
+    @property
+    def signature(self):
+        """Specs of the tensors that the signature takes."""
+        if self.text is None:
+            return self.specs
+        return {"text": tf.TensorSpec((None,), tf.string, name="text")}
+
+    def prepare(self, tensors):
+        """The tensors of `run` from those of the signature."""
+        if self.text is None:
+            return tensors
+        made = self.text(tensors["text"])
+        return {k: tf.cast(made[k], x.dtype) for k, x in self.specs.items()}
+
+
+def _endpoints(model, plan):
+    specs = {
+        spec.name: tf.TensorSpec(spec.shape, spec.dtype, name=spec.name)
+        for spec in plan.inputs.specs
+    }
+
+    def forward(tensors):
+        outputs = model(plan.inputs.pack(tensors), training=False)
+        if isinstance(outputs, dict):
+            return outputs
+        flat = keras.tree.flatten(outputs)
+        return {f"output_{i}": x for i, x in enumerate(flat)}
+
+    def generate(tensors):
+        prompt = {k: tensors[k] for k in ("token_ids", "padding_mask")}
+        return model.generate_step(prompt, [tensors["end_token_id"]])
+
+    endpoints = [_Endpoint("serve", "rank_", forward, specs)]
+    if plan.text:
+        text = Preprocessing(model)
+        endpoints.append(_Endpoint("serve_text", None, forward, specs, text))
+    if plan.generate:
+        end = tf.TensorSpec((), tf.int32, name="end_token_id")
+        endpoints.append(
+            _Endpoint(
+                "generate",
+                "generate_rank_",
+                generate,
+                {**specs, "end_token_id": end},
+            )
+        )
+    return endpoints
+
+
+def _write_shared(model, folder, plan):
+    state = state_of(model)
+    rank = state.config.rank
+    stored = _stored(model.weights, plan.dtype)
+    endpoints = _endpoints(model, plan)
+    artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
+    rank_spec = tf.TensorSpec(None, tf.int32, name="rank")
+
+    def traced(endpoint, *gate_shape):
+        return _traced(endpoint, state.gates, stored, gate_shape)
+
+    rows = {x.run: traced(x, None, rank) for x in endpoints}
+    for endpoint in endpoints:
+        artifact.add(
+            endpoint.name,
+            _at_any_rank(
+                endpoint, rows[endpoint.run], max(plan.ranks), state.config
+            ),
+            {**endpoint.signature, "rank": rank_spec},
+        )
+        if endpoint.rank_name is None:
+            continue
+        run = traced(endpoint, rank)
+        for b in plan.ranks:
+            artifact.add(
+                f"{endpoint.rank_name}{b}",
+                _at_rank(b, run, state.config),
+                endpoint.signature,
+            )
+            if endpoint.name == "serve":
+                yield
+    artifact.save(folder, default=f"rank_{max(plan.ranks)}")
+    yield
+
+
+def _traced(endpoint, gates, stored, gate_shape):
+    """What an endpoint runs, as a graph that several signatures call."""
+
+    def call(tensors, gate):
+        with _reading(stored), _override(gates, gate):
+            return endpoint.run(tensors)
+
+    signature = [endpoint.specs, tf.TensorSpec(gate_shape, tf.float32)]
+    return tf.function(call, input_signature=signature, autograph=False)
+
+
+def _at_any_rank(endpoint, run, high, config):
+    first = next(iter(endpoint.signature))
+
+    def serve(rank, **tensors):
+        batch = tf.shape(tensors[first])[0]
+        gate = _gate_rows(rank, batch, high, config)
+        return run(endpoint.prepare(tensors), gate)
+
+    return serve
+
+
+def _at_rank(rank, run, config):
+    def serve(**tensors):
+        return run(tensors, ranks.gate(rank, config.rank, config.alpha))
+
+    return serve
+
+
+def _gate_rows(rank, batch, high, config):
+    """One gate for each example, from a scalar rank or one per example."""
+    rank = tf.reshape(rank, [-1])
+    size = tf.size(rank)
+    checks = [
+        tf.debugging.Assert(
+            tf.reduce_all((rank >= 1) & (rank <= high)),
+            [f"`rank` must be between 1 and {high}. Received:", rank],
+        ),
+        tf.debugging.Assert(
+            (size == 1) | (size == batch),
+            ["`rank` must be a scalar or one for each example. Received:",
+             size, "ranks for a batch of", batch],
+        ),
+    ]  # fmt: skip
+    with tf.control_dependencies([x for x in checks if x is not None]):
+        rank = tf.broadcast_to(rank, [batch])
+    return ranks.gate(rank, config.rank, config.alpha)
+
+
+def _write_merged(model, folder, plan):
+    layers = state_of(model).layers
+    adapters = {id(v) for x in layers for v in (x.down, x.up)}
+    base = [w for w in model.weights if id(w) not in adapters]
+    kernels = [layer.kernel for layer in layers]
+    stored = _stored(base, plan.dtype, copies=kernels)
+    endpoints = _endpoints(model, plan)
+    artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
+    for endpoint in endpoints:
+        function = _without_rank(endpoint, layers, stored)
+        artifact.add(endpoint.name, function, endpoint.signature)
+    for b in plan.ranks:
+        for layer, kernel in zip(layers, kernels, strict=True):
+            _, target = stored[id(kernel)]
+            merged = tf.cast(kernel.value, tf.float32) + layer.delta_kernel(b)
+            target.assign(tf.cast(merged, target.dtype))
+        artifact.save(folder / f"rank_{b}", default="serve")
+        yield
+
+
+def _without_rank(endpoint, layers, stored):
+    def serve(**tensors):
+        with _reading(stored), _without_adapters(layers):
+            return endpoint.run(endpoint.prepare(tensors))
+
+    return serve
+
+
+class _Artifact:
+    """Signatures, traced once, and the state that they read.
+
+    Args:
+        sources: list of objects whose lookup tables may be read.
+    """
+
+    def __init__(self, sources):
+        self.sources = sources
+        self.functions = {}
+
+    def add(self, name, function, specs):
+        function = tf.function(function, autograph=False)
+        self.functions[name] = function.get_concrete_function(**specs)
+
+    def save(self, path, default):
+        # A plain module: a Keras model tracks each variable under two nodes,
+        # which `tf.saved_model.save` writes as two copies.
+        module = tf.Module()
+        module.parameters, module.tables = self._state()
+        for name, function in self.functions.items():
+            setattr(module, name, function)
+        signatures = {
+            **self.functions,
+            "serving_default": self.functions[default],
+        }
+        tf.saved_model.save(module, str(path), signatures=signatures)
+
+    def _state(self):
+        """Variables and tables that the functions read, and no others.
+
+        The words in the tables of the model's own tokenizer, for one, are
+        nobody's business.
+        """
+        functions = self.functions.values()
+        variables = {
+            id(v): v for f in functions for v in f.graph.variables
+        }  # fmt: skip
+        handles = {id(x) for f in functions for x in f.captured_inputs}
+        tables = {
+            id(x): x
+            for source in self.sources
+            for x in tf.train.TrackableView(source).descendants()
+            if isinstance(x, tf.saved_model.experimental.TrackableResource)
+            and id(x.resource_handle) in handles
+        }
+        return list(variables.values()), list(tables.values())
+
+
+def _stored(variables, dtype, copies=()):
+    """TensorFlow variables that stand in for those of Keras, by `id`.
+
+    Args:
+        variables: list of Keras variables.
+        dtype: str or `None`. Wider floats are stored in it.
+        copies: Keras variables that are to be replaced in any case.
+
+    Returns:
+        A dict of `id` to the Keras and the TensorFlow variable.
+    """
+    copied, stored = {id(v) for v in copies}, {}
+    for variable in variables:
+        value = tf.convert_to_tensor(variable.value)
+        narrow = (
+            dtype is not None
+            and value.dtype.is_floating
+            and value.dtype.size > tf.as_dtype(dtype).size
+        )
+        if narrow or id(variable) in copied:
+            value = tf.cast(value, dtype) if narrow else value
+            stored[id(variable)] = variable, tf.Variable(value)
+    return stored
+
+
+class _Substitution(keras.StatelessScope):
+    """Reads some variables from others; writes go to where they went.
+
+    The seed of a sampler is written inside a loop, out of which no tensor
+    may be kept.
+    """
+
+    def add_update(self, update):
+        variable, value = update
+        variable.value.assign(value)
+
+
+def _reading(stored):
+    """Makes Keras read the stored variables, in the dtype it expects."""
+    if not stored:
+        return contextlib.nullcontext()
+    return _Substitution(
+        [(v, tf.cast(x, v.dtype)) for v, x in stored.values()],
+        initialize_variables=False,
+    )
+
+
+@contextlib.contextmanager
+def _override(gates, value):
+    for gate in gates:
+        gate.override = value
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.override = None
+
+
+@contextlib.contextmanager
+def _without_adapters(layers):
+    """The layers as plain Keras ones, for the time of a trace."""
+    classes = [type(layer) for layer in layers]
+    for layer in layers:
+        set_class(layer, layer.base_class)
+    try:
+        yield
+    finally:
+        for layer, cls in zip(layers, classes, strict=True):
+            set_class(layer, cls)

@@ -1,0 +1,226 @@
+"""Compares artifacts with the live model, each rank, in a fresh process."""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora.attachment import layer_paths
+from keras_dylora.export import process
+
+# The largest difference for outputs up to 1, by the coarsest number format
+# on the way: parameters, computation, or the matrix units of a GPU or TPU.
+TOLERANCES = {
+    "float32": 1e-5,
+    "accelerator": 1e-2,
+    "float16": 1e-2,
+    "bfloat16": 5e-2,
+    "quantized": 5e-2,
+}
+LENGTH = 16  # of every free dimension but the batch
+TEXTS = ["", "A fine film, and a short one.", "two words", "🙂 emoji"]
+
+
+@dataclasses.dataclass
+class _Call:
+    """One call of a signature and what the live model makes of it."""
+
+    artifact: str
+    signature: str
+    inputs: dict
+    expected: dict
+
+
+def verify(model, folder, plan):
+    """Runs every artifact and compares its outputs with the live model's.
+
+    Args:
+        model: the model that was exported.
+        folder: `pathlib.Path`. What was written.
+        plan: `Plan`.
+
+    Returns:
+        A dict of signature or path to the largest difference.
+
+    Raises:
+        RuntimeError: if an output differs or the artifact doesn't run.
+    """
+    tolerance = max(TOLERANCES[x] for x in _precisions(model, plan))
+    calls = list(_calls(model, folder, plan))
+    differences = {}
+    for call, outputs in zip(calls, _run(calls, plan), strict=True):
+        name = str(pathlib.Path(call.artifact).relative_to(folder))
+        name = f"{name}/{call.signature}".removeprefix("./")
+        for key, expected in call.expected.items():
+            difference, limit = _compare(expected, outputs[key], tolerance)
+            if not difference <= limit:
+                raise RuntimeError(
+                    "The artifact must give the live model's outputs; nothing "
+                    f"was written. Received: a difference of {difference:.3g} "
+                    f"in {key!r} of {name}, above {limit:.3g}"
+                )
+            differences[name] = max(difference, differences.get(name, 0.0))
+    return differences
+
+
+def _precisions(model, plan):
+    layers = [model, *layer_paths(model).values()]
+    found = {"float32", plan.dtype or "float32"}
+    found |= {x.compute_dtype for x in layers} & set(TOLERANCES)
+    if any(getattr(x, "quantization_mode", None) for x in layers):
+        found.add("quantized")
+    # GPUs and TPUs may multiply in a shorter format; the artifact is run on
+    # the CPU.
+    device = model.weights[0].value.device
+    if "cpu" not in str(device).lower():
+        found.add("accelerator")
+    return found
+
+
+def _compare(expected, received, tolerance):
+    """The largest difference, and the largest that is allowed."""
+    if expected.shape != received.shape:
+        return np.inf, 0.0
+    if expected.dtype.kind not in "fV":
+        return float(np.sum(expected != received)), 0.0
+    expected = np.asarray(expected, "float64")
+    difference = np.abs(expected - np.asarray(received, "float64"))
+    scale = max(1.0, np.abs(expected).max(initial=0.0))
+    return float(difference.max(initial=0.0)), tolerance * scale
+
+
+def _run(calls, plan):
+    """The outputs of the calls, from a process without Keras."""
+    request = {"format": plan.format, "calls": []}
+    request["blocked"] = ["keras_dylora", "keras_hub"]
+    # tensorflow-text has the tokenizer's operations, and imports Keras itself.
+    request["imports"] = ["tensorflow_text"] if plan.text else []
+    if not plan.text:
+        request["blocked"].append("keras")
+    with tempfile.TemporaryDirectory(prefix="keras_dylora-") as temporary:
+        temporary = pathlib.Path(temporary)
+        for i, call in enumerate(calls):
+            np.savez(temporary / f"{i}.inputs.npz", **call.inputs)
+            request["calls"].append(
+                {
+                    "name": str(i),
+                    "artifact": call.artifact,
+                    "signature": call.signature,
+                }
+            )
+        (temporary / "request.json").write_text(json.dumps(request))
+        script = pathlib.Path(__file__).with_name("check.py")
+        try:
+            # -P: this folder's modules must not hide others of their name.
+            process.run(["-P", str(script), str(temporary)], temporary)
+        except process.ChildError as error:
+            raise RuntimeError(
+                "The artifact must run in a process without keras_dylora; "
+                f"nothing was written. Received: {error}"
+            ) from error
+        for i in range(len(calls)):
+            with np.load(temporary / f"{i}.outputs.npz") as file:
+                yield dict(file)
+
+
+def _calls(model, folder, plan):
+    """The calls to make, with the live model's outputs."""
+    batch = max(2, len(plan.ranks))
+    samples = {"serve": (_tensors(model, plan, batch), {})}
+    if plan.text:
+        texts = np.array([TEXTS[i % len(TEXTS)] for i in range(batch)])
+        samples["serve_text"] = _tokens(model, texts), {"text": texts}
+    if plan.generate and not model.sampler.variables:
+        # A sampler that draws can't be compared across backends.
+        never = {"end_token_id": np.array(-1, "int32")}
+        samples["generate"] = _prompts(samples["serve"][0]), never
+    for name, (tensors, extra) in samples.items():
+        live = {b: _live(model, plan, name, tensors, b) for b in plan.ranks}
+        given = extra if name == "serve_text" else {**tensors, **extra}
+        for b, expected in live.items():
+            if plan.layout == "merged":
+                yield _Call(str(folder / f"rank_{b}"), name, given, expected)
+            elif name != "serve_text":
+                fixed = f"{name}_rank_{b}".removeprefix("serve_")
+                yield _Call(str(folder), fixed, given, expected)
+        if plan.layout == "shared":
+            rows = [plan.ranks[i % len(plan.ranks)] for i in range(batch)]
+            mixed = {
+                key: np.stack([live[b][key][i] for i, b in enumerate(rows)])
+                for key in live[rows[0]]
+            }
+            for rank, expected in (
+                (np.array(rows, "int32"), mixed),
+                (np.array(rows[-1], "int32"), live[rows[-1]]),
+            ):
+                inputs = {**given, "rank": rank}
+                yield _Call(str(folder), name, inputs, expected)
+
+
+def _tensors(model, plan, batch):
+    """Random inputs; a row of integers is ones up to some length."""
+    rng = np.random.default_rng(0)
+    backbone = getattr(model, "backbone", None)
+    longest = getattr(backbone, "max_sequence_length", None) or LENGTH
+    lengths = rng.integers(1, LENGTH + 1, batch)
+    tensors = {}
+    for spec in plan.inputs.specs:
+        shape = [min(LENGTH, longest) if d is None else d for d in spec.shape]
+        shape[0] = batch
+        if spec.dtype.startswith(("float", "bfloat")):
+            value = rng.normal(size=shape)
+        elif spec.name == "token_ids" and backbone is not None:
+            value = rng.integers(0, backbone.vocabulary_size, shape)
+        else:
+            value = np.arange(shape[-1]) < lengths.reshape(
+                batch, *[1] * (len(shape) - 1)
+            )
+            value = np.broadcast_to(value, shape)
+        tensors[spec.name] = np.asarray(value, spec.dtype)
+    return tensors
+
+
+def _prompts(tensors):
+    """The first halves of the samples, as prompts to go on from."""
+    first = np.arange(LENGTH) < LENGTH // 2
+    return {
+        "token_ids": tensors["token_ids"] * first,
+        "padding_mask": np.broadcast_to(
+            first, tensors["token_ids"].shape
+        ).astype(tensors["padding_mask"].dtype),
+    }
+
+
+def _tokens(model, texts):
+    """The model's inputs, as `predict` makes them in a `tf.data` pipeline."""
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(texts).batch(len(texts))
+    batch = next(dataset.map(model.preprocessor).as_numpy_iterator())
+    return keras.utils.unpack_x_y_sample_weight(batch)[0]
+
+
+def _live(model, plan, name, tensors, rank):
+    """Outputs of the live model as a dict of arrays."""
+    tensors = {k: ops.convert_to_tensor(v) for k, v in tensors.items()}
+    with model.rank_scope(rank):
+        if name == "generate":
+            outputs = model.make_generate_function()(
+                tensors, stop_token_ids=None
+            )
+        else:
+            outputs = model(plan.inputs.pack(tensors), training=False)
+    if not isinstance(outputs, dict):
+        flat = keras.tree.flatten(outputs)
+        outputs = {f"output_{i}": x for i, x in enumerate(flat)}
+    return {k: _array(x) for k, x in outputs.items()}
+
+
+def _array(tensor):
+    if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
+        tensor = ops.cast(tensor, "float32")
+    return ops.convert_to_numpy(tensor)

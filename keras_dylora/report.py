@@ -1,0 +1,258 @@
+"""RankReport: the metrics of one model at many ranks."""
+
+import io
+import json
+import math
+import os
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "rmse")
+
+
+class RankReport:
+    """The metrics of one model at many ranks.
+
+    Args:
+        metrics: dict of rank to dict of metric name to value.
+        min_rank: int. The lowest rank that was trained; ranks below it are
+            marked as untrained.
+
+    Example:
+
+    ```python
+    report = keras_dylora.evaluate_ranks(clf, val_texts, val_labels)
+    print(report)
+    report.plot("ranks.png", others={"LoRA 8": lora_report})
+    report.metrics[4]["accuracy"]
+    ```
+    """
+
+    def __init__(self, metrics, min_rank=1):
+        self.metrics = {
+            int(b): {name: float(v) for name, v in values.items()}
+            for b, values in sorted(metrics.items())
+        }
+        self.min_rank = min_rank
+
+    @property
+    def ranks(self):
+        """The evaluated ranks, ascending."""
+        return list(self.metrics)
+
+    @property
+    def metric_names(self):
+        """Names of the metrics, `loss` last."""
+        names = list(next(iter(self.metrics.values())))
+        return sorted(names, key=lambda name: name == "loss")
+
+    def is_trained(self, rank):
+        """Whether a rank was trained: not the base, not below `min_rank`."""
+        return rank >= max(self.min_rank, 1)
+
+    def values(self, metric):
+        """The values of one metric, in the order of `ranks`.
+
+        Raises:
+            ValueError: if there is no such metric.
+        """
+        if metric not in self.metric_names:
+            raise ValueError(
+                f"`metric` must be one of {self.metric_names}. "
+                f"Received: metric={metric!r}"
+            )
+        return [values[metric] for values in self.metrics.values()]
+
+    def best(self, metric, tolerance=0, mode="auto"):
+        """The smallest trained rank within a tolerance of the best one.
+
+        Args:
+            metric: str. Name of the metric.
+            tolerance: float. How much worse than the best a rank may be, in
+                the units of the metric. Defaults to `0`.
+            mode: `"max"`, `"min"` or `"auto"`. Defaults to `"auto"`, `"min"`
+                for losses and errors.
+
+        Returns:
+            int.
+
+        Raises:
+            ValueError: if the metric or the mode is unknown, the tolerance is
+                negative, or no trained rank has a finite value.
+
+        Example:
+
+        ```python
+        clf.set_rank(report.best("accuracy", tolerance=0.005))
+        ```
+        """
+        if mode not in ("auto", "max", "min"):
+            raise ValueError(
+                '`mode` must be "auto", "max" or "min". '
+                f"Received: mode={mode!r}"
+            )
+        if not tolerance >= 0:
+            raise ValueError(
+                "`tolerance` must not be negative. "
+                f"Received: tolerance={tolerance!r}"
+            )
+        if mode == "auto":
+            low = any(word in metric.lower() for word in _LOWER_IS_BETTER)
+            mode = "min" if low else "max"
+        sign = -1 if mode == "min" else 1
+        scores = {
+            b: sign * value
+            for b, value in zip(self.ranks, self.values(metric), strict=True)
+            if self.is_trained(b) and math.isfinite(value)
+        }
+        if not scores:
+            raise ValueError(
+                f"A trained rank must have a finite {metric!r}. "
+                f"Received: {self.metrics}"
+            )
+        top = max(scores.values())
+        # The slack lets a rank that is exactly the tolerance away pass.
+        slack = 1e-9 * max(1.0, abs(top))
+        return min(b for b, s in scores.items() if s >= top - tolerance - slack)
+
+    def area(self, metric):
+        """Area under the metric over the ranks from 1, divided by its width.
+
+        So it is in the units of the metric: the mean height of the curve.
+
+        Raises:
+            ValueError: if the metric is unknown or only rank 0 was evaluated.
+        """
+        points = [
+            (b, value)
+            for b, value in zip(self.ranks, self.values(metric), strict=True)
+            if b > 0
+        ]
+        if not points:
+            raise ValueError(
+                "The area needs a rank above 0. "
+                f"Received: ranks={self.ranks}"
+            )
+        b, value = map(np.asarray, zip(*points, strict=True))
+        if len(b) == 1:
+            return float(value[0])
+        return float(np.trapezoid(value, b) / (b[-1] - b[0]))
+
+    def __str__(self):
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("rank", justify="right")
+        for name in self.metric_names:
+            table.add_column(name, justify="right")
+        marks = not all(map(self.is_trained, self.ranks))
+        if marks:
+            table.add_column("")
+        for b in self.ranks:
+            row = [str(b)]
+            row += [f"{self.metrics[b][n]:.4f}" for n in self.metric_names]
+            if marks:
+                untrained = "base model" if b == 0 else "untrained"
+                row.append("" if self.is_trained(b) else untrained)
+            table.add_row(*row)
+        console = Console(file=io.StringIO(), width=200, color_system=None)
+        console.print(table)
+        lines = console.file.getvalue().splitlines()
+        return "\n".join(line.rstrip() for line in lines if line.strip())
+
+    def __repr__(self):
+        return f"RankReport(ranks={self.ranks}, metrics={self.metric_names})"
+
+    def to_json(self, path=None):
+        """The report as JSON, also written to `path` if one is given.
+
+        Returns:
+            str: `{"min_rank": 1, "metrics": {"1": {"accuracy": …}, …}}`.
+        """
+        text = json.dumps(
+            {"min_rank": self.min_rank, "metrics": self.metrics}, indent=2
+        )
+        if path is not None:
+            _write(path, lambda beside: beside.write(text.encode()))
+        return text
+
+    def plot(self, path=None, metric=None, rank=None, others=None):
+        """Draws a metric over the ranks and marks the chosen rank.
+
+        Untrained ranks are drawn hollow.
+
+        Args:
+            path: str or path of the picture, whose ending gives the format.
+                Defaults to `None`: nothing is written.
+            metric: str. Defaults to `None`, the first one.
+            rank: int. The chosen rank. Defaults to `None`, `best(metric)`.
+            others: dict of label to `RankReport` to draw beside, such as a
+                fixed-rank LoRA. Defaults to `None`.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ValueError: if the metric is unknown or the rank wasn't evaluated.
+            ImportError: if matplotlib isn't installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
+        except ImportError as error:
+            raise ImportError(
+                "`plot` needs matplotlib: pip install matplotlib"
+            ) from error
+        metric = metric or self.metric_names[0]
+        rank = self.best(metric) if rank is None else rank
+        if rank not in self.metrics:
+            raise ValueError(
+                f"`rank` must be one of {self.ranks}. Received: rank={rank!r}"
+            )
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for label, report in {"DyLoRA": self, **(others or {})}.items():
+            values = report.values(metric)
+            (line,) = axes.plot(
+                report.ranks, values, marker="o", mfc="white", label=label
+            )
+            trained = [
+                (b, value)
+                for b, value in zip(report.ranks, values, strict=True)
+                if report.is_trained(b)
+            ]
+            axes.plot(
+                *zip(*trained, strict=True), "o", color=line.get_color()
+            )
+        axes.plot(
+            rank,
+            self.metrics[rank][metric],
+            "o",
+            ms=14,
+            mfc="none",
+            mec="black",
+            label=f"chosen: rank {rank}",
+        )
+        axes.set_xlabel("rank (hollow: untrained)")
+        axes.set_ylabel(metric)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        if path is not None:
+            kind = os.path.splitext(path)[1].lstrip(".") or "png"
+            _write(path, lambda beside: figure.savefig(beside, format=kind))
+        return figure
+
+
+def _write(path, write):
+    """Writes a file beside its place, then renames it."""
+    beside = f"{os.fspath(path)}.partial"
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+        os.replace(beside, path)
+    except BaseException:
+        if os.path.exists(beside):
+            os.remove(beside)
+        raise

@@ -1,0 +1,99 @@
+"""Small models and data for the tests."""
+
+import keras
+import keras_hub
+import numpy as np
+
+import keras_dylora as kd
+
+VOCABULARY = 97
+
+
+def randomize(model, seed=0, scale=0.3):
+    """Gives every weight a NumPy-made value: the same on every backend."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        value = rng.normal(size=weight.shape) * scale
+        weight.assign(value.astype("float32"))
+    return model
+
+
+def randomize_adapters(model, seed=1, scale=0.2):
+    """Gives the up projections values: at zero, every rank is the base."""
+    rng = np.random.default_rng(seed)
+    for layer in model.dylora_layers:
+        for weight in (layer.down, layer.up):
+            value = rng.normal(size=weight.shape) * scale
+            weight.assign(value.astype("float32"))
+    return model
+
+
+def mlp(frozen=False, rank=4, seed=0, **kwargs):
+    """A functional model of two adapted layers and a trained head."""
+    inputs = keras.Input((10,))
+    common = {"rank": rank, "alpha": 8, "frozen": frozen, **kwargs}
+    x = kd.DyLoRADense(12, "tanh", name="first", **common)(inputs)
+    x = kd.DyLoRADense(6, name="second", **common)(x)
+    outputs = keras.layers.Dense(3, name="head")(x)
+    return kd.DyLoRAModel(inputs, outputs, seed=seed)
+
+
+def mlp_data(size=64, seed=0):
+    rng = np.random.default_rng(seed)
+    return (
+        rng.normal(size=(size, 10)).astype("float32"),
+        rng.normal(size=(size, 3)).astype("float32"),
+    )
+
+
+def roberta_backbone(dropout=0.0, **kwargs):
+    return keras_hub.models.RobertaBackbone(
+        **{
+            "vocabulary_size": VOCABULARY,
+            "num_layers": 2,
+            "num_heads": 2,
+            "hidden_dim": 16,
+            "intermediate_dim": 24,
+            "max_sequence_length": 12,
+            "dropout": dropout,
+            **kwargs,
+        }
+    )
+
+
+def roberta_classifier(dropout=0.0, preprocessor=None, **kwargs):
+    return keras_hub.models.RobertaTextClassifier(
+        roberta_backbone(dropout, **kwargs),
+        num_classes=2,
+        dropout=dropout,
+        preprocessor=preprocessor,
+    )
+
+
+def gpt2(dropout=0.0, preprocessor=None):
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=24,
+        max_sequence_length=16,
+        dropout=dropout,
+    )
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=preprocessor)
+
+
+def tokens(size=32, length=8, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, length + 1, size)
+    mask = np.arange(length) < lengths[:, None]
+    ids = rng.integers(1, VOCABULARY, (size, length)) * mask
+    return {"token_ids": ids.astype("int32"), "padding_mask": mask}
+
+
+def labels(size=32, seed=1):
+    return np.random.default_rng(seed).integers(0, 2, size).astype("int32")
+
+
+def classification_loss():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
