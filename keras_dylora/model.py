@@ -354,6 +354,9 @@ class DyLoRAModel(keras.Model):
 
     def make_train_function(self, force=False):
         self._prepare()
+        if self.optimizer is not None and not self.optimizer.built:
+            # Before the first trace: it looks for the optimizer's variables.
+            self.optimizer.build(self.trainable_variables)
         return super().make_train_function(force)
 
     def train_step(self, *args):

@@ -77,7 +77,7 @@ def count_compilations(model):
         return
     names = [
         name
-        for name in ("train_step", "test_step", "generate_step")
+        for name in ("train_step", "test_step", "predict_step", "generate_step")
         if hasattr(model, name)
     ]
 

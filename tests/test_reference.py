@@ -29,7 +29,7 @@ def reference_layer(frozen):
 
 def loss_of(layer, x):
     upstream = REFERENCE["upstream"].astype("float32")
-    return lambda: keras.ops.sum(layer(x) * upstream)
+    return lambda: keras.ops.sum(keras.ops.multiply(layer(x), upstream))
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])

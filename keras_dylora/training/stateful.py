@@ -7,8 +7,6 @@ from keras_dylora.training import step
 
 def train_step(model, keras_step, data):
     """Runs one DyLoRA step on `data` and returns its logs."""
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
     gates = [gate.variable for gate in model._dylora.gates]
     inference = [ops.copy(gate) for gate in gates]
     previous = {id(v): ops.copy(v) for v in step.watched(model)}

@@ -1,6 +1,7 @@
 """The step of JAX: `train_step(state, data)` returns a new state."""
 
 import keras
+from keras import ops
 
 from keras_dylora.training import step
 
@@ -14,7 +15,9 @@ def train_step(model, keras_step, state, data):
         previous = {
             id(v): scope.get_current_value(v) for v in step.watched(model)
         }
-        previous["iterations"] = model.optimizer.iterations
+        previous["iterations"] = ops.convert_to_tensor(
+            model.optimizer.iterations
+        )
         rank = step.begin(model)
     state = (trainable, _values(scope, model)[1], optimizer, metrics)
     logs, state = keras_step(state, data)
