@@ -28,7 +28,10 @@ class RankGate:
         self.active_rank = rank
         self.override = None
         self.variable = keras.Variable(
-            np.full((rank,), alpha / rank, dtype="float32"),
+            # Callable, as a layer may be built while JAX traces.
+            lambda shape, dtype: ops.full(shape, alpha / rank, dtype),
+            shape=(rank,),
+            dtype="float32",
             trainable=False,
             autocast=False,
             aggregation="only_first_replica",

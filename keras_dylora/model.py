@@ -378,6 +378,11 @@ class DyLoRAModel(keras.Model):
 
     def load_own_variables(self, store):
         self._prepare()
+        if not store.keys():
+            raise ValueError(
+                "The file holds no DyLoRA state. Load the weights of a base "
+                f"model before you enable DyLoRA. Received: {self.name}"
+            )
         random_state = self._random_state()
         own = {k: store[k] for k in store.keys() if k not in random_state}
         super().load_own_variables(own)

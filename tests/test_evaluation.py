@@ -1,0 +1,167 @@
+"""evaluate_ranks and RankEvaluation."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dylora as kd
+from tests import backend
+from tests.models import classification_loss
+from tests.models import labels
+from tests.models import mlp
+from tests.models import mlp_data
+from tests.models import randomize_adapters
+from tests.models import roberta_classifier
+from tests.models import tokens
+from tests.text import TEXTS
+from tests.text import text_classifier
+
+
+def compiled():
+    model = randomize_adapters(mlp())
+    model.compile("adam", "mse", metrics=["mae"])
+    return model
+
+
+def test_every_rank_is_what_evaluate_says():
+    model, (x, y) = compiled(), mlp_data()
+    model.set_rank(3)
+    report = kd.evaluate_ranks(model, x, y, ranks=range(5), verbose=0)
+    assert report.ranks == [0, 1, 2, 3, 4] and model.rank == 3
+    for rank, metrics in report.metrics.items():
+        with model.rank_scope(rank):
+            expected = model.evaluate(x, y, verbose=0, return_dict=True)
+        assert metrics == pytest.approx(expected)
+
+
+def test_datasets_and_sample_weights():
+    import tensorflow as tf
+
+    model, (x, y) = compiled(), mlp_data()
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    one = kd.evaluate_ranks(model, data, verbose=0).metrics
+    two = kd.evaluate_ranks(model, x, y, batch_size=8, verbose=0).metrics
+    for rank in one:
+        assert one[rank] == pytest.approx(two[rank])
+    weight = np.arange(len(x), dtype="float32")
+    weighted = kd.evaluate_ranks(model, x, y, sample_weight=weight, verbose=0)
+    assert weighted.metrics[2]["loss"] != two[2]["loss"]
+
+
+def test_strings_are_preprocessed_once():
+    model = text_classifier()
+    kd.enable_dylora(model, rank=4)
+    randomize_adapters(model)
+    model.compile("adam", classification_loss(), metrics=["accuracy"])
+    y = np.array([0, 1, 0, 1])
+    preprocessor = model.preprocessor
+    calls = []
+    original = model.preprocess_samples
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    object.__setattr__(model, "preprocess_samples", counted)
+    report = kd.evaluate_ranks(model, TEXTS, y, batch_size=2, verbose=0)
+    assert len(calls) == 1
+    object.__delattr__(model, "preprocess_samples")
+    assert model.preprocessor is preprocessor
+    for rank in range(1, 5):
+        with model.rank_scope(rank):
+            expected = model.evaluate(
+                TEXTS, y, batch_size=2, verbose=0, return_dict=True
+            )
+        assert report.metrics[rank] == pytest.approx(expected, rel=1e-5)
+
+
+def test_untrained_ranks_are_marked():
+    model = roberta_classifier()
+    kd.enable_dylora(model, rank=4, min_rank=4)  # fixed-rank LoRA
+    model.compile("adam", classification_loss(), metrics=["accuracy"])
+    report = kd.evaluate_ranks(
+        model, tokens(), labels(), ranks=[0, 2, 4], verbose=0
+    )
+    text = str(report)
+    assert text.count("untrained") == 1 and "base model" in text
+    assert report.best("accuracy", tolerance=1.0) == 4
+
+
+def test_progress_bar(capsys):
+    kd.evaluate_ranks(compiled(), *mlp_data())
+    assert "4/4" in capsys.readouterr().out
+
+
+def test_callback_logs_every_rank(tmp_path):
+    model, (x, y) = compiled(), mlp_data()
+    history = model.fit(
+        x,
+        y,
+        epochs=4,
+        verbose=0,
+        callbacks=[
+            kd.RankEvaluation((x, y), ranks=[1, 4], every=2),
+            keras.callbacks.CSVLogger(tmp_path / "all.csv"),
+        ],
+    ).history
+    assert len(history["val_rank1_loss"]) == 2
+    with model.rank_scope(4):
+        expected = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert history["val_rank4_mae"][-1] == pytest.approx(expected["mae"])
+    model.fit(
+        x,
+        y,
+        verbose=0,
+        callbacks=[
+            kd.RankEvaluation((x, y)),
+            keras.callbacks.CSVLogger(tmp_path / "each.csv"),
+        ],
+    )
+    with open(tmp_path / "each.csv") as file:
+        assert "val_rank4_mae" in next(csv.reader(file))
+
+
+def test_callback_does_not_disturb_training():
+    x, y = mlp_data()
+    results = []
+    for callbacks in ([], [kd.RankEvaluation((x, y))]):
+        model = mlp()
+        for i, weight in enumerate(model.weights):
+            rng = np.random.default_rng(i)
+            weight.assign(rng.normal(size=weight.shape).astype("float32"))
+        model.compile("adam", "mse")
+        model.fit(
+            x, y, epochs=3, shuffle=False, verbose=0, callbacks=callbacks
+        )
+        results.append(backend.snapshot(model.weights))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"ranks": [5]}, ValueError, "rank=5"),
+        ({"ranks": [-1]}, ValueError, "rank=-1"),
+        ({"ranks": [1.0]}, TypeError, "integer"),
+        ({"ranks": []}, ValueError, "`ranks`"),
+    ],
+)
+def test_bad_ranks(arguments, error, message):
+    with pytest.raises(error, match=message):
+        kd.evaluate_ranks(compiled(), *mlp_data(), verbose=0, **arguments)
+
+
+def test_bad_data():
+    model, (x, y) = compiled(), mlp_data()
+    with pytest.raises(ValueError, match="empty"):
+        kd.evaluate_ranks(model, x[:0], y[:0])
+    with pytest.raises(ValueError, match="iterator"):
+        kd.evaluate_ranks(model, iter([(x, y)]))
+    with pytest.raises(ValueError, match="enable_dylora"):
+        kd.evaluate_ranks(roberta_classifier(), tokens(), labels())
+    with pytest.raises(ValueError, match="`every`"):
+        kd.RankEvaluation((x, y), every=0)
+    assert model.rank == 4

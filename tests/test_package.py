@@ -1,0 +1,70 @@
+"""What importing does, and the former name of KerasHub."""
+
+import json
+import pathlib
+
+import pytest
+
+import keras_dylora as kd
+from tests import backend
+
+PUBLIC = {
+    "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
+    "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
+    "disable_dylora", "enable_dylora", "evaluate_ranks", "load_adapter",
+    "merge", "save_adapter", "truncate",
+}  # fmt: skip
+
+
+def test_public_names():
+    assert all(hasattr(kd, name) for name in PUBLIC)
+    assert all(getattr(kd, name).__doc__ for name in PUBLIC)
+
+
+@pytest.mark.parametrize("name", backend.BACKENDS)
+def test_importing_loads_neither_keras_hub_nor_another_backend(name):
+    modules = json.loads(
+        backend.run_python(
+            "import json, sys, keras\n"
+            "before = set(sys.modules)\n"
+            "import keras_dylora\n"
+            "print(json.dumps(sorted(set(sys.modules) - before)))",
+            backend=name,
+        ).splitlines()[-1]
+    )
+    roots = {module.split(".")[0] for module in modules}
+    foreign = {"keras_hub", "matplotlib", "peft", "transformers"}
+    assert not roots & (foreign | set(backend.BACKENDS))
+
+
+def test_keras_nlp_is_the_same():
+    import keras_hub
+    import keras_nlp
+
+    assert keras_nlp.models.RobertaTextClassifier is (
+        keras_hub.models.RobertaTextClassifier
+    )
+    backbone = keras_nlp.models.RobertaBackbone(
+        vocabulary_size=50,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=8,
+        max_sequence_length=8,
+    )
+    model = keras_nlp.models.RobertaTextClassifier(
+        backbone, num_classes=2, preprocessor=None
+    )
+    kd.enable_dylora(model, rank=2)
+    assert len(model.dylora_layers) == 2
+
+
+def test_backends_are_known_in_two_places_only():
+    package = pathlib.Path(kd.__file__).parent
+    knowing = {
+        path.relative_to(package).parts[0]
+        for path in package.rglob("*.py")
+        if "backend.backend()" in path.read_text()
+        or "keras.src" in path.read_text()
+    }
+    assert knowing <= {"training", "export"}

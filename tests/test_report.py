@@ -1,0 +1,89 @@
+"""RankReport: choice, area, table, JSON, plot."""
+
+import json
+
+import pytest
+
+import keras_dylora as kd
+
+ACCURACY = {1: 0.80, 2: 0.84, 3: 0.85, 4: 0.855}
+
+
+def report(values=ACCURACY, min_rank=1, name="accuracy"):
+    return kd.RankReport(
+        {b: {"loss": 1 - v, name: v} for b, v in values.items()}, min_rank
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "tolerance", "mode", "rank"),
+    [
+        ("accuracy", 0, "auto", 4),
+        ("accuracy", 0.005, "auto", 3),
+        ("accuracy", 0.015, "max", 2),
+        ("accuracy", 1, "auto", 1),
+        ("loss", 0.005, "auto", 3),
+        ("accuracy", 0, "min", 1),
+    ],
+)
+def test_best(metric, tolerance, mode, rank):
+    assert report().best(metric, tolerance, mode) == rank
+
+
+def test_best_leaves_out_untrained_and_infinite_ranks():
+    values = {0: 0.99, 1: 0.98, 2: float("nan"), 3: 0.7, 4: 0.7}
+    assert report(values, min_rank=2).best("accuracy") == 3
+
+
+def test_area_is_the_mean_height():
+    assert report({1: 0.0, 3: 1.0}).area("accuracy") == pytest.approx(0.5)
+    assert report({0: 9.0, 2: 0.7}).area("accuracy") == pytest.approx(0.7)
+
+
+def test_table():
+    lines = str(report(min_rank=3)).splitlines()
+    assert lines[0].split() == ["rank", "accuracy", "loss"]
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "4"]
+    assert [("untrained" in line) for line in lines[2:]] == [
+        True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_json(tmp_path):
+    text = report().to_json(tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_text() == text
+    saved = json.loads(text)
+    assert saved["metrics"]["2"]["accuracy"] == 0.84
+    assert saved["min_rank"] == 1
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_plot(ending, tmp_path):
+    path = tmp_path / f"ranks.{ending}"
+    figure = report().plot(
+        path, rank=3, others={"LoRA 4": report(min_rank=4)}
+    )
+    assert path.stat().st_size > 1000
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["DyLoRA", "LoRA 4", "chosen: rank 3"]
+    assert axes.get_ylabel() == "accuracy"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r, p: r.best("f1"), "metric='f1'"),
+        (lambda r, p: r.best("accuracy", mode="high"), "mode='high'"),
+        (lambda r, p: r.best("accuracy", -1), "tolerance=-1"),
+        (lambda r, p: r.plot(p / "a.png", rank=7), "rank=7"),
+        (lambda r, p: r.plot(p / "a.png", metric="f1"), "metric='f1'"),
+        (lambda r, p: r.plot(p / "a.nonsense"), "nonsense"),
+    ],
+    ids=["metric", "mode", "tolerance", "rank", "plot-metric", "format"],
+)
+def test_bad_arguments(call, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        call(report(), tmp_path)
+    assert list(tmp_path.iterdir()) == []

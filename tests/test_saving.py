@@ -1,0 +1,315 @@
+"""Files: .keras, .weights.h5, adapters; fresh processes, other backends."""
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dylora as kd
+from tests import backend
+from tests.models import classification_loss
+from tests.models import gpt2
+from tests.models import labels
+from tests.models import mlp
+from tests.models import mlp_data
+from tests.models import randomize
+from tests.models import randomize_adapters
+from tests.models import roberta_classifier
+from tests.models import tokens
+
+LOAD = """
+import sys, keras, keras_dylora, numpy as np
+model = keras.saving.load_model(sys.argv[1])
+with np.load(sys.argv[2]) as data:
+    inputs = {k: data[k] for k in data.files if not k.startswith("rank")}
+    assert model.rank == 2, model.rank
+    for rank in range(1, 5):
+        model.set_rank(rank)
+        found = model.predict(inputs, verbose=0)
+        assert np.abs(found - data[f"rank{rank}"]).max() <= 1e-5
+print(int(keras.ops.convert_to_numpy(model._ranks_drawn)))
+print(int(keras.ops.convert_to_numpy(model.optimizer.iterations)))
+labels = np.zeros(found.shape[:1] if found.ndim == 2 else found.shape[:2])
+print(model.fit(inputs, labels, verbose=0).history["loss"][0])
+"""
+
+
+def trained(make, frozen=False):
+    model = randomize(make(), scale=0.1)
+    kd.enable_dylora(model, rank=4, frozen=frozen, seed=7)
+    randomize_adapters(model)
+    model.compile(keras.optimizers.AdamW(1e-3), classification_loss())
+    y = labels() if make is roberta_classifier else tokens()["token_ids"]
+    model.fit(tokens(), y, batch_size=8, epochs=2, verbose=0)
+    return model
+
+
+def ranks_of(model, x):
+    return {
+        f"rank{rank}": _at(model, rank, x)
+        for rank in range(1, model.dylora_config.rank + 1)
+    }
+
+
+def _at(model, rank, x):
+    with model.rank_scope(rank):
+        return model.predict(x, verbose=0)
+
+
+@pytest.mark.parametrize("target", backend.BACKENDS)
+@pytest.mark.parametrize(
+    "make", [roberta_classifier, gpt2], ids=["roberta", "gpt2"]
+)
+def test_keras_file_in_a_fresh_process(make, target, tmp_path):
+    model = trained(make)
+    x = tokens()
+    np.savez(tmp_path / "data.npz", **x, **ranks_of(model, x))
+    model.set_rank(2)
+    model.save(tmp_path / "model.keras")
+    printed = backend.run_python(
+        LOAD,
+        tmp_path / "model.keras",
+        tmp_path / "data.npz",
+        backend=target,
+    ).split()
+    assert printed[:2] == ["8", "8"]
+    assert np.isfinite(float(printed[2]))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
+def test_loading_goes_on_where_saving_stopped(frozen, tmp_path):
+    model = trained(roberta_classifier, frozen)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.dylora_config == model.dylora_config
+    for m in (model, again):
+        m.fit(tokens(), labels(), batch_size=8, verbose=0, shuffle=False)
+    for a, b in zip(
+        backend.snapshot(model.trainable_variables),
+        backend.snapshot(again.trainable_variables),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    kd.disable_dylora(again)
+    assert all(w.trainable for w in again.weights)
+
+
+def test_weights_file(tmp_path):
+    model = trained(roberta_classifier, frozen=True)
+    model.set_rank(3)
+    model.save_weights(tmp_path / "model.weights.h5")
+    again = roberta_classifier()
+    kd.enable_dylora(again, rank=4, frozen=True, seed=7)
+    again.load_weights(tmp_path / "model.weights.h5")
+    assert again.rank == 3
+    assert int(backend.to_numpy(again._ranks_drawn)) == 8
+    for rank, expected in ranks_of(model, tokens()).items():
+        found = _at(again, int(rank[4:]), tokens())
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_base_weights_into_an_enabled_model(tmp_path):
+    base = roberta_classifier()
+    base.save_weights(tmp_path / "base.weights.h5")
+    model = kd.enable_dylora(roberta_classifier(), rank=4)
+    with pytest.raises(ValueError, match="before you enable"):
+        model.load_weights(tmp_path / "base.weights.h5")
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
+def test_backup_and_restore_resumes_to_the_same_weights(frozen, tmp_path):
+    x, y = tokens(), labels()
+
+    def start():
+        model = randomize(roberta_classifier(dropout=0.1), scale=0.1)
+        kd.enable_dylora(model, rank=4, frozen=frozen, dropout=0.1)
+        randomize_adapters(model)
+        for generator in _seed_generators(model):
+            generator.state.assign([5, 0])
+        optimizer = keras.optimizers.AdamW(1e-3, gradient_accumulation_steps=3)
+        model.compile(optimizer, classification_loss())
+        return model
+
+    through = start()
+    through.fit(x, y, batch_size=8, epochs=4, verbose=0)
+
+    def stop(epoch, logs):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    callbacks = [backup, keras.callbacks.LambdaCallback(on_epoch_end=stop)]
+    with pytest.raises(KeyboardInterrupt):
+        start().fit(
+            x, y, batch_size=8, epochs=4, verbose=0, callbacks=callbacks
+        )
+    resumed = start()
+    resumed.fit(x, y, batch_size=8, epochs=4, verbose=0, callbacks=[backup])
+    for a, b in zip(
+        backend.snapshot(through.trainable_variables),
+        backend.snapshot(resumed.trainable_variables),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def _seed_generators(model):
+    return [g for y in model._flatten_layers() for g in y._seed_generators]
+
+
+def test_a_newer_format(tmp_path):
+    config = trained(roberta_classifier).get_config()
+    with pytest.raises(ValueError, match="newer.*format_version=99"):
+        kd.DyLoRAModel.from_config({**config, "format_version": 99})
+
+
+def test_functional_model_saves_and_loads(tmp_path):
+    model = randomize_adapters(mlp(frozen=True, seed=2))
+    model.compile("adam", "mse")
+    model.fit(*mlp_data(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.dylora_config == model.dylora_config
+    x, _ = mlp_data()
+    for rank, expected in ranks_of(model, x).items():
+        found = _at(again, int(rank[4:]), x)
+        np.testing.assert_array_equal(found, expected)
+
+
+# Adapter files
+
+
+@pytest.mark.parametrize("rank", range(1, 5))
+def test_adapter_round_trip_at_every_rank(rank, tmp_path):
+    model = trained(roberta_classifier)
+    kd.save_adapter(model, tmp_path / "adapter", rank=rank)
+    other = kd.load_adapter(
+        randomize(roberta_classifier(), scale=0.1), tmp_path / "adapter"
+    )
+    assert other.dylora_config.rank == rank
+    expected = ranks_of(model, tokens())
+    for b in range(1, rank + 1):
+        found = _at(other, b, tokens())
+        np.testing.assert_allclose(found, expected[f"rank{b}"], atol=1e-6)
+    again = roberta_classifier()
+    kd.enable_dylora(again, rank=rank)
+    kd.load_adapter(again, tmp_path / "adapter")
+
+
+def test_adapter_files_get_smaller(tmp_path):
+    from safetensors import numpy as safetensors
+
+    model = kd.enable_dylora(roberta_classifier(), rank=4)
+    for rank in (1, 4):
+        kd.save_adapter(model, tmp_path / str(rank), rank=rank)
+        tensors = safetensors.load_file(
+            tmp_path / str(rank) / "adapter.safetensors"
+        )
+        adapters = [v for k, v in tensors.items() if k.startswith("adapter/")]
+        assert sum(v.size for v in adapters) == 2 * 2 * 2 * 16 * rank
+        assert {k for k in tensors if k.startswith("head/")} == {
+            "head/pooled_dense/kernel",
+            "head/pooled_dense/bias",
+            "head/logits/kernel",
+            "head/logits/bias",
+        }
+
+
+def damage_truncate(folder):
+    path = folder / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_json(folder):
+    (folder / "adapter_config.json").write_text("{")
+
+
+def damage_version(folder):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "format_version": 99}))
+
+
+def damage_missing(folder):
+    (folder / "adapter.safetensors").unlink()
+
+
+DAMAGES = {
+    "truncated": (damage_truncate, "SHA-256"),
+    "json": (damage_json, "adapter_config.json"),
+    "newer": (damage_version, "format_version=99"),
+    "missing-file": (damage_missing, "adapter.safetensors"),
+    "missing-folder": (shutil.rmtree, "adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["plain", "enabled"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_adapters_change_nothing(damage, enabled, tmp_path):
+    folder = tmp_path / "adapter"
+    kd.save_adapter(kd.enable_dylora(roberta_classifier(), rank=2), folder)
+    act, message = DAMAGES[damage]
+    act(folder)
+    refuses(folder, enabled, 2, message)
+
+
+def refuses(folder, enabled, rank, message, make=roberta_classifier):
+    model = make()
+    if enabled:
+        kd.enable_dylora(model, rank=rank)
+    cls, before = type(model), backend.snapshot(model.weights)
+    with pytest.raises(ValueError, match=message):
+        kd.load_adapter(model, folder)
+    assert type(model) is cls
+    for a, b in zip(before, backend.snapshot(model.weights), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["plain", "enabled"])
+def test_adapter_of_another_model(enabled, tmp_path):
+    folder = tmp_path / "adapter"
+    kd.save_adapter(kd.enable_dylora(gpt2(), rank=2), folder)
+    refuses(folder, enabled, 2, "extra: adapter/transformer_layer_0")
+
+
+def test_adapter_of_other_shapes(tmp_path):
+    folder = tmp_path / "adapter"
+    wider = roberta_classifier(hidden_dim=32)
+    kd.save_adapter(kd.enable_dylora(wider, rank=2), folder)
+    refuses(folder, False, 2, "mis-shaped: .*must be")
+
+
+def test_adapter_of_another_rank(tmp_path):
+    folder = tmp_path / "adapter"
+    kd.save_adapter(kd.enable_dylora(roberta_classifier(), rank=2), folder)
+    refuses(folder, True, 3, "rank 2 for a model of rank 3")
+
+
+def test_save_adapter_leaves_other_directories_alone(tmp_path):
+    model = kd.enable_dylora(roberta_classifier(), rank=2)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="keras_dylora"):
+        kd.save_adapter(model, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    kd.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="overwrite=True"):
+        kd.save_adapter(model, tmp_path / "adapter", overwrite=False)
+    kd.save_adapter(model, tmp_path / "adapter", rank=1)
+    with pytest.raises(ValueError, match="Received: rank=3"):
+        kd.save_adapter(model, tmp_path / "adapter", rank=3)
+    config = json.loads(
+        (tmp_path / "adapter" / "adapter_config.json").read_text()
+    )
+    assert config["config"]["rank"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter",
+        "notes.txt",
+    ]
+
+
+def test_save_adapter_needs_an_enabled_model(tmp_path):
+    with pytest.raises(ValueError, match="enable_dylora"):
+        kd.save_adapter(roberta_classifier(), tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
