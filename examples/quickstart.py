@@ -95,8 +95,8 @@ def classify(directory, args):
     scores = keras.ops.softmax(model.predict(SENTENCES, verbose=0))
     scores = keras.ops.convert_to_numpy(scores)[:, 1]
     for sentence, score in zip(SENTENCES, scores, strict=True):
-        print(f"  {'positive' if score > 0.5 else 'negative'} "
-              f"({score:.2f})  {sentence}")  # fmt: skip
+        label = "positive" if score > 0.5 else "negative"
+        print(f"  {label} ({score:.2f})  {sentence}")
 
 
 def main(argv=None):
@@ -112,7 +112,7 @@ def main(argv=None):
     parser.add_argument("--epochs", default=3, type=int)
     parser.add_argument("--batch-size", default=32, type=int)
     parser.add_argument("--learning-rate", default=1e-3, type=float)
-    parser.add_argument("--sequence-length", default=64, type=int)
+    parser.add_argument("--sequence-length", default=48, type=int)
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--verbose", default=1, type=int)
     parser.add_argument("--classify", type=pathlib.Path)
@@ -144,8 +144,8 @@ def main(argv=None):
     directory = args.output / "adapter"
     kd.save_adapter(model, directory, rank=chosen)
     size = sum(file.stat().st_size for file in directory.iterdir())
-    print(f"Saved its adapter and head in {directory} ({size / 1e6:.1f} MB), "
-          f"the curves in {plot}.\nIn a fresh process:", flush=True)  # fmt: skip
+    print(f"Its adapter and head: {directory} ({size / 1e6:.1f} MB).")
+    print(f"The curves: {plot}.\nIn a fresh process:", flush=True)
     command = [sys.executable, "-m", "examples.quickstart"]
     command += ["--preset", args.preset, "--classify", str(directory)]
     command += ["--sequence-length", str(args.sequence_length)]

@@ -55,9 +55,7 @@ def adapters_by_path(model):
 
 def head_by_path(model):
     """The variables that are trained besides the adapters, by their path."""
-    adapters = {
-        id(v) for x in state_of(model).layers for v in (x.down, x.up)
-    }
+    adapters = {id(v) for x in state_of(model).layers for v in (x.down, x.up)}
     trainable = {id(v) for v in model.trainable_variables}
     return {
         path: v
@@ -165,9 +163,7 @@ def load_adapter(model, directory):
             if key.startswith("adapter/") and key.endswith("/down")
         ]
         enable_dylora(model, config, target_layers=targets)
-    variables = {
-        f"head/{path}": v for path, v in variable_paths(model).items()
-    }
+    variables = {f"head/{path}": v for path, v in variable_paths(model).items()}
     for path, layer in adapters_by_path(model).items():
         variables[f"adapter/{path}/down"] = layer.down
         variables[f"adapter/{path}/up"] = layer.up

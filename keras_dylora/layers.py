@@ -262,8 +262,9 @@ class LowRankAdapter:
         down = ops.cast(self.down, self.compute_dtype)
         up = ops.cast(self.up, self.compute_dtype)
         if self.frozen:
-            newest = ranks.column(ops.sum(ops.cast(gate > 0, "int32")),
-                                  self.rank)
+            newest = ranks.column(
+                ops.sum(ops.cast(gate > 0, "int32")), self.rank
+            )
             down = _gradient_where(newest, down)
             up = _gradient_where(newest[:, None], up)
         if self.dropout and training:
@@ -326,9 +327,7 @@ class LowRankAdapter:
             "down_initializer": keras.initializers.serialize(
                 self.down_initializer
             ),
-            "up_initializer": keras.initializers.serialize(
-                self.up_initializer
-            ),
+            "up_initializer": keras.initializers.serialize(self.up_initializer),
         }
 
 

@@ -406,9 +406,10 @@ class DyLoRAModel(keras.Model):
         if not _is_combined(type(self)):
             return super().get_config()
         state = state_of(self)
-        attachment, trainable = state.attachment, [
-            w.trainable for w in self.weights
-        ]
+        attachment, trainable = (
+            state.attachment,
+            [w.trainable for w in self.weights],
+        )
         attached = attachment.layers.values() if attachment else ()
         with plain(self, attached, attachment):
             base = keras.saving.serialize_keras_object(self)

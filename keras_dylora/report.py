@@ -133,8 +133,7 @@ class RankReport:
         ]
         if not points:
             raise ValueError(
-                "The area needs a rank above 0. "
-                f"Received: ranks={self.ranks}"
+                f"The area needs a rank above 0. Received: ranks={self.ranks}"
             )
         b, value = map(np.asarray, zip(*points, strict=True))
         if len(b) == 1:
@@ -222,9 +221,7 @@ class RankReport:
                 for b, value in zip(report.ranks, values, strict=True)
                 if report.is_trained(b)
             ]
-            axes.plot(
-                *zip(*trained, strict=True), "o", color=line.get_color()
-            )
+            axes.plot(*zip(*trained, strict=True), "o", color=line.get_color())
         axes.plot(
             rank,
             self.metrics[rank][metric],

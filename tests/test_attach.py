@@ -150,9 +150,7 @@ def test_by_hand_and_by_predict_agree_at_every_rank(case):
     randomize_adapters(model)
     for rank in range(4):
         with model.rank_scope(rank):
-            for a, b in zip(
-                outputs(model, x), by_hand(model, x), strict=True
-            ):
+            for a, b in zip(outputs(model, x), by_hand(model, x), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert model.rank == 3
 

@@ -132,9 +132,7 @@ def test_callback_does_not_disturb_training():
             rng = np.random.default_rng(i)
             weight.assign(rng.normal(size=weight.shape).astype("float32"))
         model.compile("adam", "mse")
-        model.fit(
-            x, y, epochs=3, shuffle=False, verbose=0, callbacks=callbacks
-        )
+        model.fit(x, y, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
         results.append(backend.snapshot(model.weights))
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)

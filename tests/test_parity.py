@@ -4,7 +4,6 @@ Each backend trains in its own process, from the same weights, on the same
 data, with the same seed: 20 AdamW steps without dropout.
 """
 
-
 import numpy as np
 import pytest
 

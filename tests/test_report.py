@@ -60,9 +60,7 @@ def test_json(tmp_path):
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 def test_plot(ending, tmp_path):
     path = tmp_path / f"ranks.{ending}"
-    figure = report().plot(
-        path, rank=3, others={"LoRA 4": report(min_rank=4)}
-    )
+    figure = report().plot(path, rank=3, others={"LoRA 4": report(min_rank=4)})
     assert path.stat().st_size > 1000
     (axes,) = figure.axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
