@@ -112,7 +112,7 @@ def main(argv=None):
     parser.add_argument("--epochs", default=3, type=int)
     parser.add_argument("--batch-size", default=32, type=int)
     parser.add_argument("--learning-rate", default=1e-3, type=float)
-    parser.add_argument("--sequence-length", default=48, type=int)
+    parser.add_argument("--sequence-length", default=32, type=int)
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--verbose", default=1, type=int)
     parser.add_argument("--classify", type=pathlib.Path)

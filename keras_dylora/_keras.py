@@ -52,3 +52,21 @@ def track_for_torch(model):
     for layer in model._flatten_layers():
         if hasattr(layer, "_torch_params"):
             layer._track_variables()
+
+
+def portable(compile_config):
+    """A compile config in which torch's own optimizers have public names.
+
+    On torch, Keras saves its optimizers under private modules of that
+    backend, and no other backend can load them (Keras 3.15).
+    """
+    if isinstance(compile_config, dict):
+        config = {k: portable(v) for k, v in compile_config.items()}
+        if str(config.get("module")).startswith(_TORCH_OPTIMIZERS):
+            config["module"] = "keras.optimizers"
+            config["registered_name"] = None
+        return config
+    return compile_config
+
+
+_TORCH_OPTIMIZERS = "keras.src.backend.torch.optimizers"

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_dylora import training
 from keras_dylora._keras import forget
+from keras_dylora._keras import portable
 from keras_dylora._keras import set_class
 from keras_dylora._keras import sublayers
 from keras_dylora._keras import track_for_torch
@@ -398,6 +399,9 @@ class DyLoRAModel(keras.Model):
         skip |= {id(gate.variable) for gate in self._dylora.gates}
         states = [v for v in self.variables if id(v) not in skip]
         return {f"random_state_{i}": v for i, v in enumerate(states)}
+
+    def get_compile_config(self):
+        return portable(super().get_compile_config())
 
     def compile_from_config(self, config):
         compile_like(self, config)

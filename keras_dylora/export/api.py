@@ -1,23 +1,19 @@
 """export_ranks: checks the arguments, then writes, verifies and describes."""
 
-import importlib.metadata
 import importlib.util
-import json
 import numbers
-import pathlib
 
 import keras
 
 from keras_dylora import files
 from keras_dylora import ranks as ranks_module
-from keras_dylora.export import child
+from keras_dylora.export import manifest
+from keras_dylora.export import rebuild
 from keras_dylora.export.plan import Inputs
 from keras_dylora.export.plan import Plan
 from keras_dylora.export.verify import verify as verify_artifact
 from keras_dylora.model import state_of
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
 LAYOUTS = ("shared", "merged")
 FORMATS = ("saved_model", "onnx", "litert")
 DTYPES = (None, "float32", "float16", "bfloat16")
@@ -76,7 +72,8 @@ def export_ranks(
         preprocessing: bool. Whether to add `serve_text`, from the strings
             `text` to outputs through the task's own tokenizer. It needs
             `import tensorflow_text` to load and tokenizes as a `tf.data`
-            pipeline does. Defaults to `False`.
+            pipeline does; KerasHub's tokenizers for eager strings treat some
+            of them, such as double spaces, differently. Defaults to `False`.
         generate_signature: bool. Whether to add the decoding loop of a
             KerasHub `CausalLM` with the sampler that it is compiled with:
             `generate_rank_1`, … and `generate` (merged: `generate`). Inputs
@@ -122,22 +119,17 @@ def export_ranks(
     )
     _check_model(model, plan)
     metrics = _check_report(report, plan.ranks)
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ImportError(
-            "`export_ranks` writes with TensorFlow on every backend. "
-            "Run `pip install tensorflow`."
-        )
+    _check_packages(plan, verify)
     progress = keras.utils.Progbar(
         plan.steps + bool(verify), verbose=int(bool(verbose)), unit_name="step"
     )
-    with files.new_directory(directory, overwrite, MANIFEST_NAME) as folder:
+    with files.new_directory(directory, overwrite, manifest.NAME) as folder:
         _write(model, folder, plan, lambda: progress.add(1))
         verified = None
         if verify:
             verified = verify_artifact(model, folder, plan)
             progress.add(1)
-        manifest = _manifest(config, folder, plan, verified, metrics)
-        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+        manifest.write(folder, config, plan, verified, metrics)
 
 
 def _write(model, folder, plan, on_step):
@@ -147,7 +139,7 @@ def _write(model, folder, plan, on_step):
         for _ in artifacts.write(model, folder, plan):
             on_step()
     else:
-        child.write(model, folder, plan, on_step)
+        rebuild.write(model, folder, plan, on_step)
 
 
 def _check_ranks(ranks, config):
@@ -180,9 +172,7 @@ def _check_choice(name, value, choices):
 
 
 def _check_model(model, plan):
-    quantized = [
-        x.path for x in state_of(model).layers if x.quantization_mode
-    ]
+    quantized = [x.path for x in state_of(model).layers if x.quantization_mode]
     if plan.layout == "merged" and quantized:
         raise ValueError(
             "A quantized kernel can't take a float update; export it with "
@@ -220,6 +210,22 @@ def _check_model(model, plan):
         )
 
 
+def _check_packages(plan, verify):
+    needed = ["tensorflow"]
+    if plan.text:
+        needed.append("tensorflow_text")
+    if plan.format == "onnx":
+        needed += ["onnx", "tf2onnx", *(["onnxruntime"] if verify else [])]
+    missing = [x for x in needed if importlib.util.find_spec(x) is None]
+    if missing:
+        extra = "onnx" if plan.format == "onnx" else "hub,tensorflow"
+        raise ImportError(
+            f"`export_ranks` needs {needed} here, on every backend. "
+            f"Run `pip install 'keras-dylora[{extra}]'`. "
+            f"Received: no {missing}"
+        )
+
+
 def _check_report(report, ranks):
     """The metrics of the exported ranks, as JSON takes them."""
     if report is None:
@@ -234,54 +240,3 @@ def _check_report(report, ranks):
         for b in ranks
         if b in report.metrics
     }
-
-
-def _manifest(config, folder, plan, verified, metrics):
-    from keras_dylora import __version__
-
-    contents = {
-        str(path.relative_to(folder)): {
-            "bytes": path.stat().st_size,
-            "sha256": files.sha256(path),
-        }
-        for path in sorted(pathlib.Path(folder).rglob("*"))
-        if path.is_file()
-    }
-    return {
-        "format_version": FORMAT_VERSION,
-        "format": plan.format,
-        "layout": plan.layout,
-        "ranks": plan.ranks,
-        "alpha": config.alpha,
-        "dtype": plan.dtype,
-        "signatures": _signatures(plan),
-        "bytes": sum(x["bytes"] for x in contents.values()),
-        "files": contents,
-        "largest_difference": verified,
-        "metrics": metrics,
-        "versions": {
-            "keras_dylora": __version__,
-            "keras": keras.__version__,
-            "tensorflow": importlib.metadata.version("tensorflow"),
-            "backend": keras.backend.backend(),
-        },
-    }
-
-
-def _signatures(plan):
-    """Inputs of each signature as `{name: [dtype, shape]}`."""
-    own = {x.name: [x.dtype, list(x.shape)] for x in plan.inputs.specs}
-    prompt = {**own, "end_token_id": ["int32", []]}
-    rank = {"rank": ["int32", "scalar or one per example"]}
-    text = {"text": ["string", [None]]}
-    if plan.layout == "merged":
-        found = {"serve": own}
-        found |= {"serve_text": text} if plan.text else {}
-        return found | ({"generate": prompt} if plan.generate else {})
-    found = {f"rank_{b}": own for b in plan.ranks} | {"serve": own | rank}
-    if plan.text:
-        found["serve_text"] = text | rank
-    if plan.generate:
-        found |= {f"generate_rank_{b}": prompt for b in plan.ranks}
-        found["generate"] = prompt | rank
-    return found

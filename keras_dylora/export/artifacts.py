@@ -1,5 +1,6 @@
 """Writes the artifacts of a plan; needs the TensorFlow backend."""
 
+from keras_dylora.export import portable
 from keras_dylora.export import saved_model
 
 
@@ -14,4 +15,5 @@ def write(model, folder, plan):
     Yields:
         `None` after each of the `plan.steps` pieces of work.
     """
-    yield from saved_model.write(model, folder, plan)
+    module = saved_model if plan.format == "saved_model" else portable
+    yield from module.write(model, folder, plan)

@@ -18,7 +18,8 @@ def main(folder):
         sys.modules[name] = None  # an import of it raises from now on
     for name in request["imports"]:
         importlib.import_module(name)
-    run = {"saved_model": saved_model}[request["format"]]
+    formats = {"saved_model": saved_model, "onnx": onnx, "litert": litert}
+    run = formats[request["format"]]
     for call in request["calls"]:
         name = call["name"]
         with np.load(folder / f"{name}.inputs.npz") as file:
@@ -43,6 +44,23 @@ def saved_model(path, signature, inputs):
         k: tf.cast(v, tf.float32) if v.dtype == tf.bfloat16 else v
         for k, v in outputs.items()
     }
+
+
+def onnx(path, signature, inputs):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        path, providers=["CPUExecutionProvider"]
+    )
+    names = [x.name for x in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def litert(path, signature, inputs):
+    import tensorflow as tf
+
+    interpreter = tf.lite.Interpreter(path)
+    return interpreter.get_signature_runner(signature)(**inputs)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ import json
 
 import keras
 
+# What an artifact of a format is called below its folder.
+FILE_NAMES = {"onnx": "model.onnx", "litert": "model.tflite"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Input:

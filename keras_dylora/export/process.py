@@ -26,14 +26,14 @@ class ChildError(Exception):
         self.stderr = stderr
 
 
-def run(arguments, folder, environment=None, on_line=lambda: None):
+def run(arguments, folder, environment=None, on_line=lambda line: None):
     """Runs Python to its end; an interruption ends it too.
 
     Args:
         arguments: list of str, after the interpreter.
         folder: str or path. Where the process leaves word of an error.
         environment: dict. Environment variables to set.
-        on_line: callable. Called for each line that it prints.
+        on_line: callable. Called with each line that it prints.
 
     Raises:
         ChildError: if the process fails.
@@ -46,11 +46,13 @@ def run(arguments, folder, environment=None, on_line=lambda: None):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
+            encoding="utf-8",
+            errors="replace",
         ) as process,
     ):
         try:
-            for _ in process.stdout:
-                on_line()
+            for line in process.stdout:
+                on_line(line.rstrip())
             code = process.wait()
         except BaseException:
             process.kill()

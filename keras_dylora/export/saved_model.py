@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_dylora import ranks
 from keras_dylora._keras import set_class
+from keras_dylora.export import stand_ins
 from keras_dylora.export.text import Preprocessing
 from keras_dylora.model import state_of
 
@@ -100,7 +101,7 @@ def _endpoints(model, plan):
 def _write_shared(model, folder, plan):
     state = state_of(model)
     rank = state.config.rank
-    stored = _stored(model.weights, plan.dtype)
+    stored = stand_ins.create(model.weights, plan.dtype)
     endpoints = _endpoints(model, plan)
     artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
     rank_spec = tf.TensorSpec(None, tf.int32, name="rank")
@@ -136,7 +137,7 @@ def _traced(endpoint, gates, stored, gate_shape):
     """What an endpoint runs, as a graph that several signatures call."""
 
     def call(tensors, gate):
-        with _reading(stored), _override(gates, gate):
+        with stand_ins.reading(stored), _override(gates, gate):
             return endpoint.run(tensors)
 
     signature = [endpoint.specs, tf.TensorSpec(gate_shape, tf.float32)]
@@ -176,7 +177,7 @@ def _gate_rows(rank, batch, high, config):
              size, "ranks for a batch of", batch],
         ),
     ]  # fmt: skip
-    with tf.control_dependencies([x for x in checks if x is not None]):
+    with tf.control_dependencies(checks):
         rank = tf.broadcast_to(rank, [batch])
     return ranks.gate(rank, config.rank, config.alpha)
 
@@ -186,7 +187,7 @@ def _write_merged(model, folder, plan):
     adapters = {id(v) for x in layers for v in (x.down, x.up)}
     base = [w for w in model.weights if id(w) not in adapters]
     kernels = [layer.kernel for layer in layers]
-    stored = _stored(base, plan.dtype, copies=kernels)
+    stored = stand_ins.create(base, plan.dtype, copies=kernels)
     endpoints = _endpoints(model, plan)
     artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
     for endpoint in endpoints:
@@ -203,7 +204,7 @@ def _write_merged(model, folder, plan):
 
 def _without_rank(endpoint, layers, stored):
     def serve(**tensors):
-        with _reading(stored), _without_adapters(layers):
+        with stand_ins.reading(stored), _without_adapters(layers):
             return endpoint.run(endpoint.prepare(tensors))
 
     return serve
@@ -235,7 +236,13 @@ class _Artifact:
             **self.functions,
             "serving_default": self.functions[default],
         }
-        tf.saved_model.save(module, str(path), signatures=signatures)
+        try:
+            tf.saved_model.save(module, str(path), signatures=signatures)
+        except tf.errors.OpError as error:  # a full disk, for one
+            raise OSError(
+                f"TensorFlow must be able to write the artifact. "
+                f"Received: {error.message}"
+            ) from error
 
     def _state(self):
         """Variables and tables that the functions read, and no others.
@@ -244,9 +251,7 @@ class _Artifact:
         nobody's business.
         """
         functions = self.functions.values()
-        variables = {
-            id(v): v for f in functions for v in f.graph.variables
-        }  # fmt: skip
+        variables = {id(v): v for f in functions for v in f.graph.variables}
         handles = {id(x) for f in functions for x in f.captured_inputs}
         tables = {
             id(x): x
@@ -256,53 +261,6 @@ class _Artifact:
             and id(x.resource_handle) in handles
         }
         return list(variables.values()), list(tables.values())
-
-
-def _stored(variables, dtype, copies=()):
-    """TensorFlow variables that stand in for those of Keras, by `id`.
-
-    Args:
-        variables: list of Keras variables.
-        dtype: str or `None`. Wider floats are stored in it.
-        copies: Keras variables that are to be replaced in any case.
-
-    Returns:
-        A dict of `id` to the Keras and the TensorFlow variable.
-    """
-    copied, stored = {id(v) for v in copies}, {}
-    for variable in variables:
-        value = tf.convert_to_tensor(variable.value)
-        narrow = (
-            dtype is not None
-            and value.dtype.is_floating
-            and value.dtype.size > tf.as_dtype(dtype).size
-        )
-        if narrow or id(variable) in copied:
-            value = tf.cast(value, dtype) if narrow else value
-            stored[id(variable)] = variable, tf.Variable(value)
-    return stored
-
-
-class _Substitution(keras.StatelessScope):
-    """Reads some variables from others; writes go to where they went.
-
-    The seed of a sampler is written inside a loop, out of which no tensor
-    may be kept.
-    """
-
-    def add_update(self, update):
-        variable, value = update
-        variable.value.assign(value)
-
-
-def _reading(stored):
-    """Makes Keras read the stored variables, in the dtype it expects."""
-    if not stored:
-        return contextlib.nullcontext()
-    return _Substitution(
-        [(v, tf.cast(x, v.dtype)) for v, x in stored.values()],
-        initialize_variables=False,
-    )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_dylora.attachment import layer_paths
 from keras_dylora.export import process
+from keras_dylora.export.plan import FILE_NAMES
 
 # The largest difference for outputs up to 1, by the coarsest number format
 # on the way: parameters, computation, or the matrix units of a GPU or TPU.
@@ -143,7 +144,9 @@ def _calls(model, folder, plan):
         given = extra if name == "serve_text" else {**tensors, **extra}
         for b, expected in live.items():
             if plan.layout == "merged":
-                yield _Call(str(folder / f"rank_{b}"), name, given, expected)
+                file = FILE_NAMES.get(plan.format, "")
+                path = str(folder / f"rank_{b}" / file)
+                yield _Call(path, name, given, expected)
             elif name != "serve_text":
                 fixed = f"{name}_rank_{b}".removeprefix("serve_")
                 yield _Call(str(folder), fixed, given, expected)
@@ -186,12 +189,11 @@ def _tensors(model, plan, batch):
 
 def _prompts(tensors):
     """The first halves of the samples, as prompts to go on from."""
-    first = np.arange(LENGTH) < LENGTH // 2
+    ids, mask = tensors["token_ids"], tensors["padding_mask"]
+    first = np.arange(ids.shape[1]) < ids.shape[1] // 2
     return {
-        "token_ids": tensors["token_ids"] * first,
-        "padding_mask": np.broadcast_to(
-            first, tensors["token_ids"].shape
-        ).astype(tensors["padding_mask"].dtype),
+        "token_ids": ids * first,
+        "padding_mask": np.broadcast_to(first, mask.shape).astype(mask.dtype),
     }
 
 

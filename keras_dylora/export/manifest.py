@@ -1,0 +1,76 @@
+"""manifest.json: what an export holds, made by what, and how exact."""
+
+import importlib.metadata
+import json
+
+import keras
+
+from keras_dylora import files
+from keras_dylora.version import __version__
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+
+
+def write(folder, config, plan, verified, metrics):
+    """Writes the manifest of the artifacts in a folder.
+
+    Args:
+        folder: `pathlib.Path`.
+        config: `DyLoRAConfig` of the model.
+        plan: `Plan`.
+        verified: dict of signature to the largest difference, or `None`.
+        metrics: dict of rank to its metrics, or `None`.
+    """
+    contents = {
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "sha256": files.sha256(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    # Which of its distributions holds TensorFlow, without importing it.
+    distribution = importlib.metadata.packages_distributions()["tensorflow"][0]
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "format": plan.format,
+        "layout": plan.layout,
+        "ranks": plan.ranks,
+        "alpha": config.alpha,
+        "dtype": plan.dtype,
+        "signatures": _signatures(plan),
+        "bytes": sum(x["bytes"] for x in contents.values()),
+        "files": contents,
+        "largest_difference": verified,
+        "metrics": metrics,
+        "versions": {
+            "keras_dylora": __version__,
+            "keras": keras.__version__,
+            "tensorflow": importlib.metadata.version(distribution),
+            "backend": keras.backend.backend(),
+        },
+    }
+    (folder / NAME).write_text(json.dumps(manifest, indent=2))
+
+
+def _signatures(plan):
+    """Inputs of each signature as `{name: [dtype, shape]}`.
+
+    The shape of `rank` is `None`: a scalar or one rank for each example.
+    """
+    own = {x.name: [x.dtype, list(x.shape)] for x in plan.inputs.specs}
+    prompt = {**own, "end_token_id": ["int32", []]}
+    rank = {"rank": ["int32", None]}
+    text = {"text": ["string", [None]]}
+    if plan.layout == "merged":
+        found = {"serve": own}
+        found |= {"serve_text": text} if plan.text else {}
+        return found | ({"generate": prompt} if plan.generate else {})
+    found = {f"rank_{b}": own for b in plan.ranks} | {"serve": own | rank}
+    if plan.text:
+        found["serve_text"] = text | rank
+    if plan.generate:
+        found |= {f"generate_rank_{b}": prompt for b in plan.ranks}
+        found["generate"] = prompt | rank
+    return found

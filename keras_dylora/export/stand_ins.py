@@ -1,0 +1,57 @@
+"""TensorFlow variables that a trace reads in place of the model's own.
+
+They hold what is stored differently from what the live model has: merged
+kernels, or parameters in a shorter dtype.
+"""
+
+import contextlib
+
+import keras
+import tensorflow as tf
+
+
+def create(variables, dtype, copies=()):
+    """TensorFlow variables that stand in for those of Keras, by `id`.
+
+    Args:
+        variables: list of Keras variables.
+        dtype: str or `None`. Wider floats are stored in it.
+        copies: Keras variables that are to be replaced in any case.
+
+    Returns:
+        A dict of `id` to the Keras and the TensorFlow variable.
+    """
+    copied, stored = {id(v) for v in copies}, {}
+    for variable in variables:
+        value = tf.convert_to_tensor(variable.value)
+        narrow = (
+            dtype is not None
+            and value.dtype.is_floating
+            and value.dtype.size > tf.as_dtype(dtype).size
+        )
+        if narrow or id(variable) in copied:
+            value = tf.cast(value, dtype) if narrow else value
+            stored[id(variable)] = variable, tf.Variable(value)
+    return stored
+
+
+class _Substitution(keras.StatelessScope):
+    """Reads some variables from others; writes go to where they went.
+
+    The seed of a sampler is written inside a loop, out of which no tensor
+    may be kept.
+    """
+
+    def add_update(self, update):
+        variable, value = update
+        variable.value.assign(value)
+
+
+def reading(stored):
+    """Makes Keras read the stored variables, in the dtype it expects."""
+    if not stored:
+        return contextlib.nullcontext()
+    return _Substitution(
+        [(v, tf.cast(x, v.dtype)) for v, x in stored.values()],
+        initialize_variables=False,
+    )

@@ -1,0 +1,593 @@
+"""export_ranks: artifacts that are loaded in a process without Keras."""
+
+import importlib.util
+import json
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_dylora as kd
+from keras_dylora.export import export_ranks
+from keras_dylora.files import sha256
+from tests import backend
+from tests.models import VOCABULARY
+from tests.models import mlp
+from tests.models import randomize
+from tests.models import randomize_adapters
+from tests.models import roberta_classifier
+from tests.text import text_classifier
+
+RANKS = (1, 2, 3, 4)
+SHAPES = ((1, 5), (4, 17), (7, 48))
+LENGTH = 48
+TEXTS = [
+    "",
+    "the plot, a GOOD film 🙂👩‍🚀!",
+    "good film " * 1000,
+    "naïve café\n“never”",
+]
+
+# Runs the calls of a folder as a server would, and counts what is stored.
+SERVER = """
+import json, os, pathlib, sys
+import numpy as np
+folder = pathlib.Path(sys.argv[1])
+request = json.loads((folder / "calls.json").read_text())
+sys.modules["keras_dylora"] = sys.modules["keras_hub"] = None
+if request["text"]:
+    import tensorflow_text  # imports Keras, unlike TensorFlow itself
+else:
+    sys.modules["keras"] = None
+import tensorflow as tf
+loaded, stored = {}, {}
+for i, (path, signature) in enumerate(request["calls"]):
+    if path not in loaded:
+        loaded[path] = tf.saved_model.load(path)
+        found = tf.train.list_variables(f"{path}/variables/variables")
+        stored[path] = sum(
+            int(np.prod(shape)) for name, shape in found if name[0] != "_"
+        )
+    with np.load(folder / f"in{i}.npz") as inputs:
+        inputs = {k: tf.constant(v) for k, v in inputs.items()}
+    try:
+        outputs = loaded[path].signatures[signature](**inputs)
+    except tf.errors.InvalidArgumentError as error:
+        outputs = {"error": np.array(error.message)}
+    np.savez(folder / f"out{i}.npz", **outputs)
+(folder / "stored.json").write_text(json.dumps(stored))
+"""
+
+
+def serve(folder, calls, text=False):
+    """Outputs of `(artifact, signature, inputs)`, and stored parameters."""
+    folder.mkdir()
+    request = [[str(path), signature] for path, signature, _ in calls]
+    (folder / "calls.json").write_text(
+        json.dumps({"text": text, "calls": request})
+    )
+    for i, (_, _, inputs) in enumerate(calls):
+        np.savez(folder / f"in{i}.npz", **inputs)
+    backend.run_python(SERVER, folder)
+    outputs = [dict(np.load(folder / f"out{i}.npz")) for i in range(len(calls))]
+    return outputs, json.loads((folder / "stored.json").read_text())
+
+
+def batch(size, length):
+    rng = np.random.default_rng(size)
+    lengths = rng.integers(2, length + 1, size)
+    mask = np.arange(length) < lengths[:, None]
+    ids = rng.integers(1, VOCABULARY, (size, length)) * mask
+    return {
+        "token_ids": ids.astype("int32"),
+        "padding_mask": mask.astype("int32"),
+    }
+
+
+def enabled(model):
+    kd.enable_dylora(randomize(model), rank=4, alpha=8)
+    return randomize_adapters(model)
+
+
+def roberta():
+    return enabled(roberta_classifier(max_sequence_length=LENGTH))
+
+
+def gpt2():
+    model = keras_hub.models.GPT2CausalLM(
+        keras_hub.models.GPT2Backbone(
+            vocabulary_size=VOCABULARY,
+            num_layers=2,
+            num_heads=2,
+            hidden_dim=16,
+            intermediate_dim=24,
+            max_sequence_length=LENGTH,
+        )
+    )
+    enabled(model).compile(sampler="greedy")
+    return model
+
+
+def live(model, rank, inputs):
+    with model.rank_scope(rank):
+        return backend.to_numpy(model(inputs, training=False))
+
+
+def prompts():
+    inputs = batch(3, 12)
+    mask = np.arange(12) < np.array([[3], [5], [4]])
+    return {
+        "token_ids": inputs["token_ids"] * mask,
+        "padding_mask": mask.astype("int32"),
+    }
+
+
+@pytest.fixture(scope="module", params=[roberta, gpt2], ids=["roberta", "gpt2"])
+def exported(request, tmp_path_factory):
+    """A model, both its layouts, and all that a server made of them."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = request.param()
+    is_lm = request.param is gpt2
+    for layout in ("shared", "merged"):
+        export_ranks(
+            model,
+            folder / layout,
+            layout=layout,
+            verify=False,
+            verbose=False,
+            generate_signature=is_lm,
+        )
+    shared, merged = folder / "shared", folder / "merged"
+    calls = {}
+    for shape in SHAPES:
+        inputs = batch(*shape)
+        for b in RANKS:
+            calls["shared", shape, b] = shared, f"rank_{b}", inputs
+            calls["merged", shape, b] = merged / f"rank_{b}", "serve", inputs
+    rows = np.array([4, 1, 3, 2, 4, 1, 2], "int32")
+    inputs = batch(*SHAPES[-1])
+    calls["mixed"] = shared, "serve", {**inputs, "rank": rows}
+    calls["scalar"] = shared, "serve", {**inputs, "rank": np.int32(3)}
+    calls["default"] = shared, "serving_default", inputs
+    for wrong in ([0], [5], [1, 2]):
+        rank = np.array(wrong, "int32")
+        calls[f"wrong {wrong}"] = shared, "serve", {**inputs, "rank": rank}
+    if is_lm:
+        for b in RANKS:
+            for end in (-1, 7):
+                inputs = {**prompts(), "end_token_id": np.int32(end)}
+                key = "generate", end, b
+                calls["shared", *key] = shared, f"generate_rank_{b}", inputs
+                calls["merged", *key] = merged / f"rank_{b}", "generate", inputs
+        inputs = {**prompts(), "end_token_id": np.int32(-1)}
+        rank = np.array([4, 1, 2], "int32")
+        calls["generate"] = shared, "generate", {**inputs, "rank": rank}
+    outputs, stored = serve(folder / "server", list(calls.values()))
+    return types.SimpleNamespace(
+        model=model,
+        folder=folder,
+        outputs=dict(zip(calls, outputs, strict=True)),
+        stored=stored,
+    )
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("layout", ["shared", "merged"])
+def test_artifact_gives_what_the_live_model_gives(exported, layout, rank):
+    for shape in SHAPES:
+        expected = live(exported.model, rank, batch(*shape))
+        found = exported.outputs[layout, shape, rank]["output_0"]
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    other = live(exported.model, rank % 4 + 1, batch(*shape))
+    assert np.abs(found - other).max() > 1e-3
+
+
+def test_one_batch_may_mix_ranks(exported):
+    single = {
+        b: exported.outputs["shared", SHAPES[-1], b]["output_0"] for b in RANKS
+    }
+    mixed = exported.outputs["mixed"]["output_0"]
+    for i, b in enumerate([4, 1, 3, 2, 4, 1, 2]):
+        np.testing.assert_allclose(mixed[i], single[b][i], atol=1e-5, rtol=0)
+    scalar = exported.outputs["scalar"]["output_0"]
+    np.testing.assert_allclose(scalar, single[3], atol=1e-5, rtol=0)
+    default = exported.outputs["default"]["output_0"]
+    np.testing.assert_array_equal(default, single[4])
+
+
+@pytest.mark.parametrize(
+    "rank, message",
+    [
+        ([0], "`rank` must be between 1 and 4"),
+        ([5], "`rank` must be between 1 and 4"),
+        ([1, 2], "`rank` must be a scalar or one for each example"),
+    ],
+    ids=["zero", "above", "too_few"],
+)
+def test_server_is_told_of_a_wrong_rank(exported, rank, message):
+    assert message in str(exported.outputs[f"wrong {rank}"]["error"])
+
+
+def test_each_parameter_is_stored_once(exported):
+    adapters = sum(
+        layer.down.shape[0] * 4 + 4 * layer.up.shape[1]
+        for layer in exported.model.dylora_layers
+    )
+    total = exported.model.count_params()
+    for path, stored in exported.stored.items():
+        merged = path.endswith(tuple(f"rank_{b}" for b in RANKS))
+        assert stored == total - (adapters if merged else 0)
+
+
+def test_live_model_is_left_as_it_was(exported):
+    model = exported.model
+    assert model.rank == 4
+    assert all(isinstance(x, kd.DyLoRAEinsumDense) for x in model.dylora_layers)
+    assert all(x._gate.override is None for x in model.dylora_layers)
+
+
+@pytest.mark.parametrize("exported", [gpt2], indirect=True, ids=["gpt2"])
+@pytest.mark.parametrize("end", [-1, 7], ids=["no_end", "end"])
+@pytest.mark.parametrize("layout", ["shared", "merged"])
+def test_generate_signature_equals_generate(exported, layout, end):
+    stop = None if end == -1 else [end]
+    for b in (1, 4):
+        exported.model.set_rank(b)
+        expected = exported.model.generate(prompts(), stop_token_ids=stop)
+        found = exported.outputs[layout, "generate", end, b]
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value)
+    exported.model.set_rank(4)
+
+
+@pytest.mark.parametrize("exported", [gpt2], indirect=True, ids=["gpt2"])
+def test_generate_may_mix_ranks(exported):
+    mixed = exported.outputs["generate"]["token_ids"]
+    for i, b in enumerate([4, 1, 2]):
+        single = exported.outputs["shared", "generate", -1, b]["token_ids"]
+        np.testing.assert_array_equal(mixed[i], single[i])
+
+
+def roberta_text():
+    characters = [chr(i) for i in (*range(33, 127), 161, 288)]
+    tokens = ["<s>", "<pad>", "</s>", "<mask>", *characters, "Ġg", "oo", "ood"]
+    tokenizer = keras_hub.models.RobertaTokenizer(
+        {token: i for i, token in enumerate(tokens)},
+        ["Ġ g", "o o", "oo d"],
+    )
+    preprocessor = keras_hub.models.RobertaTextClassifierPreprocessor(
+        tokenizer, sequence_length=12
+    )
+    return roberta_classifier(
+        preprocessor=preprocessor, vocabulary_size=len(tokens)
+    )
+
+
+@pytest.mark.parametrize(
+    "make, layout, ranks",
+    [(roberta_text, "shared", (1, 4)), (text_classifier, "merged", (2,))],
+    ids=["roberta_bpe", "bert_wordpiece"],
+)
+def test_serve_text_equals_predict_on_strings(tmp_path, make, layout, ranks):
+    model = enabled(make())
+    expected = {}
+    for b in ranks:
+        model.set_rank(b)
+        expected[b] = model.predict(TEXTS, verbose=0)
+    export_ranks(
+        model,
+        tmp_path / "artifact",
+        ranks=ranks,
+        layout=layout,
+        preprocessing=True,
+        verify=False,
+        verbose=False,
+    )
+    path = tmp_path / "artifact"
+    inputs = {"text": np.array(TEXTS)}
+    if layout == "shared":
+        calls = [
+            (path, "serve_text", {**inputs, "rank": np.int32(b)}) for b in ranks
+        ]
+    else:
+        calls = [(path / f"rank_{b}", "serve_text", inputs) for b in ranks]
+    outputs, _ = serve(tmp_path / "server", calls, text=True)
+    for b, found in zip(ranks, outputs, strict=True):
+        np.testing.assert_allclose(
+            found["output_0"], expected[b], atol=1e-5, rtol=0
+        )
+    # The words that the live tokenizer has seen stay at home.
+    blob = b"".join(x.read_bytes() for x in path.rglob("variables.data*"))
+    assert b"never" not in blob
+
+
+def test_verified_export_with_a_manifest(tmp_path):
+    model = roberta()
+    metrics = {b: {"accuracy": b / 10} for b in RANKS}
+    path = tmp_path / "new" / "artifact"
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("old")
+    export_ranks(
+        model,
+        path,
+        ranks=[4, 1],
+        overwrite=True,
+        dtype="float16",
+        input_signature={
+            "token_ids": keras.InputSpec(shape=(None, 16), dtype="int32"),
+            "padding_mask": keras.InputSpec(shape=(None, 16), dtype="int32"),
+        },
+        report=types.SimpleNamespace(metrics=metrics),
+        verbose=False,
+    )
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["ranks"] == [1, 4]
+    assert manifest["alpha"] == 8
+    assert list(manifest["signatures"]) == ["rank_1", "rank_4", "serve"]
+    assert manifest["signatures"]["serve"]["token_ids"] == ["int32", [None, 16]]
+    assert manifest["metrics"] == {
+        "1": {"accuracy": 0.1},
+        "4": {"accuracy": 0.4},
+    }
+    assert manifest["versions"]["backend"] == backend.NAME
+    assert manifest["largest_difference"].keys() == {
+        "rank_1",
+        "rank_4",
+        "serve",
+    }
+    assert 0 < max(manifest["largest_difference"].values()) < 1e-2
+    files = {
+        str(x.relative_to(path)): x
+        for x in path.rglob("*")
+        if x.is_file() and x.name != "manifest.json"
+    }
+    assert manifest["files"].keys() == files.keys()
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == sha256(files[name])
+        assert entry["bytes"] == files[name].stat().st_size
+    data = path / "variables" / "variables.data-00000-of-00001"
+    assert data.stat().st_size < 3 * model.count_params()
+    assert list(path.parent.iterdir()) == [path]
+
+
+CUSTOM = """
+import keras
+import keras_dylora as kd
+
+@keras.saving.register_keras_serializable("test")
+def double(x):
+    return 2 * keras.ops.tanh(x)
+
+@keras.saving.register_keras_serializable("test")
+class Noise(keras.layers.Layer):
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x))
+
+@keras.saving.register_keras_serializable("test")
+class Native(keras.layers.Layer):
+    def call(self, x):
+        if keras.config.backend() != "tensorflow":
+            return x
+        raise NotImplementedError("written for another backend")
+
+@keras.saving.register_keras_serializable("test")
+class Custom(kd.DyLoRAModel):
+    def __init__(self, layer=None, **kwargs):
+        super().__init__(**kwargs)
+        self.adapted = kd.DyLoRADense(6, double, rank=4, alpha=8)
+        self.layer = layer
+
+    def build(self, input_shape):
+        self.adapted.build(input_shape)
+        self.built = True
+
+    def call(self, x):
+        x = self.adapted(x)
+        return x if self.layer is None else self.layer(x)
+
+    def get_config(self):
+        layer = keras.saving.serialize_keras_object(self.layer)
+        return {"layer": layer}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config["layer"]))
+"""
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch):
+    """A module of a user, which a child process can import."""
+    name = f"custom_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module(name)
+
+
+def custom_model(custom, layer=None):
+    model = custom.Custom(layer)
+    model(np.zeros((2, 5), "float32"))
+    model.set_rank(4)
+    return randomize_adapters(model)
+
+
+def test_subclassed_model_with_custom_parts(tmp_path, custom):
+    model = custom_model(custom)
+    export_ranks(
+        model, tmp_path / "artifact", layout="merged", ranks=[2], verbose=False
+    )
+    manifest = json.loads((tmp_path / "artifact/manifest.json").read_text())
+    assert max(manifest["largest_difference"].values()) <= 1e-5
+
+
+def test_artifact_that_differs_is_not_kept(tmp_path, custom):
+    model = custom_model(custom, custom.Noise())
+    with pytest.raises(RuntimeError, match="must give the live model's"):
+        export_ranks(
+            model, tmp_path / "out" / "artifact", ranks=[2], verbose=False
+        )
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.skipif(backend.NAME == "tensorflow", reason="runs in this process")
+@pytest.mark.parametrize("importable", [True, False], ids=["fails", "missing"])
+def test_layer_that_tensorflow_cannot_rebuild(
+    tmp_path, custom, monkeypatch, importable
+):
+    model = custom_model(custom, custom.Native(name="mine"))
+    if not importable:
+        monkeypatch.setattr(custom.Native, "__module__", "__main__")
+    with pytest.raises(ValueError, match="register_keras_serializable") as info:
+        export_ranks(model, tmp_path / "artifact", ranks=[2], verbose=False)
+    assert "Native" in str(info.value)
+    expected = "another backend" if importable else "'mine'"
+    assert expected in str(info.value)
+    assert not (tmp_path / "artifact").exists()
+
+
+def report():
+    return types.SimpleNamespace(metrics=[0.5])
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"ranks": [0]}, ValueError, "between 1 and 4"),
+        ({"ranks": [5]}, ValueError, "between 1 and 4"),
+        ({"ranks": []}, ValueError, "at least one rank"),
+        ({"ranks": [1, 1]}, ValueError, "each once"),
+        ({"ranks": [1.5]}, TypeError, "must be an integer"),
+        ({"ranks": 3}, TypeError, "list of integers"),
+        ({"layout": "flat"}, ValueError, "`layout` must be one of"),
+        ({"format": "gguf"}, ValueError, "`format` must be one of"),
+        ({"format": "onnx"}, ValueError, "needs `layout='merged'`"),
+        ({"dtype": "int8"}, ValueError, "`dtype` must be one of"),
+        ({"preprocessing": True}, ValueError, "with a `preprocessor`"),
+        ({"generate_signature": True}, ValueError, "with a `sampler`"),
+        ({"report": report()}, TypeError, "must be a `RankReport`"),
+        ({"input_signature": [1]}, ValueError, "spec with a shape"),
+        (
+            {"input_signature": {"x": keras.InputSpec(shape=(None, 3))}},
+            ValueError,
+            "structure of the model's input",
+        ),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_argument(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message) as info:
+        export_ranks(mlp(), tmp_path / "artifact", **arguments)
+    assert "Received:" in str(info.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_directory_of_another_is_not_touched(tmp_path, overwrite):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="Received"):
+        export_ranks(mlp(), tmp_path, overwrite=overwrite)
+    assert [x.name for x in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_export_that_exists_is_not_replaced(tmp_path):
+    path = tmp_path / "artifact"
+    path.mkdir()
+    (path / "manifest.json").write_text("old")
+    with pytest.raises(ValueError, match="overwrite=True"):
+        export_ranks(mlp(), path)
+    assert (path / "manifest.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [roberta_classifier, lambda: keras.Sequential([keras.layers.Dense(2)])],
+    ids=["not_enabled", "unbuilt"],
+)
+def test_model_without_adapters(tmp_path, make):
+    with pytest.raises(ValueError, match="must be enabled"):
+        export_ranks(make(), tmp_path / "artifact")
+
+
+def test_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        export_ranks(mlp(), tmp_path / "file" / "artifact")
+
+
+def test_full_disk_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            export_ranks(mlp(), tmp_path / "artifact", verbose=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+EXPORT = """
+import sys
+from keras_dylora.export import export_ranks
+from tests.models import mlp
+export_ranks(mlp(), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=str)
+def test_interruption_leaves_no_artifact(tmp_path, monkeypatch, stop):
+    for name in ("out", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    target = tmp_path / "out" / "artifact"
+    process = subprocess.Popen(
+        [sys.executable, "-c", EXPORT, target],
+        cwd=pathlib.Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(target.parent.iterdir()) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not target.exists()
+    if stop == signal.SIGINT:
+        assert "KeyboardInterrupt" in stderr
+        assert not list(target.parent.iterdir())
+        assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.parametrize(
+    "format, file", [("onnx", "model.onnx"), ("litert", "model.tflite")]
+)
+def test_portable_formats(tmp_path, format, file):
+    if format == "onnx":
+        pytest.importorskip("tf2onnx")
+        pytest.importorskip("onnxruntime")
+    path = tmp_path / "artifact"
+    export_ranks(
+        roberta() if format == "onnx" else mlp(),
+        path,
+        ranks=[1, 4],
+        layout="merged",
+        format=format,
+        verbose=False,
+    )
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert list(manifest["files"]) == [f"rank_1/{file}", f"rank_4/{file}"]
+    assert max(manifest["largest_difference"].values()) <= 1e-5
+
+
+def test_missing_package_is_named(tmp_path):
+    if importlib.util.find_spec("tf2onnx"):
+        pytest.skip("tf2onnx is installed")
+    with pytest.raises(ImportError, match=r"keras-dylora\[onnx\]"):
+        export_ranks(mlp(), tmp_path / "x", layout="merged", format="onnx")
