@@ -25,7 +25,7 @@ from examples import data
 SENTENCES = [
     "The plot drags, the jokes fall flat and nobody seems to care.",
     "A warm, funny film with two actors at the top of their game.",
-    "Two hours of my life that I will never get back.",
+    "I wanted to love it, but it is a tedious, lifeless mess.",
 ]
 
 

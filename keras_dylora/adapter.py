@@ -14,7 +14,7 @@ from keras_dylora.attach import enable_dylora
 from keras_dylora.attachment import layer_paths
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTERS
-from keras_dylora.layers import LowRankAdapter
+from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.model import DyLoRAModel
 from keras_dylora.model import state_of
 

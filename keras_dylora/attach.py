@@ -10,7 +10,7 @@ from keras_dylora.attachment import Attachment
 from keras_dylora.attachment import layer_paths
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTERS
-from keras_dylora.layers import LowRankAdapter
+from keras_dylora.low_rank import LowRankAdapter
 
 QUERY_AND_VALUE = r"(query|value|[qv]_proj)(_dense|_projection)?"
 

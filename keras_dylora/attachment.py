@@ -8,8 +8,8 @@ from keras_dylora._keras import set_class
 from keras_dylora._keras import sublayers
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTERS
-from keras_dylora.layers import LowRankAdapter
-from keras_dylora.layers import RankGate
+from keras_dylora.low_rank import LowRankAdapter
+from keras_dylora.low_rank import RankGate
 
 
 def layer_paths(model):

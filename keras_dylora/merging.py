@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_dylora import ranks
 from keras_dylora.attachment import plain
-from keras_dylora.layers import RankGate
+from keras_dylora.low_rank import RankGate
 from keras_dylora.model import compile_like
 from keras_dylora.model import restart
 from keras_dylora.model import state_of

@@ -18,7 +18,7 @@ from keras_dylora._keras import unlocked
 from keras_dylora.attachment import Attachment
 from keras_dylora.attachment import plain
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.layers import LowRankAdapter
+from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.ranks import RankDraw
 
 FORMAT_VERSION = 1

@@ -65,7 +65,10 @@ def export_ranks(
             parameters in it. Computation keeps its dtype. Defaults to
             `None`, as they are.
         verify: bool. Whether to load the artifact in a fresh process and
-            compare it with the live model at every rank. Defaults to `True`.
+            compare it with the live model at every rank: to 1e-5, less where
+            a number format is shorter than float32. Generated tokens are
+            compared if the sampler draws no random numbers and nothing is
+            shorter than float32. Defaults to `True`.
         overwrite: bool. Whether an earlier export may be replaced. Defaults
             to `False`.
         verbose: bool. Whether to show progress. Defaults to `True`.

@@ -51,7 +51,9 @@ def verify(model, folder, plan):
         RuntimeError: if an output differs or the artifact doesn't run.
     """
     tolerance = max(TOLERANCES[x] for x in _precisions(model, plan))
-    calls = list(_calls(model, folder, plan))
+    # Rounding may change which token is the likeliest one, and all after it.
+    exact = tolerance == TOLERANCES["float32"]
+    calls = list(_calls(model, folder, plan, exact))
     differences = {}
     for call, outputs in zip(calls, _run(calls, plan), strict=True):
         name = str(pathlib.Path(call.artifact).relative_to(folder))
@@ -86,7 +88,7 @@ def _compare(expected, received, tolerance):
     """The largest difference, and the largest that is allowed."""
     if expected.shape != received.shape:
         return np.inf, 0.0
-    if expected.dtype.kind not in "fV":
+    if expected.dtype.kind != "f":
         return float(np.sum(expected != received)), 0.0
     expected = np.asarray(expected, "float64")
     difference = np.abs(expected - np.asarray(received, "float64"))
@@ -128,15 +130,17 @@ def _run(calls, plan):
                 yield dict(file)
 
 
-def _calls(model, folder, plan):
-    """The calls to make, with the live model's outputs."""
+def _calls(model, folder, plan, exact):
+    """The calls to make, with the live model's outputs.
+
+    What a sampler draws at random can't be compared across backends.
+    """
     batch = max(2, len(plan.ranks))
     samples = {"serve": (_tensors(model, plan, batch), {})}
     if plan.text:
         texts = np.array([TEXTS[i % len(TEXTS)] for i in range(batch)])
         samples["serve_text"] = _tokens(model, texts), {"text": texts}
-    if plan.generate and not model.sampler.variables:
-        # A sampler that draws can't be compared across backends.
+    if plan.generate and exact and not model.sampler.variables:
         never = {"end_token_id": np.array(-1, "int32")}
         samples["generate"] = _prompts(samples["serve"][0]), never
     for name, (tensors, extra) in samples.items():
