@@ -7,6 +7,7 @@ from keras_dylora.attach import enable_dylora
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.evaluation import RankEvaluation
 from keras_dylora.evaluation import evaluate_ranks
+from keras_dylora.export import export_ranks
 from keras_dylora.layers import DyLoRADense
 from keras_dylora.layers import DyLoRAEinsumDense
 from keras_dylora.merging import merge

@@ -354,11 +354,16 @@ class DyLoRAModel(keras.Model):
             self.set_rank(previous)
 
     def make_train_function(self, force=False):
+        # On TensorFlow, a subclassed model is built in its first step only.
+        if all(layer.built for layer in _adapters(self)):
+            self.start_training()
+        return super().make_train_function(force)
+
+    def start_training(self):
+        """Makes what a step needs beside the layers, once they are built."""
         self._prepare()
         if self.optimizer is not None and not self.optimizer.built:
-            # Before the first trace: it looks for the optimizer's variables.
             self.optimizer.build(self.trainable_variables)
-        return super().make_train_function(force)
 
     def train_step(self, *args):
         return training.train_step(self, super().train_step, *args)

@@ -1,5 +1,6 @@
 """The step of TensorFlow and torch: `train_step(data)` changes variables."""
 
+import keras
 from keras import ops
 
 from keras_dylora.training import step
@@ -7,6 +8,10 @@ from keras_dylora.training import step
 
 def train_step(model, keras_step, data):
     """Runs one DyLoRA step on `data` and returns its logs."""
+    if not hasattr(model, "_dylora"):
+        x, *_ = keras.utils.unpack_x_y_sample_weight(data)
+        model(x)
+        model.start_training()
     gates = [gate.variable for gate in model._dylora.gates]
     inference = [ops.copy(gate) for gate in gates]
     previous = {id(v): ops.copy(v) for v in step.watched(model)}
