@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 import warnings
 
 import keras_hub
@@ -18,8 +17,6 @@ from keras_dylora.interop import from_peft
 from keras_dylora.interop import to_peft
 from tests import backend
 from tests.models import VOCABULARY
-from tests.models import labels
-from tests.models import randomize
 from tests.models import randomize_adapters
 
 HUB = keras_hub.models
