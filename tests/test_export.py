@@ -534,9 +534,11 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 
 EXPORT = """
-import sys
+import signal, sys
 from keras_dylora.export import export_ranks
 from tests.models import mlp
+# A shell's background job starts with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 export_ranks(mlp(), sys.argv[1])
 """
 
