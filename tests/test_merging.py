@@ -124,7 +124,9 @@ def test_truncate_keeps_the_ranks_that_are_left(kind, frozen):
     assert {layer.down.shape[1] for layer in model.dylora_layers} == {2}
     for rank, outputs in expected.items():
         model.set_rank(rank)
-        np.testing.assert_array_equal(model.predict(x, verbose=0), outputs)
+        np.testing.assert_allclose(
+            model.predict(x, verbose=0), outputs, rtol=1e-5, atol=1e-6
+        )
     history = model.fit(x, y, batch_size=4, epochs=2, verbose=0)
     assert max(history.history["rank"]) <= 2
     assert int(backend.to_numpy(model._ranks_drawn)) > drawn

@@ -11,7 +11,8 @@ from tests import backend
 PUBLIC = {
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
     "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
-    "disable_dylora", "enable_dylora", "evaluate_ranks", "load_adapter",
+    "disable_dylora", "enable_dylora", "evaluate_ranks", "export_ranks",
+    "from_peft", "load_adapter", "to_peft",
     "merge", "save_adapter", "truncate",
 }  # fmt: skip
 

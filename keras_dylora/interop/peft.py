@@ -33,10 +33,14 @@ def to_peft(model, directory, rank=None, overwrite=True):
 
     PEFT loads the directory onto the transformers model with the same base
     weights, and computes what `model` computes at that rank: `lora_alpha / r`
-    is `alpha / rank`. The head of a classifier is in `modules_to_save`.
+    is `alpha / rank`. The head of a classifier is in `modules_to_save`. A file
+    of our own, `keras_dylora.json`, tells `from_peft` that the ranks have an
+    order.
 
     GPT-2's query, key and value are one layer in transformers, so its adapter
     has the rank of all of theirs together and zeros outside of their blocks.
+    KerasHub's BERT has GELU in its tanh form, so the transformers one needs
+    `hidden_act="gelu_pytorch_tanh"` to agree to the last digits.
 
     Args:
         model: an enabled KerasHub `RobertaTextClassifier`,

@@ -215,6 +215,8 @@ def _dylora_config(folder):
                 f"format_version={version}"
             )
         config = DyLoRAConfig.from_config(manifest["config"])
+        if not isinstance(config.target_layers, list):
+            raise TypeError(f"target_layers={config.target_layers!r}")
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{DYLORA_NAME} must be one that `to_peft` wrote. "
