@@ -12,8 +12,7 @@ PUBLIC = {
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
     "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
     "disable_dylora", "enable_dylora", "evaluate_ranks", "export_ranks",
-    "from_peft", "load_adapter", "to_peft",
-    "merge", "save_adapter", "truncate",
+    "load_adapter", "merge", "save_adapter", "truncate",
 }  # fmt: skip
 
 
