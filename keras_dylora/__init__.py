@@ -8,6 +8,8 @@ from keras_dylora.config import DyLoRAConfig
 from keras_dylora.evaluation import RankEvaluation
 from keras_dylora.evaluation import evaluate_ranks
 from keras_dylora.export import export_ranks
+from keras_dylora.interop import from_peft
+from keras_dylora.interop import to_peft
 from keras_dylora.layers import DyLoRADense
 from keras_dylora.layers import DyLoRAEinsumDense
 from keras_dylora.merging import merge

@@ -12,7 +12,8 @@ PUBLIC = {
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
     "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
     "disable_dylora", "enable_dylora", "evaluate_ranks", "export_ranks",
-    "load_adapter", "merge", "save_adapter", "truncate",
+    "from_peft", "load_adapter", "to_peft",
+    "merge", "save_adapter", "truncate",
 }  # fmt: skip
 
 

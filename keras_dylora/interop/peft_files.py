@@ -1,0 +1,301 @@
+"""The files of a PEFT adapter: read, checked, and their rules applied."""
+
+import collections
+import dataclasses
+import json
+import math
+import numbers
+import pathlib
+import re
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from keras_dylora import files
+from keras_dylora import ranks
+from keras_dylora.config import DyLoRAConfig
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+# Beside PEFT's own files: PEFT warns of unknown keys in its config.
+DYLORA_NAME = "keras_dylora.json"
+FORMAT_VERSION = 1
+PREFIX = "base_model.model."
+
+# Initial values only; the others change the base weights too.
+_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Keys that leave the arithmetic of an adapter alone, or are handled here.
+_HARMLESS_KEYS = {
+    "alpha_pattern",
+    "auto_mapping",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "rank_pattern",
+    "runtime_config",
+    "target_modules",
+    "use_rslora",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftAdapter:
+    """What an adapter directory holds.
+
+    Args:
+        config: dict. PEFT's own configuration.
+        tensors: dict of name to float32 array.
+        dylora: `DyLoRAConfig` of an adapter that `to_peft` wrote, else
+            `None`.
+    """
+
+    config: dict
+    tensors: dict
+    dylora: DyLoRAConfig | None
+
+    def rank(self, module):
+        """int. The rank of the adapter of a linear layer."""
+        rank = self._of(module, "rank_pattern", "r")
+        return ranks.as_rank(rank, 1, 2**31 - 1, "r")
+
+    def alpha(self, module):
+        """float. Its scale, times its rank."""
+        alpha = self._of(module, "alpha_pattern", "lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+            raise TypeError(
+                f"`lora_alpha` must be a number. Received: lora_alpha={alpha!r}"
+            )
+        if self.config.get("use_rslora"):
+            return alpha * math.sqrt(self.rank(module))
+        return alpha
+
+    def _of(self, module, pattern, default):
+        for key, value in (self.config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        return self.config.get(default)
+
+    def adapts(self, module):
+        """Whether the adapter is for a linear layer, by name or by tensor."""
+        if any(
+            f"{PREFIX}{module}.lora_{side}.weight" in self.tensors
+            for side in "AB"
+        ):
+            return True
+        if _names(self.config.get("exclude_modules"), module):
+            return False
+        numbered = self.config.get("layers_to_transform")
+        if numbered is not None and numbered != []:
+            if isinstance(numbered, int):
+                numbered = [numbered]
+            block = re.search(r"\.(\d+)\.", module)
+            if block is None or int(block[1]) not in numbered:
+                return False
+        return _names(self.config.get("target_modules"), module)
+
+
+def _names(names, module):
+    """PEFT's rule: a regular expression, or a list of endings."""
+    if isinstance(names, str):
+        return bool(re.fullmatch(names, module))
+    return any(f".{module}".endswith(f".{name}") for name in names or ())
+
+
+def read(directory):
+    """Reads an adapter directory.
+
+    Args:
+        directory: str or path.
+
+    Returns:
+        A `PeftAdapter`.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or if the adapter is of
+            another kind than plain LoRA.
+    """
+    folder = pathlib.Path(directory)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"A PEFT adapter must hold {CONFIG_NAME} and {WEIGHTS_NAME}. "
+                f"Received: {str(folder)!r} without {name}"
+            )
+    config = _json(folder / CONFIG_NAME)
+    _check_plain_lora(config)
+    tensors = _load(folder / WEIGHTS_NAME)
+    return PeftAdapter(config, tensors, _dylora_config(folder))
+
+
+def _json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path.name} must be a JSON file. "
+            f"Received: {str(path)!r} ({error})"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path.name} must hold a JSON object. Received: {str(path)!r}, "
+            f"a {type(content).__name__}"
+        )
+    return content
+
+
+def _check_plain_lora(config):
+    wrong = {
+        key: value
+        for key, value in config.items()
+        # What PEFT adds to LoRA is switched on by a bool or a non-empty
+        # list or dict, and is off by default.
+        if key not in _HARMLESS_KEYS
+        and (value is True or (value and isinstance(value, (dict, list))))
+    }
+    for key, allowed in (
+        ("peft_type", ("LORA",)),
+        ("bias", (None, "none")),
+        ("init_lora_weights", _HARMLESS_INITS),
+    ):
+        if config.get(key) not in allowed:
+            wrong[key] = config.get(key)
+    if wrong:
+        raise ValueError(
+            "The adapter must be a plain LoRA. Received: "
+            + ", ".join(f"{k}={v!r}" for k, v in wrong.items())
+        )
+
+
+def _load(path):
+    """Float32 arrays; NumPy's own loader knows no bfloat16."""
+    tensors = {}
+    try:
+        stored = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path.name} must be a safetensors file. "
+            f"Received: {str(path)!r} ({error})"
+        ) from error
+    for name, tensor in stored:
+        data, dtype = tensor["data"], tensor["dtype"]
+        if dtype == "BF16":  # the upper half of a float32
+            bits = np.frombuffer(data, "<u2").astype("uint32") << 16
+            values = bits.view("float32")
+        elif dtype in ("F16", "F32", "F64"):
+            width = int(dtype[1:]) // 8
+            values = np.frombuffer(data, f"<f{width}").astype("float32")
+        else:
+            raise ValueError(
+                "The tensors of an adapter must be floating point. "
+                f"Received: {name} of type {dtype}"
+            )
+        tensors[name] = values.reshape(tensor["shape"])
+    return tensors
+
+
+def _dylora_config(folder):
+    """The config that `to_peft` left beside its files, or `None`."""
+    path = folder / DYLORA_NAME
+    if not path.is_file():
+        return None
+    manifest = _json(path)
+    try:
+        version, expected = manifest["format_version"], manifest["sha256"]
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter must be of format version {FORMAT_VERSION} or "
+                "older; a newer keras_dylora wrote it. Received: "
+                f"format_version={version}"
+            )
+        config = DyLoRAConfig.from_config(manifest["config"])
+        if not isinstance(config.target_layers, list):
+            raise TypeError(f"target_layers={config.target_layers!r}")
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{DYLORA_NAME} must be one that `to_peft` wrote. "
+            f"Received: {str(path)!r} ({error!r})"
+        ) from error
+    received = files.sha256(folder / WEIGHTS_NAME)
+    if received != expected:
+        raise ValueError(
+            f"{WEIGHTS_NAME} must be the file that `to_peft` wrote, as long "
+            f"as {DYLORA_NAME} is beside it; delete that to load a plain LoRA "
+            f"that was trained since. Received: SHA-256 {received} instead of "
+            f"{expected}"
+        )
+    return config
+
+
+def write(folder, tensors, dylora, config):
+    """Writes an adapter, and beside it what PEFT has no place for.
+
+    Args:
+        folder: path of an existing directory.
+        tensors: dict of name, less PEFT's prefix, to array.
+        dylora: `DyLoRAConfig`.
+        config: dict. PEFT's own configuration.
+    """
+    arrays = {PREFIX + k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    save_file(arrays, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "config": dylora.get_config(),
+        "sha256": files.sha256(folder / WEIGHTS_NAME),
+    }
+    for name, content in ((CONFIG_NAME, config), (DYLORA_NAME, manifest)):
+        (folder / name).write_text(json.dumps(content, indent=2))
+
+
+def peft_config(layout, counts, dylora):
+    """PEFT's configuration.
+
+    Args:
+        layout: `Layout` of the model.
+        counts: dict of all its linear layers to how many adapters each has.
+        dylora: `DyLoRAConfig`, cut to the rank that is saved.
+    """
+    alpha = int(dylora.alpha) if dylora.alpha % 1 == 0 else dylora.alpha
+    adapted = {module: n for module, n in counts.items() if n}
+    # Patterns for as few layers as possible: not every program reads them.
+    common = collections.Counter(adapted.values()).most_common(1)[0][0]
+    other = {module: n for module, n in adapted.items() if n != common}
+    return {
+        "peft_type": "LORA",
+        "task_type": layout.task_type,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": common * dylora.rank,
+        "lora_alpha": common * alpha,
+        "rank_pattern": {k: n * dylora.rank for k, n in other.items()},
+        "alpha_pattern": {k: n * alpha for k, n in other.items()},
+        "use_rslora": False,
+        "lora_dropout": dylora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": layout.transposed,
+        "target_modules": _target_modules(layout, counts),
+        "modules_to_save": sorted({k.split(".")[0] for k in layout.head})
+        or None,
+    }
+
+
+def _target_modules(layout, counts):
+    """The adapted layers, by a short name where it means no other layer."""
+    in_block = collections.Counter(_last(name) for name in layout.linear)
+    plain = {_last(module) for module, n in counts.items() if not n}
+    targets = set()
+    for module in (module for module, n in counts.items() if n):
+        short = _last(module)
+        unique = in_block[short] == 1 and short not in plain
+        targets.add(short if unique else module)
+    return sorted(targets)
+
+
+def _last(module):
+    return module.rpartition(".")[2]

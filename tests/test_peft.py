@@ -1,0 +1,721 @@
+"""PEFT adapters: the real peft on the real transformers, both ways."""
+
+import copy
+import functools
+import json
+import shutil
+import warnings
+
+import keras
+import keras_hub
+import numpy as np
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import keras_dylora as kd
+from keras_dylora.interop import from_peft
+from keras_dylora.interop import to_peft
+from tests import backend
+from tests.models import VOCABULARY
+from tests.models import gpt2
+from tests.models import mlp
+from tests.models import randomize_adapters
+from tests.models import roberta_backbone
+from tests.models import roberta_classifier
+
+HUB = keras_hub.models
+ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 3,
+}
+ROBERTA = transformers.RobertaConfig(
+    **ENCODER, max_position_embeddings=14, layer_norm_eps=1e-5
+)
+BERT = transformers.BertConfig(
+    **ENCODER, max_position_embeddings=12, hidden_act="gelu_pytorch_tanh"
+)
+GPT2 = transformers.GPT2Config(
+    vocab_size=VOCABULARY,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    n_positions=12,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+LLAMA = transformers.LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def llama2(backbone):
+    """The same weights in the other class; KerasHub converts Llama 3 only."""
+    config = backbone.get_config()
+    names = (
+        "vocabulary_size",
+        "num_layers",
+        "num_query_heads",
+        "num_key_value_heads",
+        "hidden_dim",
+        "intermediate_dim",
+    )
+    older = HUB.LlamaBackbone(**{name: config[name] for name in names})
+    older.set_weights(backbone.get_weights())
+    return older
+
+
+def with_head(model, twin, pairs):
+    for layer, module in pairs.items():
+        linear = twin.get_submodule(module)
+        model.get_layer(layer).set_weights(
+            [linear.weight.detach().numpy().T, linear.bias.detach().numpy()]
+        )
+    return model
+
+
+def roberta(backbone, twin):
+    return with_head(
+        HUB.RobertaTextClassifier(backbone, num_classes=3),
+        twin,
+        {"pooled_dense": "classifier.dense", "logits": "classifier.out_proj"},
+    )
+
+
+def bert(backbone, twin):
+    return with_head(
+        HUB.BertTextClassifier(backbone, num_classes=3, dropout=0.0),
+        twin,
+        {"logits": "classifier"},
+    )
+
+
+# transformers config and class; KerasHub backbone; how to make the model.
+MODELS = {
+    "roberta": (
+        ROBERTA,
+        transformers.RobertaForSequenceClassification,
+        HUB.RobertaBackbone,
+        roberta,
+    ),
+    "bert": (
+        BERT,
+        transformers.BertForSequenceClassification,
+        HUB.BertBackbone,
+        bert,
+    ),
+    "bert-backbone": (
+        BERT,
+        transformers.BertModel,
+        HUB.BertBackbone,
+        lambda backbone, twin: backbone,
+    ),
+    "gpt2": (
+        GPT2,
+        transformers.GPT2LMHeadModel,
+        HUB.GPT2Backbone,
+        lambda backbone, twin: HUB.GPT2CausalLM(backbone),
+    ),
+    "llama": (
+        LLAMA,
+        transformers.LlamaForCausalLM,
+        HUB.Llama3Backbone,
+        lambda backbone, twin: HUB.LlamaCausalLM(llama2(backbone)),
+    ),
+    "llama3": (
+        LLAMA,
+        transformers.LlamaForCausalLM,
+        HUB.Llama3Backbone,
+        lambda backbone, twin: HUB.Llama3CausalLM(backbone),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory):
+    """Transformers models by name, each with a folder that holds it."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            config, twin_class, _, _ = MODELS[name]
+            torch.manual_seed(0)
+            twin = twin_class(config).eval()
+            for parameter in twin.parameters():  # so that biases count too
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            if config is ROBERTA:  # zeros in the published weights
+                twin.roberta.embeddings.token_type_embeddings.weight.data[:] = 0
+            folder = tmp_path_factory.mktemp(name)
+            twin.save_pretrained(folder)
+            made[name] = twin, folder
+        twin, folder = made[name]
+        return copy.deepcopy(twin), folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pair(twins):
+    """A function that gives a transformers model and its Keras twin."""
+
+    def make(name):
+        twin, folder = twins(name)
+        _, _, backbone_class, build = MODELS[name]
+        return twin, build(backbone_class.from_preset(str(folder)), twin)
+
+    return make
+
+
+def tokens():
+    rng = np.random.default_rng(0)
+    mask = np.arange(8) < np.array([[8], [5], [3]])
+    # 1 is RoBERTa's padding, from which transformers takes the positions.
+    ids = np.where(mask, rng.integers(2, VOCABULARY, mask.shape), 1)
+    return ids, mask
+
+
+def keras_logits(model):
+    ids, mask = tokens()
+    inputs = {"token_ids": ids, "padding_mask": mask.astype("int32")}
+    if "segment_ids" in model.input:
+        inputs["segment_ids"] = np.zeros_like(ids)
+    outputs = model(inputs)
+    if isinstance(outputs, dict):
+        outputs = outputs["pooled_output"]
+    return _valid(backend.to_numpy(outputs))
+
+
+def twin_logits(twin):
+    ids, mask = (torch.tensor(x) for x in tokens())
+    with torch.no_grad():
+        outputs = twin(input_ids=ids, attention_mask=mask.long())
+    logits = getattr(outputs, "logits", None)
+    logits = outputs.pooler_output if logits is None else logits
+    return _valid(logits.numpy())
+
+
+def _valid(logits):
+    return logits[tokens()[1]] if logits.ndim == 3 else logits
+
+
+def assert_same_logits(model, twin, atol=1e-4):
+    found, expected = keras_logits(model), twin_logits(twin)
+    np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
+
+
+def enabled(model, **arguments):
+    arguments = {"rank": 3, "alpha": 7.0, **arguments}
+    kd.enable_dylora(model, **arguments)
+    return randomize_adapters(model)
+
+
+def adapter_config(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def adapter_tensors(folder):
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+# From Keras to PEFT
+
+TARGETS = {"query-value": None, "all-linear": "all-linear"}
+
+
+@pytest.fixture(scope="session")
+def adapted_pair(pair):
+    """The same with random adapters and a changed head, and what was before.
+
+    Made once; tests may change the rank only.
+    """
+
+    @functools.cache
+    def make(name, targets):
+        twin, model = pair(name)
+        assert_same_logits(model, twin)
+        base = keras_logits(model)
+        enabled(model, target_layers=TARGETS[targets])
+        if hasattr(model, "num_classes"):
+            logits = model.get_layer("logits")
+            logits.set_weights([1.5 * w for w in logits.get_weights()])
+        return twin, model, base
+
+    return make
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_computes_the_same(name, targets, rank, adapted_pair, tmp_path):
+    twin, model, base = adapted_pair(name, targets)
+    to_peft(model, tmp_path / "adapter", rank=rank)
+    model.set_rank(rank)
+    assert np.abs(keras_logits(model) - base).max() > 1e-2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapted = peft.PeftModel.from_pretrained(
+            copy.deepcopy(twin), tmp_path / "adapter"
+        )
+    assert_same_logits(model, adapted)
+
+
+def test_gpt2_blocks(pair, tmp_path):
+    _, model = pair("gpt2")
+    enabled(model)
+    to_peft(model, tmp_path / "adapter", rank=2)
+    config = adapter_config(tmp_path / "adapter")
+    assert config["target_modules"] == ["c_attn"]
+    assert (config["r"], config["lora_alpha"]) == (4, 14)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    up = adapter_tensors(tmp_path / "adapter")[
+        "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
+    ]
+    query, value = model.dylora_layers[:2]
+    expected = np.zeros((48, 4), "float32")
+    expected[:16, :2] = backend.to_numpy(query.up)[:2].T
+    expected[32:, 2:] = backend.to_numpy(value.up)[:2].T
+    np.testing.assert_array_equal(up, expected)
+
+
+MIXED = [
+    "transformer_layer_0/self_attention/query",
+    "transformer_layer_1/self_attention/(query|key|value|attention_output)",
+]
+
+
+def test_gpt2_layers_with_other_numbers_of_adapters(pair, tmp_path):
+    twin, model = pair("gpt2")
+    enabled(model, target_layers=MIXED)
+    to_peft(model, tmp_path / "adapter")
+    config = adapter_config(tmp_path / "adapter")
+    module = "transformer.h.1.attn.c_attn"
+    assert (config["r"], config["lora_alpha"]) == (3, 7)
+    assert config["rank_pattern"] == {module: 9}
+    assert config["alpha_pattern"] == {module: 21}
+    adapted = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter")
+    assert_same_logits(model, adapted)
+    _, again = pair("gpt2")
+    from_peft(again, tmp_path / "adapter")
+    assert_same_adapters(model, again, 3)
+
+
+SHORT_NAMES = {
+    "query-value": (None, ["query", "value"]),
+    "one-layer": (
+        ["transformer_layer_0/self_attention_layer/query"],
+        ["roberta.encoder.layer.0.attention.self.query"],
+    ),
+    "ambiguous": (
+        ["feedforward_output_dense"],
+        [f"roberta.encoder.layer.{i}.output.dense" for i in range(2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHORT_NAMES)
+def test_target_modules_are_short_where_they_can(case, tmp_path):
+    targets, expected = SHORT_NAMES[case]
+    to_peft(enabled(roberta_classifier(), target_layers=targets), tmp_path)
+    assert adapter_config(tmp_path)["target_modules"] == expected
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("alpha", [16, 0.3])
+def test_scale_is_alpha_over_rank(alpha, rank, tmp_path):
+    model = enabled(roberta_classifier(), alpha=alpha)
+    to_peft(model, tmp_path, rank=rank)
+    config = adapter_config(tmp_path)
+    assert config["r"] == rank
+    assert config["lora_alpha"] / config["r"] == alpha / rank
+
+
+def test_a_model_that_was_saved_by_keras(tmp_path):
+    model = enabled(roberta_classifier())
+    to_peft(model, tmp_path / "adapter")
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    to_peft(again, tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (
+            tmp_path / "adapter" / name
+        ).read_bytes()
+
+
+# From PEFT to Keras
+
+
+def assert_same_adapters(model, again, rank):
+    assert len(again.dylora_layers) == len(model.dylora_layers)
+    for a, b in zip(model.dylora_layers, again.dylora_layers, strict=True):
+        assert a.path == b.path
+        down, up = backend.to_numpy(a.down), backend.to_numpy(a.up)
+        np.testing.assert_array_equal(backend.to_numpy(b.down), down[:, :rank])
+        np.testing.assert_array_equal(backend.to_numpy(b.up), up[:rank])
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank"), [("query-value", 2), ("all-linear", 3)], ids=str
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bit_equal(name, targets, rank, pair, tmp_path):
+    _, model = pair(name)
+    options = {"min_rank": 2, "frozen": True, "dropout": 0.1}
+    enabled(model, target_layers=TARGETS[targets], **options)
+    to_peft(model, tmp_path / "adapter", rank=rank)
+    _, again = pair(name)
+    head = again.get_layer("logits") if hasattr(again, "num_classes") else None
+    if head is not None:
+        head.set_weights([0 * w for w in head.get_weights()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_peft(again, tmp_path / "adapter") is again
+    config = again.dylora_config
+    assert (config.rank, config.min_rank, config.alpha) == (rank, 2, 7.0)
+    assert (config.frozen, config.dropout) == (True, 0.1)
+    assert_same_adapters(model, again, rank)
+    model.set_rank(rank)
+    np.testing.assert_allclose(
+        keras_logits(again), keras_logits(model), atol=1e-5
+    )
+
+
+def trained_by_peft(twin, folder, dtype=torch.float32, **config):
+    """Saves an adapter that PEFT trained for a few steps."""
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(
+        twin, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **config})
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in adapted.parameters() if p.requires_grad], lr=0.05
+    )
+    ids, mask = (torch.tensor(x) for x in tokens())
+    for _ in range(3):
+        logits = adapted(input_ids=ids, attention_mask=mask.long()).logits
+        logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.to(dtype).save_pretrained(folder)
+
+
+LLAMA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+TRAINED = {
+    "roberta": ("roberta", {"target_modules": ["query", "value"]}),
+    "roberta-rslora": (
+        "roberta",
+        {"target_modules": "all-linear", "use_rslora": True},
+    ),
+    "roberta-patterns": (
+        "roberta",
+        {
+            "target_modules": ["query", "key", "output.dense"],
+            "rank_pattern": {"query": 2, r"layer\.1\..*key": 5},
+            "alpha_pattern": {"attention.output.dense": 3},
+        },
+    ),
+    "bert-float16": (
+        "bert",
+        {"target_modules": ["query", "dense"], "dtype": torch.float16},
+    ),
+    "gpt2-bfloat16": (
+        "gpt2",
+        {
+            "target_modules": ["c_attn", "c_proj", "c_fc"],
+            "fan_in_fan_out": True,
+            "dtype": torch.bfloat16,
+        },
+    ),
+    "llama-one-layer": (
+        "llama",
+        {
+            "target_modules": LLAMA_TARGETS.split(),
+            "layers_to_transform": [1],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_adapters_that_peft_trained(case, pair, tmp_path):
+    name, config = TRAINED[case]
+    classifies = name in ("roberta", "bert")
+    task = "SEQ_CLS" if classifies else "CAUSAL_LM"
+    twin, model = pair(name)
+    trained_by_peft(copy.deepcopy(twin), tmp_path, task_type=task, **config)
+    base = keras_logits(model)
+    with pytest.warns(UserWarning, match="ranks of this LoRA .* no order"):
+        from_peft(model, tmp_path)
+    rank = 5 if case == "roberta-patterns" else 4
+    assert model.dylora_config.rank == model.dylora_config.min_rank == rank
+    adapted = peft.PeftModel.from_pretrained(twin, tmp_path)
+    assert np.abs(twin_logits(adapted) - base).max() > 1e-2
+    assert_same_logits(model, adapted)
+
+
+def test_adapter_without_a_head(pair, tmp_path):
+    twin, model = pair("roberta")
+    config = {"target_modules": ["query"]}
+    trained_by_peft(copy.deepcopy(twin), tmp_path, **config)
+    with pytest.warns(UserWarning, match="no order"):
+        from_peft(model, tmp_path)
+    assert_same_logits(model, peft.PeftModel.from_pretrained(twin, tmp_path))
+
+
+def test_an_enabled_model_keeps_its_alpha(tmp_path):
+    source = enabled(roberta_classifier(), alpha=7.0)
+    to_peft(source, tmp_path)
+    model = kd.enable_dylora(roberta_classifier(), rank=3, alpha=2.0)
+    from_peft(model, tmp_path)
+    assert model.dylora_config.alpha == 2.0
+    for a, b in zip(source.dylora_layers, model.dylora_layers, strict=True):
+        np.testing.assert_allclose(
+            a.delta_kernel(2), b.delta_kernel(2), rtol=1e-5
+        )
+
+
+# What is refused
+
+
+def with_a_trained_norm():
+    layers = ["pooled_dense", "logits", "embeddings_layer_norm"]
+    return enabled(roberta_classifier(), trainable_layers=layers)
+
+
+def with_an_adapted_head():
+    return enabled(
+        roberta_classifier(), target_layers=["query", "pooled_dense"]
+    )
+
+
+def masked_lm():
+    return enabled(HUB.RobertaMaskedLM(roberta_backbone()))
+
+
+NOT_SAVED = {
+    "not-enabled": (roberta_classifier, {}, "enable_dylora"),
+    "rank-0": (lambda: enabled(roberta_classifier()), {"rank": 0}, "rank=0"),
+    "rank-4": (lambda: enabled(roberta_classifier()), {"rank": 4}, "rank=4"),
+    "functional": (mlp, {}, "GPT2CausalLM.*Received: a .*Functional"),
+    "masked-lm": (masked_lm, {}, "Received: a DyLoRARobertaMaskedLM"),
+    "trained-norm": (
+        with_a_trained_norm,
+        {},
+        "Received: trained weights .*embeddings_layer_norm/beta",
+    ),
+    "adapted-head": (
+        with_an_adapted_head,
+        {},
+        r"Received: adapters at \['pooled_dense'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SAVED)
+def test_what_cannot_be_saved(case, tmp_path):
+    make, arguments, message = NOT_SAVED[case]
+    with pytest.raises(ValueError, match=message):
+        to_peft(make(), tmp_path / "adapter", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rank_must_be_an_integer(tmp_path):
+    with pytest.raises(TypeError, match="rank='2'"):
+        to_peft(enabled(roberta_classifier()), tmp_path, rank="2")
+
+
+def test_other_directories_are_left_alone(tmp_path):
+    model = enabled(roberta_classifier())
+    folder = tmp_path / "adapter"
+    to_peft(model, folder)
+    to_peft(model, folder, rank=1)
+    assert adapter_config(folder)["r"] == 1
+    with pytest.raises(ValueError, match="overwrite=True"):
+        to_peft(model, folder, overwrite=False)
+    (folder / "keras_dylora.json").unlink()  # as if PEFT had saved it
+    with pytest.raises(ValueError, match="one that keras_dylora wrote"):
+        to_peft(model, folder)
+    assert adapter_config(folder)["r"] == 1
+
+
+def edit(name, **entries):
+    def act(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **entries}))
+
+    return act
+
+
+def as_plain(**entries):
+    """The directory as PEFT would have saved it, with other entries."""
+
+    def act(folder):
+        (folder / "keras_dylora.json").unlink()
+        edit("adapter_config.json", **entries)(folder)
+
+    return act
+
+
+def retensor(change):
+    def act(folder):
+        as_plain()(folder)
+        tensors = change(adapter_tensors(folder))
+        path = folder / "adapter_model.safetensors"
+        safetensors.torch.save_file(tensors, path)
+
+    return act
+
+
+def for_nothing(folder):
+    retensor(lambda tensors: {})(folder)
+    other = {"target_modules": ["other"], "modules_to_save": None}
+    edit("adapter_config.json", **other)(folder)
+
+
+def cut(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(folder):
+    path = folder / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def from_model(make, **arguments):
+    def act(folder):
+        shutil.rmtree(folder)
+        to_peft(enabled(make(), **arguments), folder)
+
+    return act
+
+
+def without(ending):
+    return retensor(
+        lambda tensors: {
+            k: v for k, v in tensors.items() if not k.endswith(ending)
+        }
+    )
+
+
+QUERY = "encoder.layer.1.attention.self.query.lora_A.weight"
+SIDE = "keras_dylora.json"
+NOT_LOADED = {
+    "no-folder": (shutil.rmtree, "without adapter_config.json"),
+    "no-weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        "without adapter_model.safetensors",
+    ),
+    "json": (
+        lambda folder: (folder / "adapter_config.json").write_text("{"),
+        "adapter_config.json must be a JSON file",
+    ),
+    "json-list": (
+        lambda folder: (folder / "adapter_config.json").write_text("[]"),
+        "must hold a JSON object",
+    ),
+    "cut-weights": (cut, "must be a safetensors file"),
+    "other-weights": (flip, "SHA-256"),
+    "newer": (edit(SIDE, format_version=99), "format_version=99"),
+    "damaged-side-file": (edit(SIDE, config={}), "`to_peft` wrote"),
+    "other-r": (edit("adapter_config.json", r=2), "must be"),
+    "dora": (as_plain(use_dora=True), "plain LoRA.*use_dora=True"),
+    "bias": (as_plain(bias="all"), "plain LoRA.*bias='all'"),
+    "other-type": (as_plain(peft_type="IA3"), "plain LoRA.*peft_type='IA3'"),
+    "pissa": (as_plain(init_lora_weights="pissa"), "plain LoRA.*'pissa'"),
+    "new-variant": (
+        as_plain(some_variant={"groups": 2}),
+        "plain LoRA.*some_variant",
+    ),
+    "no-r": (as_plain(r=None), "`r` must be an integer"),
+    "alpha": (as_plain(lora_alpha="7"), "`lora_alpha` must be a number"),
+    "alpha-0": (as_plain(lora_alpha=0), "`alpha` must be a positive number"),
+    "missing": (without(QUERY), f"missing: .*{QUERY}"),
+    "missing-layer": (
+        retensor(lambda t: {k: v for k, v in t.items() if "layer.1" not in k}),
+        "missing: .*layer.1.attention.self.query.lora_B",
+    ),
+    "missing-head": (
+        without("classifier.out_proj.bias"),
+        "missing: .*classifier.out_proj.bias",
+    ),
+    "extra": (
+        retensor(lambda t: {**t, "lm_head.weight": torch.zeros(2)}),
+        "extra: lm_head.weight",
+    ),
+    "no-tensors": (retensor(lambda t: {}), "missing: "),
+    "for-nothing": (for_nothing, "must adapt layers of the model"),
+    "integers": (
+        retensor(lambda t: {k: v.int() for k, v in t.items()}),
+        "floating point.*I32",
+    ),
+    "other-model": (from_model(gpt2), "extra: .*transformer.h.0.attn.c_attn"),
+    "other-shapes": (
+        from_model(lambda: roberta_classifier(hidden_dim=32)),
+        "mis-shaped: .*must be",
+    ),
+    "more-layers": (
+        from_model(lambda: roberta_classifier(num_layers=3)),
+        "extra: .*encoder.layer.2.attention",
+    ),
+}
+NOT_LOADED_IF_ENABLED = {
+    **{name: NOT_LOADED[name] for name in ("missing", "extra", "other-shapes")},
+    "other-rank": (
+        from_model(roberta_classifier, rank=2),
+        "rank 2 for a model of rank 3",
+    ),
+    "other-layers": (
+        from_model(roberta_classifier, target_layers=["query", "key"]),
+        "without .*self_attention_layer/value.* with .*layer/key",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / "adapter"
+    to_peft(enabled(roberta_classifier()), folder)
+    return folder
+
+
+def refuses(model, act, message, written, folder):
+    shutil.copytree(written, folder)
+    act(folder)
+    cls, before = type(model), backend.snapshot(model.weights)
+    with pytest.raises((ValueError, TypeError), match=message):
+        from_peft(model, folder)
+    assert type(model) is cls
+    for a, b in zip(before, backend.snapshot(model.weights), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", NOT_LOADED)
+def test_what_cannot_be_loaded(case, written, tmp_path):
+    act, message = NOT_LOADED[case]
+    refuses(roberta_classifier(), act, message, written, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("case", NOT_LOADED_IF_ENABLED)
+def test_what_an_enabled_model_refuses(case, written, tmp_path):
+    act, message = NOT_LOADED_IF_ENABLED[case]
+    model = enabled(roberta_classifier())
+    refuses(model, act, message, written, tmp_path / "adapter")
+
+
+def test_models_that_are_not_known(tmp_path):
+    to_peft(enabled(roberta_classifier()), tmp_path)
+    with pytest.raises(ValueError, match="Received: a RobertaMaskedLM"):
+        from_peft(HUB.RobertaMaskedLM(roberta_backbone()), tmp_path)
