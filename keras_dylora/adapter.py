@@ -155,7 +155,7 @@ def load_adapter(model, directory):
             f"Received: rank {config.rank} for a model of rank "
             f"{state_of(model).config.rank}"
         )
-    _check(_expected_shapes(model, config, tensors, enabled), tensors)
+    check_shapes(_expected_shapes(model, config, tensors, enabled), tensors)
     if not enabled:
         targets = [
             key.removeprefix("adapter/").removesuffix("/down")
@@ -239,7 +239,8 @@ def _expected_shapes(model, config, tensors, enabled):
     return shapes
 
 
-def _check(shapes, tensors):
+def check_shapes(shapes, tensors):
+    """Raises a `ValueError` that lists what is missing, extra or mis-shaped."""
     wrong = [f"missing: {key}" for key in shapes if key not in tensors]
     wrong += [f"extra: {key}" for key in tensors if key not in shapes]
     wrong += [

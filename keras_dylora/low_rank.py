@@ -29,7 +29,7 @@ class RankGate:
         self.override = None
         self.variable = keras.Variable(
             # Callable, as a layer may be built while JAX traces.
-            lambda shape, dtype: ops.full(shape, alpha / rank, dtype),
+            lambda shape, dtype: ranks.gate(rank, rank, alpha),
             shape=(rank,),
             dtype="float32",
             trainable=False,

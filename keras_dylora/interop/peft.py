@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_dylora import files
 from keras_dylora import ranks
-from keras_dylora.adapter import _check
 from keras_dylora.adapter import adapters_by_path
+from keras_dylora.adapter import check_shapes
 from keras_dylora.adapter import head_by_path
 from keras_dylora.adapter import variable_paths
 from keras_dylora.attach import enable_dylora
@@ -186,7 +186,9 @@ def from_peft(model, directory):
     layout = layout_of(model)
     adapter = read(directory)
     modules = _adapted(layout.modules(model), adapter)
-    _check(_expected_shapes(model, layout, modules, adapter), adapter.tensors)
+    check_shapes(
+        _expected_shapes(model, layout, modules, adapter), adapter.tensors
+    )
     config = _config(modules, adapter)
     targets = [path for paths in modules.values() for path in paths if path]
     _check_enabled(model, config, targets)
