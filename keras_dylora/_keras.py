@@ -54,6 +54,17 @@ def track_for_torch(model):
             layer._track_variables()
 
 
+def call_in_training(model, x):
+    """Calls a model as Keras's training step does.
+
+    A subclassed model's `call` needn't take `training`; Keras keeps what it
+    found out about that to itself.
+    """
+    if model._call_has_training_arg:
+        return model(x, training=True)
+    return model(x)
+
+
 def portable(compile_config):
     """A compile config in which torch's own optimizers have public names.
 

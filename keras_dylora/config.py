@@ -11,7 +11,7 @@ from keras_dylora.ranks import RankDistribution
 from keras_dylora.ranks import as_rank
 from keras_dylora.ranks import get_distribution
 
-OBJECTIVES = ("sampled",)
+OBJECTIVES = ("sampled", "summed", "matryoshka")
 
 
 def check_adapter_arguments(rank, min_rank, alpha, frozen, dropout):
@@ -68,7 +68,13 @@ class DyLoRAConfig:
             alone (Eq. 10) instead of the first `b`. Defaults to `False`.
         dropout: float in `[0, 1)`. Dropout on the adapters' input. Defaults
             to `0`.
-        objective: `"sampled"`, one rank a step. Defaults to `"sampled"`.
+        objective: how a step averages over the rank distribution.
+            `"sampled"` draws one rank (Algorithm 1); `"summed"` takes the
+            loss at every rank and sums them weighted by their probability
+            (nested dropout, Table 7), which costs a pass for each rank;
+            `"matryoshka"` takes the mean of the ranks' gates, in one pass.
+            The last two draw nothing and can't be `frozen`. Defaults to
+            `"sampled"`.
         seed: int. Seed of the rank sequence, of the adapters' initial values
             and of their dropout. Defaults to `0`.
 
@@ -86,6 +92,8 @@ class DyLoRAConfig:
     Reference:
 
     - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    - [Rippel et al., 2014](https://arxiv.org/abs/1402.0915), summed
+    - [Modoranu et al., 2026](https://arxiv.org/abs/2605.07850), matryoshka
     """
 
     rank: int = 8
@@ -109,12 +117,30 @@ class DyLoRAConfig:
                 f"`objective` must be one of {OBJECTIVES}. "
                 f"Received: objective={self.objective!r}"
             )
+        if self.frozen and self.objective != "sampled":
+            raise ValueError(
+                "`frozen` updates the column of the drawn rank, so it needs "
+                f"`objective='sampled'`. Received: "
+                f"objective={self.objective!r}"
+            )
         as_rank(self.seed, 0, 2**63 - 1, "seed")
 
     @property
     def distribution(self):
         """The `RankDistribution` that `rank_distribution` stands for."""
         return get_distribution(self.rank_distribution)
+
+    @property
+    def rank_probabilities(self):
+        """Dict of the ranks that are trained to their probabilities."""
+        probabilities = self.distribution.probabilities(
+            self.min_rank, self.rank
+        )
+        return {
+            b: float(p)
+            for b, p in enumerate(probabilities, start=self.min_rank)
+            if p > 0
+        }
 
     def truncated(self, rank):
         """The config of this run's adapters when they are cut to `rank`."""

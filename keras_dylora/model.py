@@ -38,6 +38,7 @@ class DyLoRAState:
         self.config = config
         self.layers = layers
         self.attachment = attachment
+        self.summing = False
         self.gates = list({id(x._gate): x._gate for x in layers}.values())
         self.draw = RankDraw(
             config.distribution, config.min_rank, config.rank, config.seed
@@ -367,6 +368,14 @@ class DyLoRAModel(keras.Model):
 
     def train_step(self, *args):
         return training.train_step(self, super().train_step, *args)
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs
+    ):
+        compute = super().compute_loss
+        if hasattr(self, "_dylora") and self._dylora.summing:
+            compute = functools.partial(training.summed_loss, self, compute)
+        return compute(x, y, y_pred, sample_weight, **kwargs)
 
     @property
     def weights(self):

@@ -48,6 +48,26 @@ def gate(active_rank, rank, alpha):
     return ops.where(ops.arange(rank, dtype="int32") < b, scale, 0.0)
 
 
+def mean_gate(probabilities, rank, alpha):
+    """The mean of the ranks' gates: MatryoshkaLoRA's diagonal.
+
+    Args:
+        probabilities: dict of rank to probability.
+        rank: int. The length of the gate.
+        alpha: float. The scale's numerator.
+
+    Returns:
+        A float32 tensor of shape `(rank,)`.
+
+    Reference:
+
+    - [Modoranu et al., 2026](https://arxiv.org/abs/2605.07850)
+    """
+    gates = gate(list(probabilities), rank, alpha)
+    weights = ops.convert_to_tensor(list(probabilities.values()), "float32")
+    return ops.matmul(weights, gates)
+
+
 def column(active_rank, rank):
     """A boolean mask of shape `(rank,)`: true at entry `active_rank` only."""
     entry = ops.cast(active_rank, "int32") - 1

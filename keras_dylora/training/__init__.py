@@ -6,6 +6,8 @@ Keras has two step conventions. `stateful` serves TensorFlow and torch,
 
 import keras
 
+from keras_dylora.training.step import summed_loss
+
 match keras.backend.backend():
     case "jax":
         from keras_dylora.training.stateless import sync
@@ -14,4 +16,4 @@ match keras.backend.backend():
         from keras_dylora.training.stateful import sync
         from keras_dylora.training.stateful import train_step
 
-__all__ = ["sync", "train_step"]
+__all__ = ["summed_loss", "sync", "train_step"]

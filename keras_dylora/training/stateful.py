@@ -17,14 +17,15 @@ def train_step(model, keras_step, data):
     previous = {id(v): ops.copy(v) for v in step.watched(model)}
     previous["iterations"] = ops.copy(model.optimizer.iterations)
     try:
-        rank = step.begin(model)
-        logs = keras_step(data)
+        drawn = step.begin(model)
+        with step.summing(model):
+            logs = keras_step(data)
     finally:
         for gate, value in zip(gates, inference, strict=True):
             gate.assign(value)
     if model._dylora.config.frozen:
         step.end(model, previous)
-    return {**logs, "rank": rank}
+    return {**logs, **drawn}
 
 
 def sync(model):

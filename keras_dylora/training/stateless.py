@@ -18,15 +18,16 @@ def train_step(model, keras_step, state, data):
         previous["iterations"] = ops.convert_to_tensor(
             model.optimizer.iterations
         )
-        rank = step.begin(model)
+        drawn = step.begin(model)
     state = (trainable, _values(scope, model)[1], optimizer, metrics)
-    logs, state = keras_step(state, data)
+    with step.summing(model):
+        logs, state = keras_step(state, data)
     with _scope(model, *state[:3]) as scope:
         for gate, value in zip(gates, inference, strict=True):
             gate.assign(value)
         if model._dylora.config.frozen:
             step.end(model, previous)
-    return {**logs, "rank": rank}, (*_values(scope, model), state[3])
+    return {**logs, **drawn}, (*_values(scope, model), state[3])
 
 
 def _lists(model):

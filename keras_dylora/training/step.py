@@ -6,28 +6,88 @@ whatever the optimizer keeps for them.
 """
 
 import collections
+import contextlib
 
 from keras import ops
 
 from keras_dylora import ranks
+from keras_dylora._keras import call_in_training
 
 
 def begin(model):
-    """Draws the rank of a step and opens its columns.
+    """Sets the gate of a step: draws its rank and opens its columns.
 
     Returns:
-        An int32 scalar tensor.
+        Dict of what the step logs: its `rank`, an int32 scalar tensor, where
+        one is drawn.
     """
     state, config = model._dylora, model._dylora.config
-    rank = state.draw(model._ranks_drawn)
-    model._ranks_drawn.assign(model._ranks_drawn + 1)
-    gate = ranks.gate(rank, config.rank, config.alpha)
+    if config.objective == "sampled":
+        rank = state.draw(model._ranks_drawn)
+        model._ranks_drawn.assign(model._ranks_drawn + 1)
+        gate = ranks.gate(rank, config.rank, config.alpha)
+    elif config.objective == "summed":
+        rank, gate = None, ranks.gate(config.rank, config.rank, config.alpha)
+    else:
+        rank, gate = (
+            None,
+            ranks.mean_gate(
+                config.rank_probabilities, config.rank, config.alpha
+            ),
+        )
     for layer_gate in state.gates:
         layer_gate.variable.assign(gate)
     if config.frozen:
         drawn = ops.cast(ranks.column(rank, config.rank), "float32")
         model._open_columns.assign(ops.maximum(model._open_columns, drawn))
-    return rank
+    return {} if rank is None else {"rank": rank}
+
+
+@contextlib.contextmanager
+def summing(model):
+    """Within it, `model.compute_loss` is the loss summed over the ranks.
+
+    Keras's own step calls it, so its gradients, loss scaling and metrics (of
+    the highest rank) are Keras's.
+    """
+    model._dylora.summing = model._dylora.config.objective == "summed"
+    try:
+        yield
+    finally:
+        model._dylora.summing = False
+
+
+def summed_loss(model, compute_loss, x, y, y_pred, *args, **kwargs):
+    """The sum over ranks b of p(b) times the loss at b (Eq. 2).
+
+    Args:
+        model: the `DyLoRAModel`.
+        compute_loss: the loss of given predictions.
+        x: inputs of the model.
+        y: targets.
+        y_pred: predictions at the highest rank.
+        *args: further arguments of `compute_loss`.
+        **kwargs: further arguments of `compute_loss`.
+
+    Returns:
+        A scalar tensor.
+    """
+    state, config = model._dylora, model._dylora.config
+    total = 0.0
+    for b, probability in config.rank_probabilities.items():
+        if b < config.rank:
+            for gate in state.gates:
+                gate.override = ranks.gate(b, config.rank, config.alpha)
+            try:
+                predictions = call_in_training(model, x)
+            finally:
+                for gate in state.gates:
+                    gate.override = None
+        else:
+            predictions = y_pred
+        loss = compute_loss(x, y, predictions, *args, **kwargs)
+        total = total + probability * loss
+    return total
 
 
 def end(model, previous):
