@@ -82,23 +82,42 @@ def movie_reviews(seed=0):
     )
 
 
-def glue(task):
-    """A single-sentence GLUE task, such as `"glue/sst2"`, by TFDS.
+def glue(task, split, columns):
+    """One split of a GLUE task, such as `"sst2"`, by TFDS.
+
+    Args:
+        task: str. Its name.
+        split: str. Its split.
+        columns: names of its sentences.
 
     Returns:
-        `(texts, labels), (test_texts, test_labels)`; the test part is the
-        validation split, whose labels are public.
+        A tuple of lists of str, one for each column, and an array of labels.
     """
     import tensorflow_datasets as tfds
 
-    def load(split):
-        data = tfds.as_numpy(tfds.load(task, split=split, batch_size=-1))
-        texts = [text.decode("utf-8") for text in data["sentence"]]
-        return texts, data["label"].astype("int32")
-
-    return load("train"), load("validation")
+    try:
+        dataset = tfds.load(f"glue/{task}", split=split)
+    except Exception as error:
+        raise RuntimeError(
+            f"The TFDS dataset glue/{task} must be on this machine or within "
+            "reach: `tfds build glue` fetches it, TFDS_DATA_DIR says where "
+            f"it is. Received: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    rows = list(tfds.as_numpy(dataset))
+    texts = tuple([row[c].decode("utf-8") for row in rows] for c in columns)
+    return texts, np.array([row["label"] for row in rows])
 
 
 def load(name, seed=0):
-    """Loads `"movie_reviews"` or a single-sentence TFDS task by its name."""
-    return movie_reviews(seed) if name == "movie_reviews" else glue(name)
+    """Loads `"movie_reviews"` or a single-sentence GLUE task, `"glue/sst2"`.
+
+    Returns:
+        `(texts, labels), (test_texts, test_labels)`; GLUE's test part is the
+        validation split, whose labels are public.
+    """
+    if name == "movie_reviews":
+        return movie_reviews(seed)
+    task = name.removeprefix("glue/")
+    splits = (glue(task, s, ("sentence",)) for s in ("train", "validation"))
+    return tuple((texts, labels) for (texts,), labels in splits)

@@ -1,0 +1,318 @@
+"""The paper's GLUE experiments: any method on any task, at every rank.
+
+As in the paper (Table 8), with a GPU and online:
+
+    python -m examples.glue_roberta --task sst2 --method dylora
+
+The same code, offline on a CPU, on movie-review sentences:
+
+    python -m examples.glue_roberta --task movies --method lora --scale small
+
+Finished runs are kept in a file of JSON lines and aren't run again.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import time
+
+import keras
+import keras_hub
+import numpy as np
+
+import keras_dylora as kd
+from examples.flop import Flop
+from examples.quickstart import minilm
+from examples.runs import Results
+from examples.tasks import get_task
+from examples.tasks import load
+from examples.training import WarmupLinear
+from examples.training import fit
+
+ADAPTERS = {
+    "dylora": {},
+    "dylora-frozen": {"frozen": True},
+    "lora": {},
+    "summed": {"objective": "summed"},
+    "matryoshka": {"objective": "matryoshka"},
+}
+METHODS = (*ADAPTERS, "lora-search", "fine-tune", "flop")
+SEARCHED_RANKS = (1, 2, 4, 8, 16, 32, 64)
+# RoBERTa-base: 45M of the 85M parameters of its matrices go, so that 80M of
+# 125M stay (Table 3).
+FLOP_KEEP = 0.47
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that the runs of one scale share; the defaults are Table 8."""
+
+    preset: str = "roberta_base_en"
+    sequence_length: int = 512
+    batch_size: int = 32
+    epochs: int = 30
+    learning_rate: float = 4e-4
+    fine_tune_learning_rate: float = 2e-5
+    weight_decay: float = 0.1
+    warmup: float = 0.06
+    alpha: float = 16.0
+    rank: int = 8
+    # Table 8 names seed 10 twice. A run is never run twice, so it counts once.
+    seeds: tuple = (10, 42, 4242, 1010)
+
+
+SCALES = {
+    "paper": Settings(),
+    "small": Settings(
+        preset="MiniLM-L6",
+        sequence_length=16,
+        epochs=1,
+        learning_rate=2e-3,
+        fine_tune_learning_rate=5e-5,
+        seeds=(10, 42, 4242),
+    ),
+}
+
+
+def preset_path(preset):
+    return minilm() if preset == "MiniLM-L6" else preset
+
+
+@functools.lru_cache(maxsize=1)
+def tokenized(task, preset, sequence_length):
+    """Dict of split to `(x, y)`, tokenized once for all runs."""
+    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
+        preset_path(preset), sequence_length=sequence_length
+    )
+    splits = {}
+    for split, (columns, labels) in load(task).items():
+        x = columns if len(columns) > 1 else columns[0]
+        # With labels: KerasHub would take a lone pair for `(x, y)`.
+        x, y = preprocessor(x, y=labels)
+        splits[split] = (
+            keras.tree.map_structure(keras.ops.convert_to_numpy, x),
+            keras.ops.convert_to_numpy(y),
+        )
+    return splits
+
+
+def classifier(task, settings):
+    """A pretrained task without a preprocessor: the data is tokenized."""
+    return keras_hub.models.TextClassifier.from_preset(
+        preset_path(settings.preset),
+        num_classes=get_task(task).num_classes,
+        preprocessor=None,
+    )
+
+
+def evaluated_ranks(rank):
+    """1..8, then every doubling, up to `rank`."""
+    doublings = [2**i for i in range(4, rank.bit_length())]
+    return sorted({*range(1, min(rank, 8) + 1), *doublings, rank})
+
+
+def build(task, method, rank, distribution, seed, settings, steps):
+    """A model that is ready to be trained by one method."""
+    model = classifier(task, settings)
+    if method in ADAPTERS:
+        kd.enable_dylora(
+            model,
+            rank=rank,
+            min_rank=rank if method == "lora" else 1,
+            alpha=settings.alpha,
+            rank_distribution=distribution,
+            seed=seed,
+            **ADAPTERS[method],
+        )
+    elif method == "flop":
+        model = Flop(model, FLOP_KEEP, warmup_steps=steps // 2)
+    adapted = method in ADAPTERS
+    optimizer = keras.optimizers.AdamW(
+        WarmupLinear(
+            settings.learning_rate
+            if adapted
+            else settings.fine_tune_learning_rate,
+            steps,
+            settings.warmup,
+        ),
+        weight_decay=settings.weight_decay,
+    )
+    # As in the usual recipe; gates aren't weights.
+    optimizer.exclude_from_weight_decay(
+        var_names=["bias", "gamma", "beta", "gate_logits"]
+    )
+    if get_task(task).is_regression:
+        loss = keras.losses.MeanSquaredError()
+    else:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss, metrics=[])
+    return model
+
+
+def evaluate(model, task, splits, ranks):
+    """Metrics by split, rank and name; the rank of a full model is `full`."""
+    found = {}
+    for split in get_task(task).evaluation:
+        x, labels = splits[split]
+        found[split] = {}
+        for b in ranks or ["full"]:
+            if ranks:
+                model.set_rank(b)
+            outputs = model.predict(x, batch_size=100, verbose=0)
+            found[split][str(b)] = {
+                metric.__name__: float(metric(labels, outputs))
+                for metric in get_task(task).metrics
+            }
+    return found
+
+
+def run(
+    results,
+    task,
+    method,
+    seed,
+    settings,
+    rank=None,
+    distribution="uniform",
+    verbose=1,
+):
+    """One run: trained, evaluated at every rank, and kept.
+
+    Args:
+        results: `Results`. A run that is in there isn't run again.
+        task: str. A name of `examples.tasks.TASKS`.
+        method: str. One of `METHODS` but `lora-search`.
+        seed: int.
+        settings: `Settings`.
+        rank: int. Defaults to the settings'.
+        distribution: `"uniform"` or `"geometric"`.
+        verbose: as in `fit`.
+
+    Returns:
+        Dict of `metrics` (by split, rank and name), `seconds` of training,
+        `steps`, `trainable` parameters and, for FLOP, the `kept` share.
+    """
+    rank = rank or settings.rank
+    key = {"task": task, "method": method, "seed": seed}
+    key |= {"rank": rank} if method in ADAPTERS else {}
+    key |= {"distribution": distribution} if "dylora" in method else {}
+    key["settings"] = dataclasses.asdict(settings)
+    del key["settings"]["rank"], key["settings"]["seeds"]
+    found = results.get(key)
+    if found is not None:
+        return found
+    splits = tokenized(task, settings.preset, settings.sequence_length)
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    size = len(splits["train"][1])
+    steps = settings.epochs * -(-size // settings.batch_size)
+    model = build(task, method, rank, distribution, seed, settings, steps)
+    name = f"{task}, {method}, rank {rank}, seed {seed}"
+    print(f"{name}: {steps} steps", flush=True)
+    start = time.perf_counter()
+    fit(model, splits["train"], settings, seed, verbose)
+    result = {
+        "seconds": time.perf_counter() - start,
+        "steps": steps,
+        "backend": keras.backend.backend(),
+        "trainable": sum(
+            int(np.prod(v.shape)) for v in model.trainable_weights
+        ),
+    }
+    ranks = evaluated_ranks(rank) if method in ADAPTERS else None
+    if method == "lora" and rank != settings.rank:
+        ranks = [rank]  # One of a search: nobody truncates it.
+    result["metrics"] = evaluate(model, task, splits, ranks)
+    if method == "flop":
+        result["kept"] = model.kept_share()
+    results.add(key, result)
+    print(summary(name, result), flush=True)
+    return result
+
+
+def summary(name, result):
+    """One line a split: the first metric at every rank."""
+    lines = [f"{name}: trained in {result['seconds']:.0f} s"]
+    for split, by_rank in result["metrics"].items():
+        values = [
+            f"{b}: {next(iter(metrics.values())):.4f}"
+            for b, metrics in by_rank.items()
+        ]
+        lines.append(f"  {split}  {'  '.join(values)}")
+    if "kept" in result:
+        lines.append(f"  {result['kept']:.1%} of the matrices are kept")
+    return "\n".join(lines)
+
+
+def search(results, task, seed, settings, verbose=1):
+    """LoRA at each of the searched ranks, as its users look for the best.
+
+    Returns:
+        Dict of rank to the result of its run.
+    """
+    return {
+        rank: run(results, task, "lora", seed, settings, rank, verbose=verbose)
+        for rank in SEARCHED_RANKS
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--method", default="dylora", choices=METHODS)
+    parser.add_argument("--scale", default="paper", choices=SCALES)
+    parser.add_argument("--rank", type=int, help="default: the scale's")
+    parser.add_argument(
+        "--distribution", default="uniform", choices=("uniform", "geometric")
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="as --rank")
+    parser.add_argument("--preset", help="as --rank")
+    parser.add_argument("--epochs", type=int, help="as --rank")
+    parser.add_argument(
+        "--results", default="results/runs.jsonl", type=pathlib.Path
+    )
+    parser.add_argument("--verbose", default=1, type=int)
+    args = parser.parse_args(argv)
+    try:
+        get_task(args.task)
+    except ValueError as error:
+        parser.error(str(error))
+    changes = {"rank": args.rank, "seeds": args.seeds}
+    changes |= {"preset": args.preset, "epochs": args.epochs}
+    settings = dataclasses.replace(
+        SCALES[args.scale],
+        **{k: v for k, v in changes.items() if v is not None},
+    )
+    results = Results(args.results)
+    for seed in settings.seeds:
+        if args.method == "lora-search":
+            runs = search(results, args.task, seed, settings, args.verbose)
+            best = max(runs, key=lambda r: score(runs[r], r))
+            total = sum(r["seconds"] for r in runs.values())
+            print(f"The best rank is {best}, found in {total:.0f} s.")
+            continue
+        result = run(
+            results,
+            args.task,
+            args.method,
+            seed,
+            settings,
+            distribution=args.distribution,
+            verbose=args.verbose,
+        )
+        print(summary(f"{args.task}, {args.method}, seed {seed}", result))
+
+
+def score(result, rank="full", split=None, metric=None):
+    """One metric of a result, of its first split and metric by default."""
+    by_rank = result["metrics"]
+    metrics = by_rank[split or next(iter(by_rank))][str(rank)]
+    return metrics[metric or next(iter(metrics))]
+
+
+if __name__ == "__main__":
+    main()

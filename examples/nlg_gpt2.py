@@ -1,0 +1,293 @@
+"""The paper's generation experiments: GPT-2 on text, at every rank.
+
+As in the paper (Table 8), with a GPU and online:
+
+    python -m examples.nlg_gpt2 --task e2e --method dylora
+
+The same code, offline on a CPU: a small GPT-2 is pretrained on movie reviews
+and adapted to another domain, where its perplexity is measured.
+
+    python -m examples.nlg_gpt2 --task reviews
+
+Finished runs are kept in a file of JSON lines and aren't run again. The
+recipe is the GPT-2 one of LoRA, but for its ban on repeated 4-grams.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import time
+
+import keras
+import keras_hub
+import numpy as np
+
+import keras_dylora as kd
+from examples import nlg_data
+from examples import nlg_metrics
+from examples import nlg_reviews
+from examples.nlg_model import compile_model
+from examples.nlg_model import from_preset
+from examples.nlg_model import generate
+from examples.nlg_model import perplexity
+from examples.runs import Results
+from examples.training import fit
+
+METHODS = ("dylora", "dylora-frozen", "lora", "fine-tune")
+TASKS = (*nlg_data.TASKS, "reviews")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that the runs of a task share; the defaults are Table 8."""
+
+    preset: str = "gpt2_medium_en"
+    epochs: int = 5
+    batch_size: int = 8
+    learning_rate: float = 2e-4
+    fine_tune_learning_rate: float = 5e-5
+    warmup_steps: int = 500
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    label_smoothing: float = 0.1
+    rank: int = 4
+    alpha: float = 32.0
+
+
+REVIEWS = Settings(
+    epochs=3,
+    batch_size=32,
+    learning_rate=5e-3,
+    fine_tune_learning_rate=5e-4,
+    warmup_steps=30,
+    label_smoothing=0.0,
+)
+
+
+@functools.lru_cache(maxsize=1)
+def tokenized(task, preset):
+    """The tokenizer, the training arrays, and what is evaluated.
+
+    That is arrays for `reviews`, else `(prompts, references)`.
+    """
+    tokenizer = from_preset(keras_hub.models.GPT2Tokenizer, preset)
+    if task == "reviews":
+        return tokenizer, *nlg_reviews.target_data(tokenizer, preset)
+    train = nlg_data.encode(tokenizer, nlg_data.pairs(task))
+    return (
+        tokenizer,
+        train,
+        tuple(zip(*nlg_data.load(task, "test"), strict=True)),
+    )
+
+
+def build(method, seed, settings, steps):
+    """A model that is ready to be trained by one method."""
+    model = from_preset(
+        keras_hub.models.GPT2CausalLM, settings.preset, preprocessor=None
+    )
+    learning_rate = settings.fine_tune_learning_rate
+    if method != "fine-tune":
+        learning_rate = settings.learning_rate
+        kd.enable_dylora(
+            model,
+            rank=settings.rank,
+            min_rank=settings.rank if method == "lora" else 1,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            frozen=method == "dylora-frozen",
+            seed=seed,
+        )
+    compile_model(
+        model,
+        learning_rate,
+        steps,
+        settings.warmup_steps,
+        settings.weight_decay,
+        settings.label_smoothing,
+    )
+    return model
+
+
+def evaluate(model, task, tokenizer, data, ranks, metrics):
+    """Metrics by rank and name; the rank of a fully trained model is `full`."""
+    found = {}
+    for b in ranks or ["full"]:
+        if ranks:
+            model.set_rank(b)
+        if task == "reviews":
+            found[str(b)] = perplexity(model, *data)
+        else:
+            prompts, references = data
+            texts = generate(model, tokenizer, prompts)
+            found[str(b)] = nlg_metrics.score(texts, references, metrics)
+    return found
+
+
+def run(results, task, method, seed, settings, metrics=(), verbose=1):
+    """One run: trained, evaluated at every rank, and kept.
+
+    Args:
+        results: `Results`. A run that is in there isn't run again.
+        task: str. One of `TASKS`.
+        method: str. One of `METHODS`.
+        seed: int.
+        settings: `Settings`.
+        metrics: names of `nlg_metrics.METRICS`; `reviews` needs none.
+        verbose: as in `fit`.
+
+    Returns:
+        Dict of `metrics` (by rank and name), `seconds` of training, `steps`
+        and `trainable` parameters.
+    """
+    for name, value, known in (
+        ("task", task, TASKS),
+        ("method", method, METHODS),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"`{name}` must be one of {known}. Received: {name}={value!r}"
+            )
+    key = {"task": task, "method": method, "seed": seed}
+    key["settings"] = dataclasses.asdict(settings)
+    key["settings"]["preset"] = pathlib.Path(settings.preset).name
+    found = results.get(key)
+    if found is not None:
+        return found
+    tokenizer, train, data = tokenized(task, settings.preset)
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    steps = settings.epochs * -(-len(train[1]) // settings.batch_size)
+    model = build(method, seed, settings, steps)
+    print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
+    start = time.perf_counter()
+    fit(model, train, settings, seed, verbose)
+    result = {
+        "seconds": time.perf_counter() - start,
+        "steps": steps,
+        "backend": keras.backend.backend(),
+        "trainable": sum(
+            int(np.prod(v.shape)) for v in model.trainable_weights
+        ),
+    }
+    ranks = []
+    if method != "fine-tune":
+        # Rank 0 is the pretrained model.
+        ranks = list(range(task != "reviews", settings.rank + 1))
+    result["metrics"] = evaluate(model, task, tokenizer, data, ranks, metrics)
+    results.add(key, result)
+    values = ", ".join(
+        f"{b}: {next(iter(named.values())):.4g}"
+        for b, named in result["metrics"].items()
+    )
+    print(f"  in {result['seconds']:.0f} s; at rank {values}", flush=True)
+    return result
+
+
+def table(runs, metric):
+    """Markdown: the mean and standard deviation over the seeds of a metric.
+
+    Args:
+        runs: dict of method to a list of what `run` returned. LoRA below its
+            rank is the trained adapter cut off.
+        metric: str.
+    """
+    ranks = list(
+        dict.fromkeys(b for found in runs.values() for b in found[0]["metrics"])
+    )
+    lines = [
+        f"| {metric} at rank | {' | '.join(ranks)} |",
+        "|---" * (len(ranks) + 1) + "|",
+    ]
+    for method, found in runs.items():
+        cells = [""] * len(ranks)
+        for b in found[0]["metrics"]:
+            values = [r["metrics"][b][metric] for r in found]
+            mean, deviation = np.mean(values), np.std(values)
+            cells[ranks.index(b)] = f"{mean:.2f} ± {deviation:.2f}"
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curve(found, metric, min_rank):
+    """A `RankReport` of the means over the seeds of one method."""
+    return kd.RankReport(
+        {
+            b: {metric: np.mean([r["metrics"][b][metric] for r in found])}
+            for b in found[0]["metrics"]
+        },
+        min_rank,
+    )
+
+
+def write(folder, task, runs, rank):
+    """Writes a table of every metric and, with DyLoRA, the first's curves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scored = [
+        named
+        for found in runs.values()
+        for r in found
+        for named in r["metrics"].values()
+    ]
+    # A run from before WordNet was there has no METEOR.
+    names = [n for n in scored[0] if all(n in named for named in scored)]
+    text = "\n\n".join(table(runs, name) for name in names)
+    (folder / f"{task}.md").write_text(text + "\n")
+    print(f"\n{text}")
+    curves = {
+        method: curve(found, names[0], rank if method == "lora" else 1)
+        for method, found in runs.items()
+        if method != "fine-tune"
+    }
+    if "dylora" in curves:
+        first = curves.pop("dylora")
+        first.plot(folder / f"{task}.png", others=curves)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument(
+        "--method", nargs="+", default=METHODS[:3], choices=METHODS
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 42, 4242])
+    parser.add_argument(
+        "--preset", default=Settings.preset, help="`reviews` has its own"
+    )
+    parser.add_argument("--output", default="results/nlg", type=pathlib.Path)
+    parser.add_argument(
+        "--results", default="results/nlg.jsonl", type=pathlib.Path
+    )
+    parser.add_argument("--verbose", default=1, type=int)
+    args = parser.parse_args(argv)
+    results, runs, metrics = Results(args.results), {}, ()
+    try:
+        if args.task == "reviews":
+            preset = nlg_reviews.pretrained(args.output, verbose=args.verbose)
+            settings = dataclasses.replace(REVIEWS, preset=str(preset))
+        else:
+            settings = Settings(preset=args.preset)
+            metrics = nlg_metrics.available_metrics()
+        for seed in args.seeds:
+            for method in args.method:
+                found = run(
+                    results,
+                    args.task,
+                    method,
+                    seed,
+                    settings,
+                    metrics,
+                    args.verbose,
+                )
+                runs.setdefault(method, []).append(found)
+    except nlg_data.NotFetchedError as error:
+        parser.exit(2, f"{error}\n")
+    write(args.output, args.task, runs, settings.rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""The paper's tables: run, or collected, and printed beside its figures.
+
+    python -m examples.tables --table 2 --scale small
+    python -m examples.tables --table 2
+
+The first takes minutes on two cores, offline; the second is the paper's scale.
+Finished runs are kept in `results/runs.jsonl` and never run again. `methods`
+isn't a table of the paper: it compares the objectives at every rank.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import keras_dylora as kd
+from examples import glue_roberta as glue
+from examples import nlg_gpt2
+from examples import nlg_metrics
+from examples.runs import Results
+
+PAPER = json.loads((pathlib.Path(__file__).parent / "paper.json").read_text())
+# At small scale, the offline tasks and whose place they take.
+SMALL = {
+    "1": {"movies": "sst2"},
+    "2": {"movies": "sst2", "ratings": "stsb"},
+    "3": {"movies": "sst2"},
+    "4": {"movies": "sst2"},
+    "5": {"movies": "sst2"},
+    "7": {"movies": "cola"},
+    "methods": {"movies": None},
+}
+TABLES = (*PAPER, "methods")
+LABELS = {
+    "dylora": "DyLoRA",
+    "dylora-frozen": "DyLoRA (frozen)",
+    "lora": "LoRA",
+    "lora-search": "LoRA (search)",
+    "fine-tune": "fine-tune",
+    "flop": "FLOP",
+    "summed": "summed",
+    "matryoshka": "matryoshka",
+}
+
+
+class Runner:
+    """Runs what a table needs, or finds that it has run.
+
+    Args:
+        results: `Results`.
+        scale: `"paper"` or `"small"`.
+        verbose: as in `fit`.
+    """
+
+    def __init__(self, results, scale, verbose):
+        self.results, self.verbose = results, verbose
+        self.settings = glue.SCALES[scale]
+
+    def glue(self, task, method, rank=None, distribution="uniform"):
+        """One result for each seed."""
+        return [
+            glue.run(
+                self.results,
+                task,
+                method,
+                seed,
+                self.settings,
+                rank,
+                distribution,
+                self.verbose,
+            )
+            for seed in self.settings.seeds
+        ]
+
+    def search(self, task):
+        """For each seed, a dict of rank to result."""
+        return [
+            glue.search(self.results, task, seed, self.settings, self.verbose)
+            for seed in self.settings.seeds
+        ]
+
+    def nlg(self, task, method):
+        return [
+            nlg_gpt2.run(
+                self.results,
+                task,
+                method,
+                seed,
+                nlg_gpt2.Settings(),
+                nlg_metrics.available_metrics(),
+                self.verbose,
+            )
+            for seed in (10, 42, 4242)
+        ]
+
+
+def cell(values, digits=2):
+    """Mean ± standard deviation, or nothing where there are no values."""
+    values = np.atleast_1d(values)
+    if not len(values):
+        return ""
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def paper_cell(value):
+    return " ± ".join(f"{v:.2f}" for v in value)
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def metric_of(table, task):
+    """The metric of a task where a table doesn't use the task's first."""
+    return "accuracy" if table in "15" and task == "mrpc" else None
+
+
+def trained_rank(table, row):
+    """The rank that a row's model was trained at; `None`: the settings'."""
+    own = table == "1" or (table == "3" and row["method"] == "lora")
+    return row["rank"] if own else None
+
+
+def name_of(row):
+    name = LABELS[row["method"]]
+    if "distribution" in row:
+        name += f", {row['distribution']}"
+    return name
+
+
+def glue_table(table, runner, scale):
+    """Tables 1 to 4: a row of the paper is a method at a rank."""
+    paper = PAPER[table]
+    tasks = SMALL[table] if scale == "small" else {t: t for t in paper["tasks"]}
+    header = ["rank", "method", "trainable"]
+    for task, counterpart in tasks.items():
+        header += [task, f"paper: {counterpart}"]
+    rows, curves = [], {}
+    for row in paper["rows"]:
+        found = {
+            task: runner.glue(
+                task,
+                row["method"],
+                trained_rank(table, row),
+                row.get("distribution", "uniform"),
+            )
+            for task in tasks
+        }
+        trainable = next(iter(found.values()))[0]["trainable"]
+        line = [row["rank"] or "full", name_of(row), f"{trainable:,}"]
+        for i, (task, counterpart) in enumerate(tasks.items()):
+            values = [
+                100
+                * glue.score(
+                    result,
+                    row["rank"] or "full",
+                    metric=metric_of(table, task),
+                )
+                for result in found[task]
+            ]
+            published = row["values"][paper["tasks"].index(counterpart)]
+            line += [cell(values), paper_cell(published)]
+            if i == 0:
+                key = (name_of(row), row["rank"])
+                curves[key] = np.mean(values), np.std(values)
+        rows.append(line)
+    notes = [
+        f"{task}: FLOP kept {100 * cell_kept(runner, task)} % of the matrices "
+        f"(target {100 * glue.FLOP_KEEP:.0f} %)."
+        for task in tasks
+        if table == "3"
+    ]
+    return markdown(header, rows), notes, curves, next(iter(tasks))
+
+
+def cell_kept(runner, task):
+    return np.round(np.mean([r["kept"] for r in runner.glue(task, "flop")]), 3)
+
+
+def search_table(runner, scale):
+    """Table 5: seven LoRA runs against one of DyLoRA."""
+    tasks = SMALL["5"] if scale == "small" else {t: t for t in ("sst2", "mrpc")}
+    header = ["maximum rank", "method", "time"]
+    for task, counterpart in tasks.items():
+        header += [f"{task} (rank)", f"paper: {counterpart} (rank)"]
+    methods = ["lora-search", "dylora-frozen", "dylora"]
+    rows, curves = [], {}
+    for highest in (64,) if scale == "small" else (64, 32):
+        searched = [r for r in glue.SEARCHED_RANKS if r <= highest]
+        seconds = {}
+        for method in methods:
+            line = [highest, LABELS[method], None]
+            for i, (task, counterpart) in enumerate(tasks.items()):
+                metric = metric_of("5", task)
+                if method == "lora-search":
+                    runs = [
+                        {b: run[b] for b in searched}
+                        for run in runner.search(task)
+                    ]
+                    scores = [
+                        {b: glue.score(r, b, metric=metric)
+                         for b, r in run.items()}
+                        for run in runs
+                    ]  # fmt: skip
+                    times = [
+                        sum(r["seconds"] for r in run.values()) for run in runs
+                    ]
+                else:
+                    runs = runner.glue(task, method, highest)
+                    scores = [
+                        {
+                            b: glue.score(r, b, metric=metric)
+                            for b in glue.evaluated_ranks(highest)
+                        }
+                        for r in runs
+                    ]
+                    times = [r["seconds"] for r in runs]
+                best = [max(by_rank, key=by_rank.get) for by_rank in scores]
+                values = [100 * s[b] for s, b in zip(scores, best, strict=True)]
+                line.append(f"{cell(values)} ({', '.join(map(str, best))})")
+                line.append(_paper_search(method, highest, counterpart))
+                seconds.setdefault(method, 0)
+                seconds[method] += np.mean(times)
+                if i == 0:
+                    key = f"{LABELS[method]}, up to {highest}", None
+                    curves[key] = np.mean(values), np.std(values)
+            rows.append(line)
+        for line, method in zip(rows[-len(methods) :], methods, strict=True):
+            ratio = seconds[method] / seconds["dylora"]
+            line[2] = f"{seconds[method]:.0f} s ({ratio:.2f}x)"
+    return markdown(header, rows), [], curves, next(iter(tasks))
+
+
+def _paper_search(method, highest, task):
+    for row in PAPER["5"]["rows"]:
+        if (row["method"], row["max_rank"]) == (method, highest):
+            i = PAPER["5"]["tasks"].index(task)
+            value, rank = paper_cell(row["values"][i]), row["ranks"][i]
+            return f"{value} ({rank}), {row['time']}x"
+    return ""
+
+
+def loss_table(runner, scale):
+    """Table 7: one rank's loss a step against the sum over all."""
+    ((task, counterpart),) = (
+        SMALL["7"] if scale == "small" else {"cola": "cola"}
+    ).items()
+    highest = runner.settings.rank
+    rows, curves = [], {}
+    for row in PAPER["7"]["rows"]:
+        runs = runner.glue(task, row["method"])
+        values = [
+            100 * np.mean([glue.score(r, b) for b in range(1, highest + 1)])
+            for r in runs
+        ]
+        rows.append(
+            [
+                LABELS[row["method"]],
+                f"{np.mean([r['seconds'] for r in runs]):.0f} s",
+                f"{row['seconds']:.0f} s",
+                cell(values),
+                paper_cell(row["values"][0]),
+            ]
+        )
+        curves[LABELS[row["method"]], None] = np.mean(values), np.std(values)
+    header = [
+        "loss",
+        "time",
+        "paper: time",
+        f"{task}, mean of ranks 1..{highest}",
+    ]
+    return markdown([*header, f"paper: {counterpart}"], rows), [], curves, task
+
+
+def methods_table(runner, scale):
+    """Every objective at every rank, and the area under its curve."""
+    task = "movies" if scale == "small" else "sst2"
+    highest = runner.settings.rank
+    ranks = list(range(1, highest + 1))
+    rows, curves = [], {}
+    for method in glue.ADAPTERS:
+        runs = runner.glue(task, method)
+        line = [LABELS[method]]
+        for b in ranks:
+            values = [100 * glue.score(r, b) for r in runs]
+            line.append(cell(values))
+            curves[LABELS[method], b] = np.mean(values), np.std(values)
+        areas = [
+            100
+            * kd.RankReport(
+                {b: {"score": glue.score(r, b)} for b in ranks}
+            ).area("score")
+            for r in runs
+        ]
+        line.append(cell(areas))
+        line.append(f"{np.mean([r['seconds'] for r in runs]):.0f} s")
+        rows.append(line)
+    header = [f"{task} at rank", *ranks, "area", "time"]
+    return markdown(header, rows), [], curves, task
+
+
+def nlg_table(table, runner):
+    """Tables 6 and 9: generation by GPT-2 medium."""
+    paper = PAPER[table]
+    columns = [(t, m) for t in paper["tasks"] for m in paper["metrics"]]
+    header = ["rank", "method"]
+    for task, metric in columns:
+        header += [f"{task} {metric}", "paper"]
+    rows, curves = [], {}
+    for row in paper["rows"]:
+        rank = row["rank"] or "full"
+        line = [rank, name_of(row)]
+        runs = {t: runner.nlg(t, row["method"]) for t in paper["tasks"]}
+        for i, (task, metric) in enumerate(columns):
+            values = [
+                r["metrics"][str(rank)][metric]
+                for r in runs[task]
+                if metric in r["metrics"][str(rank)]
+            ]
+            published = row["values"][i : i + 1]
+            line += [cell(values), *map(paper_cell, published or [[]])]
+            if i == 0:
+                key = (name_of(row), row["rank"])
+                curves[key] = np.mean(values), np.std(values)
+        rows.append(line)
+    return markdown(header, rows), [], curves, paper["tasks"][0]
+
+
+def draw(path, curves, label):
+    """Lines over the ranks where there are some, else bars."""
+    figure = Figure(figsize=(7.2, 4.5), layout="constrained")
+    axes = figure.subplots()
+    by_name = {}
+    for (name, rank), point in curves.items():
+        by_name.setdefault(name, []).append((rank, *point))
+    lines = any(len(points) > 1 for points in by_name.values())
+    for name, points in by_name.items():
+        ranks, means, deviations = map(list, zip(*points, strict=True))
+        if not lines:
+            axes.barh(name, means[0], xerr=deviations[0])
+        elif ranks[0] is None:
+            axes.axhline(means[0], ls="--", color="grey", label=name)
+        else:
+            axes.errorbar(
+                ranks, means, deviations, marker="o", capsize=3, label=name
+            )
+    if lines:
+        axes.set_xlabel("rank")
+        axes.set_ylabel(label)
+        axes.legend()
+    else:
+        low = min(means - 4 * dev for means, dev in curves.values())
+        axes.set_xlim(left=max(0, low - 1))
+        axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def make(table, scale, results, verbose=1):
+    """The Markdown of a table, notes on it, and what is drawn."""
+    runner = Runner(results, scale, verbose)
+    match table:
+        case "1" | "2" | "3" | "4":
+            return glue_table(table, runner, scale)
+        case "5":
+            return search_table(runner, scale)
+        case "7":
+            return loss_table(runner, scale)
+        case "methods":
+            return methods_table(runner, scale)
+    if scale == "small":
+        raise RuntimeError(
+            f"Table {table} has no small scale: generation is measured by "
+            "perplexity there, `python -m examples.nlg_gpt2 --task reviews`."
+        )
+    return nlg_table(table, runner)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--table", required=True, choices=TABLES)
+    parser.add_argument("--scale", default="paper", choices=glue.SCALES)
+    parser.add_argument("--output", default="results", type=pathlib.Path)
+    parser.add_argument("--verbose", default=1, type=int)
+    args = parser.parse_args(argv)
+    try:
+        text, notes, curves, task = make(
+            args.table,
+            args.scale,
+            Results(args.output / "runs.jsonl"),
+            args.verbose,
+        )
+    except RuntimeError as error:
+        parser.exit(2, f"{error}\n")
+    text = "\n\n".join([text, *notes]) + "\n"
+    path = args.output / f"table_{args.table}_{args.scale}"
+    path.with_suffix(".md").write_text(text)
+    draw(path.with_suffix(".png"), curves, task)
+    print(f"\n{text}\n{path}.md, {path}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What the examples train with: data in order, and a learning rate."""
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora_examples")
+class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from 0, then linear decay to 0 at the last step.
+
+    Args:
+        learning_rate: float. The peak.
+        steps: int. Steps in all.
+        warmup: float. The share of them in which the rate rises.
+    """
+
+    def __init__(self, learning_rate, steps, warmup):
+        super().__init__()
+        self.learning_rate, self.steps = learning_rate, steps
+        self.warmup = warmup
+
+    def __call__(self, step):
+        step = keras.ops.cast(step, "float32") + 1.0
+        rising = step / max(self.steps * self.warmup, 1.0)
+        falling = (self.steps - step) / (self.steps * (1.0 - self.warmup))
+        factor = keras.ops.clip(keras.ops.minimum(rising, falling), 0.0, 1.0)
+        return self.learning_rate * factor
+
+    def get_config(self):
+        return {
+            "learning_rate": self.learning_rate,
+            "steps": self.steps,
+            "warmup": self.warmup,
+        }
+
+
+def dataset(data, batch_size, seed):
+    """A shuffled, batched `tf.data.Dataset` of arrays or lists of strings.
+
+    KerasHub makes a dataset of them itself, which Keras doesn't shuffle. And
+    TensorFlow tunes a dataset in a thread that sleeps longer and longer: at
+    the end of an epoch `fit` would wait for it, up to half a minute.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return (
+        tf.data.Dataset.from_tensor_slices(data)
+        .shuffle(len(data[1]), seed=seed)
+        .batch(batch_size)
+        .with_options(options)
+    )
+
+
+def fit(model, data, settings, seed, verbose):
+    """Trains a compiled model on arrays, shuffled anew in every epoch.
+
+    Args:
+        model: a compiled model.
+        data: tuple of arrays or dicts of arrays, as `fit` takes them.
+        settings: has `batch_size` and `epochs`.
+        seed: int. Seed of the order.
+        verbose: as in `fit`.
+    """
+    model.fit(
+        dataset(data, settings.batch_size, seed),
+        epochs=settings.epochs,
+        shuffle=False,
+        verbose=verbose,
+    )

@@ -1,0 +1,239 @@
+"""The paper's GLUE experiments: data, metrics, methods, kept runs, tables."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from examples import data
+from examples import glue_roberta as glue
+from examples import tables
+from examples import tasks
+from examples.flop import Flop
+from examples.runs import Results
+from examples.training import WarmupLinear
+from tests import backend
+from tests.text import text_classifier
+
+GLUE = [name for name in tasks.TASKS if name not in ("movies", "ratings")]
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_glue_loads_as_tfds_gives_it(name):
+    task = tasks.TASKS[name]
+    with tfds.testing.mock_data(num_examples=6):
+        splits = tasks.load(name)
+    assert list(splits) == ["train", *task.evaluation]
+    for columns, labels in splits.values():
+        assert len(columns) == len(task.columns)
+        assert all(len(column) == len(labels) == 6 for column in columns)
+        assert all(isinstance(text, str) for text in columns[0])
+        if task.is_regression:
+            assert labels.dtype == "float32"
+        else:
+            assert labels.max() < task.num_classes
+
+
+def test_missing_data_says_what_to_fetch(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tfds, "load", offline)
+    with pytest.raises(RuntimeError, match="tfds build glue.*no network"):
+        tasks.load("sst2")
+    with pytest.raises(ValueError, match="`task` must be one of.*'sst3'"):
+        tasks.load("sst3")
+
+
+def test_quickstart_takes_a_glue_task():
+    with tfds.testing.mock_data(num_examples=3):
+        (texts, labels), test = data.load("glue/sst2")
+    assert len(texts) == len(labels) == len(test[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        # Confusion: 3 true positives, 1 false one, 1 false negative, 1 true.
+        (tasks.accuracy, 4 / 6),
+        (tasks.f1, 6 / 8),
+        (tasks.matthews, (3 * 1 - 1 * 1) / np.sqrt(4 * 4 * 2 * 2)),
+    ],
+    ids=["accuracy", "f1", "matthews"],
+)
+def test_classification_metrics(metric, expected):
+    labels = np.array([1, 1, 1, 1, 0, 0])
+    predicted = np.array([1, 1, 1, 0, 1, 0])
+    outputs = np.eye(2)[predicted] - 0.3
+    np.testing.assert_allclose(metric(labels, outputs), expected)
+
+
+def test_pearson():
+    outputs = np.array([[1.0], [2.0], [4.0]])
+    found = tasks.pearson(np.array([2.0, 4.0, 3.0]), outputs)
+    np.testing.assert_allclose(found, 1 / np.sqrt(28 / 3), rtol=1e-6)
+    assert tasks.pearson(np.array([1.0, 2.0]), np.ones((2, 1))) == 0
+
+
+def test_warmup_then_linear_decay():
+    schedule = WarmupLinear(1.0, steps=100, warmup=0.1)
+    rates = [float(schedule(step)) for step in (0, 9, 54, 99)]
+    np.testing.assert_allclose(rates, [0.1, 1.0, 0.5, 0.0], atol=1e-6)
+
+
+class TestResults:
+    def test_runs_are_found_by_their_whole_key(self, tmp_path):
+        results = Results(tmp_path / "deep" / "runs.jsonl")
+        results.add({"task": "movies", "seed": 1}, {"seconds": 2.0})
+        again = Results(tmp_path / "deep" / "runs.jsonl")
+        assert again.get({"seed": 1, "task": "movies"}) == {"seconds": 2.0}
+        assert again.get({"task": "movies"}) is None
+
+    @pytest.mark.parametrize("broken", ['{"key": {"a"', "[1]", "null", "{}"])
+    def test_a_broken_line_costs_that_run_alone(self, tmp_path, broken):
+        path = tmp_path / "runs.jsonl"
+        Results(path).add({"seed": 1}, {"seconds": 1.0})
+        with open(path, "a") as file:
+            file.write(broken)
+        with pytest.warns(UserWarning, match="Line 2 of .*runs.jsonl must be"):
+            results = Results(path)
+        results.add({"seed": 2}, {"seconds": 2.0})
+        with pytest.warns(UserWarning, match="Line 2"):
+            again = Results(path)
+        assert again.get({"seed": 1}) == {"seconds": 1.0}
+        assert again.get({"seed": 2}) == {"seconds": 2.0}
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """A tiny BERT, where a user names `roberta_base_en`."""
+    path = str(tmp_path_factory.mktemp("presets") / "tiny")
+    model = text_classifier()
+    model.backbone.save_to_preset(path)
+    model.preprocessor.save_to_preset(path)
+    return path
+
+
+@pytest.fixture
+def tiny(preset, monkeypatch):
+    settings = glue.Settings(
+        preset=preset,
+        sequence_length=8,
+        batch_size=4,
+        epochs=2,
+        learning_rate=1e-2,
+        rank=2,
+        seeds=(1, 2),
+    )
+    monkeypatch.setitem(glue.SCALES, "small", settings)
+    glue.tokenized.cache_clear()
+    with tfds.testing.mock_data(num_examples=12):
+        yield settings
+    glue.tokenized.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("mnli", "dylora-frozen"),
+        ("stsb", "lora"),
+        ("cola", "fine-tune"),
+        ("mrpc", "flop"),
+        ("rte", "matryoshka"),
+    ],
+)
+def test_a_run_is_made_once(task, method, tiny, tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+    result = glue.run(results, task, method, 1, tiny, verbose=0)
+    ranks = ["full"] if method in ("fine-tune", "flop") else ["1", "2"]
+    assert list(result["metrics"]) == list(tasks.TASKS[task].evaluation)
+    for by_rank in result["metrics"].values():
+        assert list(by_rank) == ranks
+        assert np.isfinite([list(m.values()) for m in by_rank.values()]).all()
+    assert result["steps"] == 6
+    again = Results(tmp_path / "runs.jsonl")
+    assert glue.run(again, task, method, 1, tiny, verbose=0) == result
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_table_beside_the_papers_figures(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(tables.SMALL, "7", {"cola": "cola"})
+    tables.main(
+        ["--table", "7", "--scale", "small", "--output", str(tmp_path)]
+        + ["--verbose", "0"]
+    )
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    methods = [json.loads(line)["key"]["method"] for line in lines]
+    assert methods == ["dylora", "dylora", "summed", "summed"]
+    text = (tmp_path / "table_7_small.md").read_text()
+    assert "646 s" in text and "52.64" in text and " ± " in text
+    assert (tmp_path / "table_7_small.png").stat().st_size > 5_000
+
+
+def test_generation_has_no_small_scale(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tables.main(
+            ["--table", "6", "--scale", "small", "--output", str(tmp_path)]
+        )
+    assert "nlg_gpt2 --task reviews" in capsys.readouterr().err
+
+
+def test_unknown_task_and_method(capsys):
+    for arguments in (["--task", "sst3"], ["--task", "sst2", "--method", "x"]):
+        with pytest.raises(SystemExit):
+            glue.main(arguments)
+    assert "`task` must be one of" in capsys.readouterr().err
+
+
+class TestFlop:
+    def model(self, keep, steps):
+        task = text_classifier()
+        task.preprocessor = None
+        return task, Flop(task, keep, warmup_steps=steps, speed=20.0)
+
+    def inputs(self):
+        rng = np.random.default_rng(0)
+        ids = rng.integers(5, 15, (16, 12)).astype("int32")
+        return {
+            "token_ids": ids,
+            "segment_ids": np.zeros_like(ids),
+            "padding_mask": np.ones_like(ids),
+        }
+
+    def test_starts_at_the_model(self):
+        task, model = self.model(0.5, 10)
+        for kernel in model.factorized:
+            # All gates open.
+            kernel.gates.logits.assign(
+                keras.ops.full_like(kernel.gates.logits, 1.0)
+            )
+        x = self.inputs()
+        np.testing.assert_allclose(
+            backend.to_numpy(model(x)), backend.to_numpy(task(x)), atol=1e-5
+        )
+
+    def test_reaches_its_target(self):
+        _, model = self.model(0.5, 60)
+        model.compile(
+            keras.optimizers.Adam(5e-3),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        x, y = self.inputs(), np.arange(16) % 2
+        before = model.kept_share()
+        model.fit(x, y, batch_size=16, epochs=200, verbose=0)
+        assert before > 1
+        assert abs(model.kept_share() - 0.5) <= 0.05 * 0.5
+
+    def test_target_is_a_share(self):
+        with pytest.raises(ValueError, match="`keep`.*Received: keep=1.5"):
+            self.model(1.5, 10)
+
+
+def test_sentence_pairs_are_tokenized_as_pairs(tiny):
+    splits = glue.tokenized("rte", tiny.preset, tiny.sequence_length)
+    x, labels = splits["train"]
+    assert x["token_ids"].shape == (12, 8)
+    assert x["segment_ids"].max() == 1
+    assert labels.shape == (12,)
