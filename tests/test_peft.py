@@ -503,7 +503,16 @@ def masked_lm():
     return enabled(HUB.RobertaMaskedLM(roberta_backbone()))
 
 
+def with_a_narrow_head():
+    return enabled(
+        HUB.RobertaTextClassifier(
+            roberta_backbone(), num_classes=2, hidden_dim=8, preprocessor=None
+        )
+    )
+
+
 NOT_SAVED = {
+    "narrow-head": (with_a_narrow_head, {}, "as wide as the backbone, 16"),
     "not-enabled": (roberta_classifier, {}, "enable_dylora"),
     "rank-0": (lambda: enabled(roberta_classifier()), {"rank": 0}, "rank=0"),
     "rank-4": (lambda: enabled(roberta_classifier()), {"rank": 4}, "rank=4"),

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -117,6 +118,19 @@ def _check_exportable(model, layout, modules, adapters):
             "A PEFT adapter can hold adapters and the task head, and nothing "
             f"else that is trained. Received: trained weights {other}"
         )
+    variables = variable_paths(model)
+    for path in layout.head.values():
+        variable, width = variables[path], model.backbone.hidden_dim
+        if not keras.backend.is_float_dtype(variable.dtype):
+            raise ValueError(
+                "The task head must be of floats. Received: "
+                f"{path!r} of dtype {variable.dtype}"
+            )
+        if variable.shape[0] != width and len(variable.shape) == 2:
+            raise ValueError(
+                "In transformers, the task head is as wide as the backbone, "
+                f"{width}. Received: {path!r} of shape {variable.shape}"
+            )
 
 
 def _fuse(layers, rank):
@@ -192,9 +206,6 @@ def from_peft(model, directory):
     config = _config(modules, adapter)
     targets = [path for paths in modules.values() for path in paths if path]
     _check_enabled(model, config, targets)
-    if not isinstance(model, DyLoRAModel):
-        enable_dylora(model, config, target_layers=targets)
-    _assign(model, layout, modules, adapter)
     if adapter.dylora is None:
         warnings.warn(
             "The ranks of this LoRA adapter have no order, as no "
@@ -202,6 +213,9 @@ def from_peft(model, directory):
             f"{config.rank}. Cutting it to a lower one is meaningless.",
             stacklevel=2,
         )
+    if not isinstance(model, DyLoRAModel):
+        enable_dylora(model, config, target_layers=targets)
+    _assign(model, layout, modules, adapter)
     return model
 
 
