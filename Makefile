@@ -20,13 +20,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(RUN) -m examples.quickstart
 
-# One process for each backend, then the backends against each other.
+# One process for each backend, two at a time: they trace and compile more than
+# they compute. Then the backends against each other.
 test: $(VENV)/installed lint
-	set -e; for backend in $(BACKENDS); do \
-		KERAS_BACKEND=$$backend $(RUN) -m pytest --quiet \
-			--ignore tests/test_parity.py; \
-	done
+	$(MAKE) --jobs 2 --keep-going --output-sync=line $(BACKENDS:%=test-%)
 	$(RUN) -m pytest --quiet tests/test_parity.py
+
+test-%: $(VENV)/installed
+	KERAS_BACKEND=$* $(RUN) -m pytest --quiet --ignore tests/test_parity.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -2,6 +2,8 @@
 
 import contextlib
 
+import keras
+
 
 def set_class(instance, cls):
     """Gives a live Keras object another class.
@@ -36,6 +38,39 @@ def forget(layer, *names):
         for name in names:
             if hasattr(layer, name):
                 delattr(layer, name)
+
+
+def uncover_quantize(model):
+    """Sets aside the `quantize` that Keras gives to every instance.
+
+    It wraps the method of the class that the model was made with, and hides
+    that of a class it gets later.
+    """
+    wrapped = model.__dict__.pop("quantize", None)
+    if wrapped is not None:
+        model.__dict__["_keras_quantize"] = wrapped
+
+
+def cover_quantize(model):
+    """Undoes `uncover_quantize`."""
+    wrapped = model.__dict__.pop("_keras_quantize", None)
+    if wrapped is not None:
+        model.__dict__["quantize"] = wrapped
+
+
+def settle_dtype_policies(model):
+    """Gives each layer of a quantized, loaded model a policy of its own.
+
+    KerasHub loads such a model with one `DTypePolicyMap` for all layers. Keras
+    saves a quantized layer by the default of that map, which isn't quantized,
+    and so can't save the model a second time (Keras 3.15).
+    """
+    for layer in model._flatten_layers():
+        policies = layer._dtype_policy
+        if isinstance(policies, keras.dtype_policies.DTypePolicyMap) and any(
+            policy.quantization_mode for policy in policies.values()
+        ):
+            layer._dtype_policy = policies[layer.path or ""]
 
 
 def sublayers(layer):

@@ -124,7 +124,7 @@ def load_adapter(model, directory):
     """Loads what `save_adapter` wrote, in place.
 
     A model that isn't enabled yet is enabled with the configuration of the
-    file. An enabled one must have the same rank and the same layers.
+    file. An enabled one must have the same rank, alpha and layers.
 
     Args:
         model: a built Keras or KerasHub model.
@@ -135,8 +135,9 @@ def load_adapter(model, directory):
 
     Raises:
         ValueError: if the files are missing, damaged or from a newer format,
-            or if the rank, a layer, or a shape differs. The message lists
-            what is missing, extra or mis-shaped; the model is unchanged then.
+            or if the rank, alpha, a layer or a shape differs. The message
+            lists what is missing, extra or mis-shaped; the model is unchanged
+            then.
 
     Example:
 
@@ -154,6 +155,12 @@ def load_adapter(model, directory):
             "An adapter must have the rank of the model it is loaded into. "
             f"Received: rank {config.rank} for a model of rank "
             f"{state_of(model).config.rank}"
+        )
+    if enabled and state_of(model).config.alpha != config.alpha:
+        raise ValueError(
+            "An adapter must have the alpha of the model it is loaded into. "
+            f"Received: alpha={config.alpha} for a model of alpha="
+            f"{state_of(model).config.alpha}"
         )
     check_shapes(_expected_shapes(model, config, tensors, enabled), tensors)
     if not enabled:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 
 import keras
 
@@ -129,6 +130,19 @@ def _targets(model, config):
     return chosen, head
 
 
+def _warn_of_quantized_head(model, head):
+    paths = layer_paths(model)
+    quantized = [p for p in head if paths[p].quantization_mode is not None]
+    if quantized:
+        warnings.warn(
+            "No gradient reaches a quantized kernel, so the layers that are "
+            "trained in full should be float: quantize the model after it is "
+            "enabled, or its backbone alone. "
+            f"Received: quantized layers {_listing(quantized)}",
+            stacklevel=3,
+        )
+
+
 def enable_dylora(model, config=None, **overrides):
     """Upgrades a built Keras or KerasHub model to DyLoRA, in place.
 
@@ -194,6 +208,7 @@ def enable_dylora(model, config=None, **overrides):
             f"Received: {model.name}, with adapters at {_listing(nested)}"
         )
     layers, head = _targets(model, config)
+    _warn_of_quantized_head(model, head)
     attachment = Attachment(model, layers, head, config)
     try:
         attachment.attach()

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 
+import keras
+
 from keras_dylora._keras import forget
 from keras_dylora._keras import set_class
 from keras_dylora._keras import sublayers
@@ -100,6 +102,15 @@ class Attachment:
                 set_class(layer, layer.base_class)
         self.restore_flags()
 
+    def forget_replaced(self):
+        """Lets go of the variables that the model no longer has."""
+        current = {id(v) for v in self.model.variables}
+        self._original_flags = [
+            (item, trainable)
+            for item, trainable in self._original_flags
+            if isinstance(item, keras.Layer) or id(item) in current
+        ]
+
     def restore_flags(self):
         """Makes trainable again what was before."""
         for item, trainable in self._original_flags:
@@ -139,6 +150,22 @@ class Attachment:
 
 
 @contextlib.contextmanager
+def base_layers(layers):
+    """Within it, adapted layers are of the classes that they were made from.
+
+    The variables of the adapters stay where they are.
+    """
+    classes = [(layer, type(layer)) for layer in layers]
+    try:
+        for layer, cls in classes:
+            set_class(layer, cls.base_class)
+        yield
+    finally:
+        for layer, cls in classes:
+            set_class(layer, cls)
+
+
+@contextlib.contextmanager
 def plain(model, layers, attachment=None):
     """The model without DyLoRA, for the time of a `with` block.
 
@@ -146,18 +173,16 @@ def plain(model, layers, attachment=None):
     ones, and so are the trainable flags of an attachment. The variables of
     the adapters stay where they are.
     """
-    items = [(x, type(x), x.base_class) for x in layers]
-    items.append((model, type(model), type(model).original_class))
+    cls = type(model)
     flags = attachment.flags() if attachment else []
     try:
-        for item, _, cls in items:
-            set_class(item, cls)
-        if attachment:
-            attachment.restore_flags()
-        yield model
+        with base_layers(layers):
+            set_class(model, cls.original_class)
+            if attachment:
+                attachment.restore_flags()
+            yield model
     finally:
-        for item, cls, _ in items:
-            set_class(item, cls)
+        set_class(model, cls)
         for item, trainable in flags:
             item.trainable = trainable
 

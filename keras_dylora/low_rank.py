@@ -293,7 +293,11 @@ class LowRankAdapter:
         up = ops.convert_to_numpy(self.up)
         inputs, outputs = self.adapter_dims(self)
         delta = np.reshape((down * gate) @ up, (*inputs, *outputs))
-        return np.transpose(delta, self._kernel_axes)
+        return self.in_kernel_order(delta)
+
+    def in_kernel_order(self, x):
+        """Transposes an array with input axes, then output axes."""
+        return np.transpose(x, self._kernel_axes)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

@@ -1,15 +1,19 @@
 """merge and truncate: one rank made a plain model, or the new maximum."""
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_dylora import ranks
+from keras_dylora._keras import settle_dtype_policies
+from keras_dylora.attachment import layer_paths
 from keras_dylora.attachment import plain
+from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.low_rank import RankGate
 from keras_dylora.model import compile_like
 from keras_dylora.model import restart
 from keras_dylora.model import state_of
+from keras_dylora.quantization import described_as_float
+from keras_dylora.quantization import float_kernel
 
 
 def merge(model, rank=None):
@@ -17,6 +21,12 @@ def merge(model, rank=None):
 
     Computes `kernel + (alpha / b) * down[:, :b] @ up[:b, :]` in float32 and
     stores it in the kernel's dtype. The model itself is left as it is.
+
+    The kernel of a quantized layer is dequantized first: adapted layers are
+    float layers in the new model, in the dtype that they were quantized from.
+    All other layers stay as they are, quantized ones too. Where Keras also
+    quantizes the inputs of a layer, as it does by default in `"int8"`, the
+    merged model is without that rounding.
 
     Args:
         model: an enabled model, or a functional `DyLoRAModel`.
@@ -29,8 +39,8 @@ def merge(model, rank=None):
 
     Raises:
         TypeError: if `rank` isn't an integer.
-        ValueError: if `rank` is out of range, if the model isn't enabled, is
-            of a class that subclasses `DyLoRAModel`, or is quantized.
+        ValueError: if `rank` is out of range, if the model isn't enabled, or
+            is of a class that subclasses `DyLoRAModel`.
 
     Example:
 
@@ -48,31 +58,43 @@ def merge(model, rank=None):
             "Only an enabled model or a functional `DyLoRAModel` has a plain "
             f"class to merge into. Received: a {type(model).__name__}"
         )
-    quantized = [x.path for x in state.layers if x.quantization_mode]
-    if quantized:
-        raise ValueError(
-            "A quantized kernel can't take a float update. "
-            f"Received: quantized layers {quantized}"
-        )
-    with plain(model, state.layers, state.attachment):
+    with (
+        described_as_float(state.layers),
+        plain(model, state.layers, state.attachment),
+    ):
         config = keras.saving.serialize_keras_object(model)
     compile_config = config.pop("compile_config", None)
     merged = keras.saving.deserialize_keras_object(config)
+    settle_dtype_policies(merged)
     if getattr(model, "preprocessor", None) is not None:
         merged.preprocessor = model.preprocessor
-    adapters = {id(v) for x in state.layers for v in (x.down, x.up)}
-    sources = [w for w in model.weights if id(w) not in adapters]
-    deltas = {id(x.kernel): x.delta_kernel(rank) for x in state.layers}
-    for target, source in zip(merged.weights, sources, strict=True):
+    # By position: Keras numbers unnamed layers anew.
+    pairs = zip(
+        layer_paths(model).values(), layer_paths(merged).values(), strict=True
+    )
+    adapted = [
+        (layer, target)
+        for layer, target in pairs
+        if isinstance(layer, LowRankAdapter)
+    ]
+    for layer, target in adapted:
+        target.kernel.assign(float_kernel(layer) + layer.delta_kernel(rank))
+        if layer.bias is not None:
+            target.bias.assign(ops.convert_to_numpy(layer.bias))
+    sources = _other_weights(model, [layer for layer, _ in adapted])
+    targets = _other_weights(merged, [target for _, target in adapted])
+    for target, source in zip(targets, sources, strict=True):
         # Copied by way of NumPy: on JAX, two models that share a buffer lose
         # it together when one of them donates it.
-        value = ops.convert_to_numpy(source)
-        if id(source) in deltas:
-            value = np.asarray(value, "float32") + deltas[id(source)]
-        target.assign(value)
+        target.assign(ops.convert_to_numpy(source))
     if compile_config:
         compile_like(merged, compile_config)
     return merged
+
+
+def _other_weights(model, layers):
+    skip = {id(weight) for layer in layers for weight in layer.weights}
+    return [weight for weight in model.weights if id(weight) not in skip]
 
 
 def truncate(model, rank):

@@ -9,16 +9,20 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import training
+from keras_dylora._keras import cover_quantize
 from keras_dylora._keras import forget
 from keras_dylora._keras import portable
 from keras_dylora._keras import set_class
+from keras_dylora._keras import settle_dtype_policies
 from keras_dylora._keras import sublayers
 from keras_dylora._keras import track_for_torch
+from keras_dylora._keras import uncover_quantize
 from keras_dylora._keras import unlocked
 from keras_dylora.attachment import Attachment
 from keras_dylora.attachment import plain
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.low_rank import LowRankAdapter
+from keras_dylora.quantization import quantize_base
 from keras_dylora.ranks import RankDraw
 
 FORMAT_VERSION = 1
@@ -65,6 +69,8 @@ class DyLoRAState:
 
 def state_of(model):
     """The `DyLoRAState` of a model, or a `ValueError`."""
+    if isinstance(model, DyLoRAModel):
+        model._prepare()
     state = getattr(model, "_dylora", None)
     if state is None:
         raise ValueError(
@@ -90,6 +96,8 @@ def adopt(model, config, attachment=None, dylora_class=None):
     """Makes a live model a `DyLoRAModel` without copying anything."""
     dylora_class = dylora_class or DyLoRAModel
     set_class(model, _combined_class(dylora_class, type(model)))
+    uncover_quantize(model)
+    settle_dtype_policies(model)
     layers = _adapters(model)
     object.__setattr__(
         model, "_dylora", DyLoRAState(model, config, layers, attachment)
@@ -104,6 +112,7 @@ def release(model):
     forget(model, "_ranks_drawn", "_open_columns")
     if isinstance(model, DyLoRAModel):
         set_class(model, type(model).original_class)
+        cover_quantize(model)
     if state is not None:
         track_for_torch(model)
         _reset_compiled(model)
@@ -129,6 +138,8 @@ def compile_like(model, config):
     Keras leaves a model with a `compile` of its own uncompiled, and so every
     KerasHub task; its `fit` would go on with another optimizer.
     """
+    config = dict(config)
+    build_optimizer = config.pop("optimizer_built", True)
     arguments = keras.saving.deserialize_keras_object(config)
     try:
         inspect.signature(model.compile).bind(**arguments)
@@ -136,15 +147,20 @@ def compile_like(model, config):
         keras.Model.compile_from_config(model, config)
         return
     model.compile(**arguments)
-    if model.optimizer is not None and model.built:
+    if model.optimizer is not None and model.built and build_optimizer:
         model.optimizer.build(model.trainable_variables)
+
+
+def _reset_functions(model):
+    """Drops the compiled functions of the model as it was."""
+    for name in ("train", "test", "predict", "generate"):
+        if getattr(model, f"{name}_function", None) is not None:
+            setattr(model, f"{name}_function", None)
 
 
 def _reset_compiled(model):
     """Drops functions and optimizer state of the model as it was."""
-    for name in ("train", "test", "predict", "generate"):
-        if getattr(model, f"{name}_function", None) is not None:
-            setattr(model, f"{name}_function", None)
+    _reset_functions(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
         model.optimizer = type(optimizer).from_config(optimizer.get_config())
@@ -377,6 +393,48 @@ class DyLoRAModel(keras.Model):
             compute = functools.partial(training.summed_loss, self, compute)
         return compute(x, y, y_pred, sample_weight, **kwargs)
 
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes the base model; the adapters stay in float32.
+
+        Layers that are trained in full, such as a task head, are left out: no
+        gradient reaches an integer kernel.
+
+        Args:
+            mode: `"int8"` or `"int4"`. Defaults to `None`, that of `config`.
+            config: `keras.quantizers.QuantizationConfig`. Defaults to `None`,
+                Keras's default for the mode.
+            filters: str, list of str, or callable of a layer. Which layers to
+                quantize, as in `keras.Model.quantize`. Defaults to `None`,
+                all.
+            **kwargs: further arguments of `keras.Model.quantize`.
+
+        Raises:
+            TypeError: if `filters` is something else.
+            ValueError: if the mode is another one, or a layer is quantized
+                already.
+
+        Example:
+
+        ```python
+        keras_dylora.enable_dylora(clf, rank=8)
+        clf.quantize("int8")
+        clf.fit(texts, labels)
+        ```
+        """
+        self._prepare()
+        state = state_of(self)
+        keras_quantize = self.__dict__.get("_keras_quantize")
+        try:
+            quantize_base(
+                keras_quantize or super().quantize,
+                state.layers, mode, config, filters, **kwargs,
+            )  # fmt: skip
+        finally:
+            if state.attachment is not None:
+                state.attachment.forget_replaced()
+            track_for_torch(self)
+            _reset_functions(self)
+
     @property
     def weights(self):
         own = {
@@ -415,7 +473,12 @@ class DyLoRAModel(keras.Model):
         return {f"random_state_{i}": v for i, v in enumerate(states)}
 
     def get_compile_config(self):
-        return portable(super().get_compile_config())
+        config = portable(super().get_compile_config())
+        if config and self.optimizer is not None:
+            # Keras couldn't load what an optimizer saved before it was built
+            # into one that is.
+            config["optimizer_built"] = self.optimizer.built
+        return config
 
     def compile_from_config(self, config):
         compile_like(self, config)

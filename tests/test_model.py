@@ -26,6 +26,15 @@ class ByHand(kd.DyLoRAModel):
         return {**super().get_config(), "frozen": self.frozen}
 
 
+def test_subclassed_model_that_is_built_but_never_trained():
+    model = ByHand(frozen=True)
+    with pytest.raises(ValueError, match="needs built"):
+        model.dylora_layers  # noqa: B018
+    model(mlp_data()[0])
+    assert [layer.rank for layer in model.dylora_layers] == [3, 3]
+    assert (model.rank, model.dylora_config.frozen) == (3, True)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
 def test_subclassed_model_trains_saves_and_loads(frozen, tmp_path):
     x, y = mlp_data()

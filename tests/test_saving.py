@@ -172,6 +172,24 @@ def _seed_generators(model):
     return [g for y in model._flatten_layers() for g in y._seed_generators]
 
 
+@pytest.mark.filterwarnings("error:Skipping variable loading")
+@pytest.mark.parametrize("fitted", [False, True], ids=["never", "fitted"])
+def test_the_optimizer_comes_back_as_it_was(fitted, tmp_path):
+    model = kd.enable_dylora(roberta_classifier(num_layers=1), rank=2)
+    model.compile(keras.optimizers.AdamW(1e-3), classification_loss())
+    if fitted:
+        model.fit(tokens(), labels(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.optimizer.built == fitted
+    for a, b in zip(
+        backend.snapshot(model.optimizer.variables),
+        backend.snapshot(again.optimizer.variables),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_newer_format(tmp_path):
     config = trained(roberta_classifier).get_config()
     with pytest.raises(ValueError, match="newer.*format_version=99"):
@@ -303,6 +321,13 @@ def test_adapter_of_another_rank(tmp_path):
     folder = tmp_path / "adapter"
     kd.save_adapter(kd.enable_dylora(roberta_classifier(), rank=2), folder)
     refuses(folder, True, 3, "rank 2 for a model of rank 3")
+
+
+def test_adapter_of_another_alpha(tmp_path):
+    folder = tmp_path / "adapter"
+    model = kd.enable_dylora(roberta_classifier(), rank=2, alpha=4)
+    kd.save_adapter(model, folder)
+    refuses(folder, True, 2, r"alpha=4(\.0)? for a model of alpha=16")
 
 
 def test_save_adapter_leaves_other_directories_alone(tmp_path):

@@ -1,0 +1,108 @@
+"""Quantized bases: quantizing under the adapters, and back to float."""
+
+import contextlib
+import re
+
+import numpy as np
+from keras import ops
+
+from keras_dylora.attachment import base_layers
+
+MODES = ("int8", "int4")
+
+
+def quantize_base(keras_quantize, layers, mode, config, filters, **kwargs):
+    """Lets Keras quantize a model, whose adapters stay as they are.
+
+    Args:
+        keras_quantize: the `quantize` method that Keras has for the model.
+        layers: the adapted layers of the model.
+        mode: str or `None`. As in `keras.Model.quantize`, like what follows.
+        config: `keras.quantizers.QuantizationConfig` or `None`.
+        filters: str, list of str, callable or `None`.
+        **kwargs: further arguments of `keras.Model.quantize`.
+
+    Raises:
+        TypeError: if `filters` is something else.
+        ValueError: if the mode isn't one of `MODES`.
+    """
+    wanted = getattr(config, "mode", None) if mode is None else mode
+    if wanted not in MODES:
+        raise ValueError(
+            f"A model with adapters can be quantized to one of {MODES}. "
+            f"Received: mode={wanted!r}"
+        )
+    chosen = _as_predicate(filters)
+    adapted = {id(layer) for layer in layers}
+
+    def frozen_and_chosen(layer):
+        trained = id(layer) not in adapted and layer.trainable_variables
+        return not trained and chosen(layer)
+
+    # Keras quantizes layers that are exactly its own.
+    with base_layers(layers):
+        keras_quantize(mode, config=config, filters=frozen_and_chosen, **kwargs)
+
+
+def _as_predicate(filters):
+    """The filters that Keras takes, as a function of a layer."""
+    if filters is None:
+        return lambda layer: True
+    if callable(filters):
+        return filters
+    patterns = [filters] if isinstance(filters, str) else filters
+    if not isinstance(patterns, (list, tuple)) or not all(
+        isinstance(pattern, str) for pattern in patterns
+    ):
+        raise TypeError(
+            "`filters` must be a regular expression, a list of them or a "
+            f"callable. Received: filters={filters!r}"
+        )
+    return lambda layer: any(re.search(p, layer.name) for p in patterns)
+
+
+def float_kernel(layer):
+    """The kernel of an adapted layer, dequantized, as a float32 array."""
+    kernel = _array(layer.kernel)
+    if layer.quantization_mode is None:
+        return kernel
+    scale = _array(layer.kernel_scale)
+    if layer.quantization_mode == "int8":
+        # The scale is laid out as the layer's output is.
+        inputs, outputs = layer.adapter_dims(layer)
+        scale = np.reshape(scale, (*(1 for _ in inputs), *outputs))
+        return kernel / layer.in_kernel_order(scale)
+    rows = np.reshape(kernel, (-1, scale.shape[-1]))
+    if getattr(layer, "kernel_zero", None) is None:
+        rows = rows / scale
+    else:
+        group = _array(layer.g_idx).astype("int32")
+        rows = (rows - _array(layer.kernel_zero)[group]) * scale[group]
+    return np.reshape(rows, kernel.shape)
+
+
+def _array(x):
+    return np.asarray(ops.convert_to_numpy(x), dtype="float32")
+
+
+@contextlib.contextmanager
+def described_as_float(layers):
+    """Within it, configs describe quantized layers as the float ones they
+    were."""
+    changed = []
+    try:
+        for layer in layers:
+            if layer.quantization_mode is None:
+                continue
+            policy = layer.dtype_policy
+            changed.append((layer, policy, layer.quantization_config))
+            computes, stores = policy.compute_dtype, policy.variable_dtype
+            layer.dtype_policy = (
+                stores if computes == stores else f"mixed_{computes}"
+            )
+            layer.quantization_config = None
+        yield
+    finally:
+        for layer, policy, config in changed:
+            layer.dtype_policy = policy
+            layer.quantization_config = config
