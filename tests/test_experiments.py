@@ -207,7 +207,7 @@ class TestFlop:
         for kernel in model.factorized:
             # All gates open.
             kernel.gates.logits.assign(
-                keras.ops.full_like(kernel.gates.logits, 1.0)
+                keras.ops.ones(kernel.gates.logits.shape)
             )
         x = self.inputs()
         np.testing.assert_allclose(
