@@ -13,6 +13,10 @@ CACHE = pathlib.Path(__file__).parent / "data"
 TEST_SIZE = 1_000
 
 
+class NotFetchedError(RuntimeError):
+    """Something that a run needs isn't on this machine: what, and how to."""
+
+
 def vader_corpus(name):
     """Sentences of one corpus of Hutto & Gilbert (2014) and their ratings.
 
@@ -82,6 +86,28 @@ def movie_reviews(seed=0):
     )
 
 
+def tfds_examples(name, split):
+    """The examples of one split of a TFDS dataset, in NumPy.
+
+    Raises:
+        NotFetchedError: if the dataset can't be had.
+    """
+    try:
+        import tensorflow_datasets as tfds
+
+        dataset = tfds.load(name, split=split)
+    except Exception as error:
+        raise NotFetchedError(
+            f"The TFDS dataset {name} must be on this machine or within reach: "
+            f"`tfds build {name}`, or "
+            '`python -c "import tensorflow_datasets as tfds; '
+            f"tfds.load('{name}')\"`, fetches it, TFDS_DATA_DIR says where it "
+            f"is. Received: {type(error).__name__}: "
+            f"{(str(error).strip().splitlines() or [''])[0]}"
+        ) from error
+    return tfds.as_numpy(dataset)
+
+
 def glue(task, split, columns):
     """One split of a GLUE task, such as `"sst2"`, by TFDS.
 
@@ -93,18 +119,7 @@ def glue(task, split, columns):
     Returns:
         A tuple of lists of str, one for each column, and an array of labels.
     """
-    import tensorflow_datasets as tfds
-
-    try:
-        dataset = tfds.load(f"glue/{task}", split=split)
-    except Exception as error:
-        raise RuntimeError(
-            f"The TFDS dataset glue/{task} must be on this machine or within "
-            "reach: `tfds build glue` fetches it, TFDS_DATA_DIR says where "
-            f"it is. Received: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-    rows = list(tfds.as_numpy(dataset))
+    rows = list(tfds_examples(f"glue/{task}", split))
     texts = tuple([row[c].decode("utf-8") for row in rows] for c in columns)
     return texts, np.array([row["label"] for row in rows])
 

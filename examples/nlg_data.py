@@ -12,15 +12,13 @@ import dataclasses
 
 import numpy as np
 
+from examples.data import tfds_examples
+
 E2E_NAMES = {
     "eatType": "Type",
     "priceRange": "price",
     "familyFriendly": "family friendly",
 }
-
-
-class NotFetchedError(RuntimeError):
-    """Something that a run needs isn't on this machine: what, and how to."""
 
 
 def attributes(table):
@@ -94,7 +92,7 @@ def load(task, split):
         )
     dataset, line = TASKS[task].dataset, TASKS[task].line
     grouped = {}
-    for example in _examples(dataset, TASKS[task].splits[split]):
+    for example in tfds_examples(dataset, TASKS[task].splits[split]):
         table = example["input_text"]["table"]
         cells = zip(
             map(_text, table["column_header"]),
@@ -114,22 +112,6 @@ def pairs(task):
 
 def _text(value):
     return value.decode("utf-8", "replace").strip()
-
-
-def _examples(name, split):
-    try:
-        import tensorflow_datasets as tfds
-
-        dataset = tfds.load(name, split=split)
-    except Exception as error:
-        raise NotFetchedError(
-            f"The TFDS dataset {name} must be on this machine or within reach: "
-            '`python -c "import tensorflow_datasets as tfds; '
-            f"tfds.load('{name}')\"` fetches it, TFDS_DATA_DIR says where it "
-            f"is. Received: {type(error).__name__}: "
-            f"{(str(error).strip().splitlines() or [''])[0]}"
-        ) from error
-    return tfds.as_numpy(dataset)
 
 
 def token_lists(tokenizer, texts):

@@ -27,6 +27,7 @@ import keras_dylora as kd
 from examples import nlg_data
 from examples import nlg_metrics
 from examples import nlg_reviews
+from examples.data import NotFetchedError
 from examples.nlg_model import compile_model
 from examples.nlg_model import from_preset
 from examples.nlg_model import generate
@@ -284,7 +285,7 @@ def main(argv=None):
                     args.verbose,
                 )
                 runs.setdefault(method, []).append(found)
-    except nlg_data.NotFetchedError as error:
+    except NotFetchedError as error:
         parser.exit(2, f"{error}\n")
     write(args.output, args.task, runs, settings.rank)
 

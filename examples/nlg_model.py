@@ -7,6 +7,7 @@ from keras import ops
 
 from examples import nlg_data
 from examples.beam_search import BeamSearch
+from examples.data import NotFetchedError
 from examples.training import WarmupLinear
 
 
@@ -42,7 +43,7 @@ def from_preset(cls, preset, **kwargs):
     try:
         return cls.from_preset(str(preset), **kwargs)
     except Exception as error:
-        raise nlg_data.NotFetchedError(
+        raise NotFetchedError(
             f"The preset {preset} must be on this machine or within reach: "
             '`python -c "import keras_hub; '
             f"keras_hub.models.GPT2CausalLM.from_preset('{preset}')\"` fetches "

@@ -96,13 +96,13 @@ class Runner:
         ]
 
 
-def cell(values, digits=2):
+def cell(values):
     """Mean ± standard deviation, or nothing where there are no values."""
     values = np.atleast_1d(values)
     if not len(values):
         return ""
-    mean = f"{np.mean(values):.{digits}f}"
-    return f"{mean} ± {np.std(values):.{digits}f}" if len(values) > 1 else mean
+    mean = f"{np.mean(values):.2f}"
+    return f"{mean} ± {np.std(values):.2f}" if len(values) > 1 else mean
 
 
 def paper_cell(value):

@@ -1,5 +1,7 @@
 """The low-rank part that both layers share, and the gate that they read."""
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import ops
@@ -46,6 +48,18 @@ class RankGate:
     def set_rank(self, rank):
         self.active_rank = ranks.as_rank(rank, 0, self.rank)
         self.variable.assign(ranks.gate(rank, self.rank, self.alpha))
+
+
+@contextlib.contextmanager
+def overridden(gates, value):
+    """Within it, the layers read `value` in place of their gates."""
+    for gate in gates:
+        gate.override = value
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.override = None
 
 
 class LowRankAdapter:

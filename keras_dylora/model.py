@@ -43,6 +43,7 @@ class DyLoRAState:
         self.layers = layers
         self.attachment = attachment
         self.summing = False
+        self.probabilities = config.rank_probabilities
         self.gates = list({id(x._gate): x._gate for x in layers}.values())
         self.draw = RankDraw(
             config.distribution, config.min_rank, config.rank, config.seed
@@ -339,9 +340,9 @@ class DyLoRAModel(keras.Model):
         clf.predict(texts)
         ```
         """
-        self._prepare()
+        gates = state_of(self).gates
         training.sync(self)
-        for gate in state_of(self).gates:
+        for gate in gates:
             gate.set_rank(rank)
 
     @contextlib.contextmanager
@@ -362,7 +363,6 @@ class DyLoRAModel(keras.Model):
             clf.predict(texts)
         ```
         """
-        self._prepare()
         previous = self.rank
         self.set_rank(rank)
         try:
@@ -421,7 +421,6 @@ class DyLoRAModel(keras.Model):
         clf.fit(texts, labels)
         ```
         """
-        self._prepare()
         state = state_of(self)
         keras_quantize = self.__dict__.get("_keras_quantize")
         try:

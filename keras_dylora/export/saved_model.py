@@ -3,16 +3,16 @@
 Needs the TensorFlow backend. Every parameter is tracked, and so stored, once.
 """
 
-import contextlib
 import dataclasses
 
 import keras
 import tensorflow as tf
 
 from keras_dylora import ranks
-from keras_dylora._keras import set_class
+from keras_dylora.attachment import base_layers
 from keras_dylora.export import stand_ins
 from keras_dylora.export.text import Preprocessing
+from keras_dylora.low_rank import overridden
 from keras_dylora.model import state_of
 
 
@@ -137,7 +137,7 @@ def _traced(endpoint, gates, stored, gate_shape):
     """What an endpoint runs, as a graph that several signatures call."""
 
     def call(tensors, gate):
-        with stand_ins.reading(stored), _override(gates, gate):
+        with stand_ins.reading(stored), overridden(gates, gate):
             return endpoint.run(tensors)
 
     signature = [endpoint.specs, tf.TensorSpec(gate_shape, tf.float32)]
@@ -204,7 +204,7 @@ def _write_merged(model, folder, plan):
 
 def _without_rank(endpoint, layers, stored):
     def serve(**tensors):
-        with stand_ins.reading(stored), _without_adapters(layers):
+        with stand_ins.reading(stored), base_layers(layers):
             return endpoint.run(endpoint.prepare(tensors))
 
     return serve
@@ -261,27 +261,3 @@ class _Artifact:
             and id(x.resource_handle) in handles
         }
         return list(variables.values()), list(tables.values())
-
-
-@contextlib.contextmanager
-def _override(gates, value):
-    for gate in gates:
-        gate.override = value
-    try:
-        yield
-    finally:
-        for gate in gates:
-            gate.override = None
-
-
-@contextlib.contextmanager
-def _without_adapters(layers):
-    """The layers as plain Keras ones, for the time of a trace."""
-    classes = [type(layer) for layer in layers]
-    for layer in layers:
-        set_class(layer, layer.base_class)
-    try:
-        yield
-    finally:
-        for layer, cls in zip(layers, classes, strict=True):
-            set_class(layer, cls)

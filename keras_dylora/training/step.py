@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_dylora import ranks
 from keras_dylora._keras import call_in_training
+from keras_dylora.low_rank import overridden
 
 
 def begin(model):
@@ -22,25 +23,20 @@ def begin(model):
         one is drawn.
     """
     state, config = model._dylora, model._dylora.config
+    logs, rank = {}, config.rank
     if config.objective == "sampled":
-        rank = state.draw(model._ranks_drawn)
+        rank = logs["rank"] = state.draw(model._ranks_drawn)
         model._ranks_drawn.assign(model._ranks_drawn + 1)
-        gate = ranks.gate(rank, config.rank, config.alpha)
-    elif config.objective == "summed":
-        rank, gate = None, ranks.gate(config.rank, config.rank, config.alpha)
+    if config.objective == "matryoshka":
+        gate = ranks.mean_gate(state.probabilities, config.rank, config.alpha)
     else:
-        rank, gate = (
-            None,
-            ranks.mean_gate(
-                config.rank_probabilities, config.rank, config.alpha
-            ),
-        )
+        gate = ranks.gate(rank, config.rank, config.alpha)
     for layer_gate in state.gates:
         layer_gate.variable.assign(gate)
     if config.frozen:
         drawn = ops.cast(ranks.column(rank, config.rank), "float32")
         model._open_columns.assign(ops.maximum(model._open_columns, drawn))
-    return {} if rank is None else {"rank": rank}
+    return logs
 
 
 @contextlib.contextmanager
@@ -74,17 +70,12 @@ def summed_loss(model, compute_loss, x, y, y_pred, *args, **kwargs):
     """
     state, config = model._dylora, model._dylora.config
     total = 0.0
-    for b, probability in config.rank_probabilities.items():
+    for b, probability in state.probabilities.items():
+        predictions = y_pred
         if b < config.rank:
-            for gate in state.gates:
-                gate.override = ranks.gate(b, config.rank, config.alpha)
-            try:
+            gate = ranks.gate(b, config.rank, config.alpha)
+            with overridden(state.gates, gate):
                 predictions = call_in_training(model, x)
-            finally:
-                for gate in state.gates:
-                    gate.override = None
-        else:
-            predictions = y_pred
         loss = compute_loss(x, y, predictions, *args, **kwargs)
         total = total + probability * loss
     return total
