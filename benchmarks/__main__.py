@@ -1,0 +1,42 @@
+"""Speed, memory and size, side by side in one run.
+
+    python -m benchmarks step --backend jax
+"""
+
+import argparse
+import importlib
+import os
+import pathlib
+
+BENCHMARKS = ("step", "memory", "ranks", "export")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument(
+        "--backend", default="jax", choices=("tensorflow", "jax", "torch")
+    )
+    parser.add_argument(
+        "--size", default="minilm", choices=("minilm", "roberta-base")
+    )
+    parser.add_argument(
+        "--processes", default=2, type=int, help="fresh ones, a competitor"
+    )
+    parser.add_argument(
+        "--rounds", default=7, type=int, help="of all competitors in turn"
+    )
+    parser.add_argument("--steps", default=8, type=int, help="a round")
+    parser.add_argument("--output", default="results", type=pathlib.Path)
+    args = parser.parse_args(argv)
+    # The processes that measure inherit it.
+    os.environ["KERAS_BACKEND"] = args.backend
+    importlib.import_module(f"benchmarks.{args.benchmark}").main(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Peak memory of training, beside what a user could train with instead."""
+
+from benchmarks import competitors
+from benchmarks import table
+from benchmarks.competitors import PEFT
+from benchmarks.workers import Worker
+from benchmarks.workers import peak_memory
+
+NAMES = [
+    "DyLoRA, q+v",
+    "DyLoRA frozen, q+v",
+    "LoRA of ours, q+v",
+    "Keras LoRA 8, q+v",
+    "Keras LoRA 1, q+v",
+    "DyLoRA, linear",
+    "Keras LoRA 8, linear",
+    "fine-tuning",
+]
+RATIOS = [
+    ("DyLoRA, q+v", "LoRA of ours, q+v"),
+    ("DyLoRA, q+v", "Keras LoRA 8, q+v"),
+    ("DyLoRA frozen, q+v", "Keras LoRA 8, q+v"),
+    ("DyLoRA, q+v", "Keras LoRA 1, q+v"),
+    ("DyLoRA, linear", "Keras LoRA 8, linear"),
+    ("DyLoRA, q+v", "fine-tuning"),
+]
+
+
+def main(args):
+    names = NAMES + [PEFT] * (args.backend == "torch")
+    rounds = []
+    for _ in range(args.rounds):
+        peaks = {}
+        for name in names:
+            worker = Worker(start, name, args.size)
+            try:
+                peaks[name] = worker.ask(args.steps)
+            finally:
+                worker.close()
+        rounds.append(peaks)
+        print(f"round {len(rounds)}", flush=True)
+
+    def over(a, b, part):
+        return table.spread(r[a][part] / r[b][part] for r in rounds)
+
+    table.write(
+        args,
+        table.markdown(
+            ("", "peak, MB", "of it by the model and its training, MB"),
+            [
+                (
+                    name,
+                    *(
+                        f"{table.median(r[name][part] for r in rounds) / 1e6:.0f}"
+                        for part in (0, 1)
+                    ),
+                )
+                for name in names
+            ],
+        )
+        + "\n"
+        + table.markdown(
+            ("ratio", "of the peaks", "quartiles", "of the parts", "quartiles"),
+            [(f"{a} / {b}", *over(a, b, 0), *over(a, b, 1)) for a, b in RATIOS],
+        ),
+        {
+            name: table.median(r[name][0] for r in rounds) / 1e6
+            for name in names
+        },
+        "peak memory, MB",
+    )
+
+
+def start(name, size):
+    def answer(steps):
+        import keras_hub  # noqa: F401
+
+        before = peak_memory()
+        competitors.make(name, size).seconds(steps)
+        peak = peak_memory()
+        return peak, peak - before
+
+    return answer

@@ -1,0 +1,77 @@
+"""Time of a training step, beside what a user could train with instead."""
+
+from benchmarks import competitors
+from benchmarks import table
+from benchmarks.competitors import FORWARD
+from benchmarks.competitors import PEFT
+from benchmarks.workers import workers
+
+# What is compared, and what the divisor counts for.
+RATIOS = [
+    ("DyLoRA, q+v", "LoRA of ours, q+v", 1),
+    ("DyLoRA frozen, q+v", "LoRA of ours, q+v", 1),
+    ("DyLoRA, q+v", "Keras LoRA 8, q+v", 1),
+    ("DyLoRA, q+v", "Keras LoRA 1, q+v", 1),
+    ("DyLoRA, linear", "Keras LoRA 8, linear", 1),
+    ("DyLoRA, q+v", PEFT, 1),
+    ("DyLoRA, q+v", "fine-tuning", 1),
+    ("DyLoRA, q+v", FORWARD, 2),
+    ("DyLoRA 64, q+v", "DyLoRA, q+v", 1),
+    ("DyLoRA, 4 of 6 layers", "DyLoRA, 1 of 6 layers", 1),
+]
+
+
+def main(args):
+    ratios = [
+        ratio
+        for ratio in RATIOS
+        if args.backend == "torch" or PEFT not in ratio
+    ]
+    names = list(dict.fromkeys(n for ratio in ratios for n in ratio[:2]))
+    rounds, parameters = [], {}
+    for _ in range(args.processes):
+        with workers(start, names, args.size) as running:
+            for name, worker in running.items():
+                # The first steps compile.
+                _, parameters[name] = worker.ask(args.steps)
+            for turn in range(args.rounds):
+                # There and back: a drift of the machine meets all alike.
+                order = names if turn % 2 == 0 else names[::-1]
+                rounds.append({n: running[n].ask(args.steps)[0] for n in order})
+                print(f"round {len(rounds)}", flush=True)
+    rows = [
+        (name, parameters[name], table.median(r[name] for r in rounds))
+        for name in names
+    ]
+    table.write(
+        args,
+        table.markdown(
+            ("", "trained parameters", "seconds a step"),
+            [
+                (n, "" if n == FORWARD else f"{p:,}", f"{s:.3f}")
+                for n, p, s in rows
+            ],
+        )
+        + "\n"
+        + table.markdown(
+            ("ratio of step times", "median", "quartiles"),
+            [
+                (
+                    f"{a} / {'' if times == 1 else f'{times} × '}{b}",
+                    *table.spread(r[a] / r[b] / times for r in rounds),
+                )
+                for a, b, times in ratios
+            ],
+        ),
+        {name: seconds for name, _, seconds in rows},
+        "seconds a step",
+    )
+
+
+def start(name, size):
+    competitor = competitors.make(name, size)
+
+    def answer(steps):
+        return competitor.seconds(steps), competitor.parameters
+
+    return answer

@@ -1,0 +1,69 @@
+"""Competitors in processes of their own, asked in turn."""
+
+import contextlib
+import multiprocessing
+import resource
+import traceback
+
+# Fresh interpreters: a forked TensorFlow or JAX hangs.
+_spawn = multiprocessing.get_context("spawn")
+
+
+class Worker:
+    """A fresh process that runs one function on every request.
+
+    Args:
+        start: function of `arguments` that returns the function to ask. It
+            and what is sent must be picklable.
+        *arguments: of `start`.
+    """
+
+    def __init__(self, start, *arguments):
+        self._connection, theirs = _spawn.Pipe()
+        self._process = _spawn.Process(
+            target=_serve, args=(theirs, start, arguments), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def ask(self, *request):
+        self._connection.send(request)
+        failed, answer = self._connection.recv()
+        if failed:
+            raise RuntimeError(f"A benchmark's process failed:\n{answer}")
+        return answer
+
+    def close(self):
+        self._connection.close()
+        self._process.join(timeout=10)
+        self._process.kill()
+
+
+@contextlib.contextmanager
+def workers(start, names, *arguments):
+    """A `Worker` for each name, by name."""
+    running = {}
+    try:
+        for name in names:
+            running[name] = Worker(start, name, *arguments)
+        yield running
+    finally:
+        for worker in running.values():
+            worker.close()
+
+
+def _serve(connection, start, arguments):
+    answer = None
+    with contextlib.suppress(EOFError):
+        while True:
+            request = connection.recv()
+            try:
+                answer = answer or start(*arguments)
+                connection.send((False, answer(*request)))
+            except Exception:
+                connection.send((True, traceback.format_exc()))
+
+
+def peak_memory():
+    """Bytes: the most that this process has held so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
