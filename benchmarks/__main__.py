@@ -1,6 +1,6 @@
 """Speed, memory and size, side by side in one run.
 
-    python -m benchmarks step --backend jax
+python -m benchmarks step --backend jax
 """
 
 import argparse

@@ -129,7 +129,10 @@ class PeftTraining:
         self.model = peft.get_peft_model(
             transformers.RobertaForSequenceClassification(config),
             peft.LoraConfig(
-                task_type="SEQ_CLS", r=rank, lora_alpha=16, target_modules=targets
+                task_type="SEQ_CLS",
+                r=rank,
+                lora_alpha=16,
+                target_modules=targets,
             ),
         )
         self.model.train()
@@ -140,9 +143,13 @@ class PeftTraining:
     def seconds(self, steps):
         import torch
 
-        tokens, labels = (torch.tensor(a).long() for a in examples(self.size, steps))
+        tokens, labels = (
+            torch.tensor(a).long() for a in examples(self.size, steps)
+        )
         mask = torch.ones_like(tokens)
-        batches = list(zip(*(t.split(BATCH) for t in (tokens, mask, labels))))
+        batches = zip(
+            *(t.split(BATCH) for t in (tokens, mask, labels)), strict=True
+        )
         start = time.perf_counter()
         for ids, mask, y in batches:
             loss = self.model(ids, attention_mask=mask, labels=y).loss
@@ -157,7 +164,9 @@ def dylora(targets=("query", "value"), rank=8, **config):
     def prepare(model):
         import keras_dylora as kd
 
-        kd.enable_dylora(model, rank=rank, target_layers=list(targets), **config)
+        kd.enable_dylora(
+            model, rank=rank, target_layers=list(targets), **config
+        )
 
     return prepare
 

@@ -40,6 +40,9 @@ def main(args):
         rounds.append(peaks)
         print(f"round {len(rounds)}", flush=True)
 
+    def peak(name, part):
+        return table.median(r[name][part] for r in rounds) / 1e6
+
     def over(a, b, part):
         return table.spread(r[a][part] / r[b][part] for r in rounds)
 
@@ -50,10 +53,8 @@ def main(args):
             [
                 (
                     name,
-                    *(
-                        f"{table.median(r[name][part] for r in rounds) / 1e6:.0f}"
-                        for part in (0, 1)
-                    ),
+                    f"{peak(name, 0):.0f}",
+                    f"{peak(name, 1):.0f}",
                 )
                 for name in names
             ],
@@ -63,10 +64,7 @@ def main(args):
             ("ratio", "of the peaks", "quartiles", "of the parts", "quartiles"),
             [(f"{a} / {b}", *over(a, b, 0), *over(a, b, 1)) for a, b in RATIOS],
         ),
-        {
-            name: table.median(r[name][0] for r in rounds) / 1e6
-            for name in names
-        },
+        {name: peak(name, 0) for name in names},
         "peak memory, MB",
     )
 

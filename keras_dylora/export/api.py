@@ -179,7 +179,8 @@ def _check_model(model, plan):
     if plan.layout == "merged" and quantized:
         raise ValueError(
             "A quantized kernel can't take a float update; export it with "
-            f"`layout='shared'`. Received: quantized layers {quantized}"
+            "`layout='shared'`, or export what `merge` returns, in float. "
+            f"Received: quantized layers {quantized}"
         )
     if plan.format != "saved_model" and plan.layout != "merged":
         raise ValueError(
