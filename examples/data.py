@@ -10,7 +10,7 @@ import numpy as np
 
 VADER = "vaderSentiment==3.3.2"
 CACHE = pathlib.Path(__file__).parent / "data"
-TEST_SIZE = 1_000
+TEST_SIZE = 2_000
 
 
 class NotFetchedError(RuntimeError):
@@ -72,7 +72,7 @@ def movie_reviews(seed=0):
     Rating above 0.5: label 1; below -0.5: label 0; the rest is left out.
 
     Returns:
-        `(texts, labels), (test_texts, test_labels)`, shuffled, the last 1,000
+        `(texts, labels), (test_texts, test_labels)`, shuffled, the last 2,000
         for the test.
     """
     texts, ratings = vader_corpus("movieReviewSnippets")

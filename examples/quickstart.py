@@ -111,7 +111,7 @@ def main(argv=None):
     parser.add_argument("--dataset", default="movie_reviews")
     parser.add_argument("--output", default="demo", type=pathlib.Path)
     parser.add_argument("--rank", default=8, type=int)
-    parser.add_argument("--alpha", default=16.0, type=float)
+    parser.add_argument("--alpha", default=8.0, type=float)
     parser.add_argument("--epochs", default=2, type=int)
     parser.add_argument("--batch-size", default=32, type=int)
     parser.add_argument("--learning-rate", default=2e-3, type=float)
