@@ -10,7 +10,6 @@ import numpy as np
 
 VADER = "vaderSentiment==3.3.2"
 CACHE = pathlib.Path(__file__).parent / "data"
-TEST_SIZE = 2_000
 
 
 class NotFetchedError(RuntimeError):
@@ -66,14 +65,14 @@ def _download(archive):
     partial.replace(archive)
 
 
-def movie_reviews(seed=0):
+def movie_reviews(seed=0, test_size=2_000):
     """Movie-review sentences that are clearly positive or negative.
 
     Rating above 0.5: label 1; below -0.5: label 0; the rest is left out.
 
     Returns:
-        `(texts, labels), (test_texts, test_labels)`, shuffled, the last 2,000
-        for the test.
+        `(texts, labels), (test_texts, test_labels)`, shuffled, the last
+        `test_size` for the test.
     """
     texts, ratings = vader_corpus("movieReviewSnippets")
     clear = np.flatnonzero(np.abs(ratings) > 0.5)
@@ -81,8 +80,8 @@ def movie_reviews(seed=0):
     texts = np.array(texts, dtype=object)[order]
     labels = (ratings[order] > 0).astype("int32")
     return (
-        (list(texts[:-TEST_SIZE]), labels[:-TEST_SIZE]),
-        (list(texts[-TEST_SIZE:]), labels[-TEST_SIZE:]),
+        (list(texts[:-test_size]), labels[:-test_size]),
+        (list(texts[-test_size:]), labels[-test_size:]),
     )
 
 

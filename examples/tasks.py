@@ -87,7 +87,7 @@ def load(name):
     """
     task = get_task(name)
     if name == "movies":
-        train, test = data.movie_reviews()
+        train, test = data.movie_reviews(test_size=TEST_SIZE)
         return {
             "train": ((train[0],), train[1]),
             "validation": ((test[0],), test[1]),
