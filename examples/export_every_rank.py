@@ -14,8 +14,8 @@ import json
 import pathlib
 
 import keras_dylora as kd
+from examples.presets import MINILM
 from examples.quickstart import classifier
-from examples.quickstart import minilm
 
 
 def main(argv=None):
@@ -25,7 +25,7 @@ def main(argv=None):
     parser.add_argument("--rank", default=8, type=int)
     args = parser.parse_args(argv)
 
-    model = classifier(minilm(), sequence_length=32)
+    model = classifier(MINILM, sequence_length=32)
     if args.adapter:
         kd.load_adapter(model, args.adapter)
     else:

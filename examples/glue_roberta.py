@@ -15,15 +15,15 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import time
 
 import keras
 import keras_hub
-import numpy as np
 
 import keras_dylora as kd
+from examples.data import NotFetchedError
 from examples.flop import Flop
-from examples.quickstart import minilm
+from examples.presets import MINILM
+from examples.presets import from_preset
 from examples.runs import Results
 from examples.tasks import get_task
 from examples.tasks import load
@@ -65,7 +65,7 @@ class Settings:
 SCALES = {
     "paper": Settings(),
     "small": Settings(
-        preset="MiniLM-L6",
+        preset=MINILM,
         sequence_length=16,
         epochs=1,
         learning_rate=2e-3,
@@ -75,15 +75,13 @@ SCALES = {
 }
 
 
-def preset_path(preset):
-    return minilm() if preset == "MiniLM-L6" else preset
-
-
 @functools.lru_cache(maxsize=1)
 def tokenized(task, preset, sequence_length):
     """Dict of split to `(x, y)`, tokenized once for all runs."""
-    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
-        preset_path(preset), sequence_length=sequence_length
+    preprocessor = from_preset(
+        keras_hub.models.TextClassifierPreprocessor,
+        preset,
+        sequence_length=sequence_length,
     )
     splits = {}
     for split, (columns, labels) in load(task).items():
@@ -99,8 +97,9 @@ def tokenized(task, preset, sequence_length):
 
 def classifier(task, settings):
     """A pretrained task without a preprocessor: the data is tokenized."""
-    return keras_hub.models.TextClassifier.from_preset(
-        preset_path(settings.preset),
+    return from_preset(
+        keras_hub.models.TextClassifier,
+        settings.preset,
         num_classes=get_task(task).num_classes,
         preprocessor=None,
     )
@@ -210,16 +209,7 @@ def run(
     model = build(task, method, rank, distribution, seed, settings, steps)
     name = f"{task}, {method}, rank {rank}, seed {seed}"
     print(f"{name}: {steps} steps", flush=True)
-    start = time.perf_counter()
-    fit(model, splits["train"], settings, seed, verbose)
-    result = {
-        "seconds": time.perf_counter() - start,
-        "steps": steps,
-        "backend": keras.backend.backend(),
-        "trainable": sum(
-            int(np.prod(v.shape)) for v in model.trainable_weights
-        ),
-    }
+    result = fit(model, splits["train"], settings, seed, verbose)
     ranks = evaluated_ranks(rank) if method in ADAPTERS else None
     if method == "lora" and rank != settings.rank:
         ranks = [rank]  # One of a search: nobody truncates it.
@@ -287,6 +277,14 @@ def main(argv=None):
         SCALES[args.scale],
         **{k: v for k, v in changes.items() if v is not None},
     )
+    try:
+        compare(args, settings)
+    except NotFetchedError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def compare(args, settings):
+    """One line of results for each seed."""
     results = Results(args.results)
     for seed in settings.seeds:
         if args.method == "lora-search":

@@ -17,21 +17,21 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import time
 
 import keras
 import keras_hub
 import numpy as np
 
 import keras_dylora as kd
+from examples import markdown
 from examples import nlg_data
 from examples import nlg_metrics
 from examples import nlg_reviews
 from examples.data import NotFetchedError
 from examples.nlg_model import compile_model
-from examples.nlg_model import from_preset
 from examples.nlg_model import generate
 from examples.nlg_model import perplexity
+from examples.presets import from_preset
 from examples.runs import Results
 from examples.training import fit
 
@@ -162,16 +162,7 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     steps = settings.epochs * -(-len(train[1]) // settings.batch_size)
     model = build(method, seed, settings, steps)
     print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
-    start = time.perf_counter()
-    fit(model, train, settings, seed, verbose)
-    result = {
-        "seconds": time.perf_counter() - start,
-        "steps": steps,
-        "backend": keras.backend.backend(),
-        "trainable": sum(
-            int(np.prod(v.shape)) for v in model.trainable_weights
-        ),
-    }
+    result = fit(model, train, settings, seed, verbose)
     ranks = []
     if method != "fine-tune":
         # Rank 0 is the pretrained model.
@@ -197,18 +188,23 @@ def table(runs, metric):
     ranks = list(
         dict.fromkeys(b for found in runs.values() for b in found[0]["metrics"])
     )
-    lines = [
-        f"| {metric} at rank | {' | '.join(ranks)} |",
-        "|---" * (len(ranks) + 1) + "|",
+    rows = [
+        [
+            method,
+            *(
+                markdown.mean(
+                    [
+                        r["metrics"][b][metric]
+                        for r in found
+                        if b in r["metrics"]
+                    ]
+                )
+                for b in ranks
+            ),
+        ]
+        for method, found in runs.items()
     ]
-    for method, found in runs.items():
-        cells = [""] * len(ranks)
-        for b in found[0]["metrics"]:
-            values = [r["metrics"][b][metric] for r in found]
-            mean, deviation = np.mean(values), np.std(values)
-            cells[ranks.index(b)] = f"{mean:.2f} ± {deviation:.2f}"
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown.table([f"{metric} at rank", *ranks], rows)
 
 
 def curve(found, metric, min_rank):

