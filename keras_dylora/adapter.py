@@ -1,26 +1,25 @@
 """Adapter files: safetensors and JSON, truncated to the rank that is kept."""
 
-import json
 import pathlib
 
 import numpy as np
-from keras import ops
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from keras_dylora import files
 from keras_dylora import ranks
+from keras_dylora import sidecar
 from keras_dylora.attach import enable_dylora
 from keras_dylora.attachment import layer_paths
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTERS
 from keras_dylora.low_rank import LowRankAdapter
+from keras_dylora.low_rank import float32_array
 from keras_dylora.model import DyLoRAModel
 from keras_dylora.model import state_of
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
-FORMAT_VERSION = 1
 
 
 def variable_paths(model):
@@ -96,10 +95,10 @@ def save_adapter(model, directory, rank=None, overwrite=True):
     rank = ranks.as_rank(config.rank if rank is None else rank, 1, config.rank)
     tensors = {}
     for path, layer in adapters_by_path(model).items():
-        tensors[f"adapter/{path}/down"] = _array(layer.down)[:, :rank]
-        tensors[f"adapter/{path}/up"] = _array(layer.up)[:rank]
+        tensors[f"adapter/{path}/down"] = float32_array(layer.down)[:, :rank]
+        tensors[f"adapter/{path}/up"] = float32_array(layer.up)[:rank]
     for path, variable in head_by_path(model).items():
-        tensors[f"head/{path}"] = _array(variable)
+        tensors[f"head/{path}"] = float32_array(variable)
     tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     attachment = state_of(model).attachment
     described = attachment.get_config()["config"] if attachment else (
@@ -108,16 +107,7 @@ def save_adapter(model, directory, rank=None, overwrite=True):
     described = DyLoRAConfig.from_config(described).truncated(rank)
     with files.new_directory(directory, overwrite, CONFIG_NAME) as folder:
         safetensors.save_file(tensors, folder / WEIGHTS_NAME)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "config": described.get_config(),
-            "sha256": files.sha256(folder / WEIGHTS_NAME),
-        }
-        (folder / CONFIG_NAME).write_text(json.dumps(manifest, indent=2))
-
-
-def _array(variable):
-    return np.asarray(ops.convert_to_numpy(variable), dtype="float32")
+        sidecar.write(folder / CONFIG_NAME, folder / WEIGHTS_NAME, described)
 
 
 def load_adapter(model, directory):
@@ -188,29 +178,9 @@ def _read(directory):
                 f"An adapter directory must hold {CONFIG_NAME} and "
                 f"{WEIGHTS_NAME}. Received: {str(folder)!r} without {name}"
             )
-    try:
-        manifest = json.loads((folder / CONFIG_NAME).read_text())
-        version = manifest["format_version"]
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"The adapter must be of format version {FORMAT_VERSION} or "
-                "older; a newer keras_dylora wrote it. Received: "
-                f"format_version={version}"
-            )
-        config = DyLoRAConfig.from_config(manifest["config"])
-        expected = manifest["sha256"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{CONFIG_NAME} must be one that `save_adapter` wrote. "
-            f"Received: {str(folder / CONFIG_NAME)!r} ({error!r})"
-        ) from error
-    received = files.sha256(folder / WEIGHTS_NAME)
-    if received != expected:
-        raise ValueError(
-            f"{WEIGHTS_NAME} must have the SHA-256 that {CONFIG_NAME} names; "
-            "the file is damaged or from another adapter. "
-            f"Received: {received} instead of {expected}"
-        )
+    config = sidecar.read(
+        folder / CONFIG_NAME, folder / WEIGHTS_NAME, "save_adapter"
+    )
     try:
         return config, safetensors.load_file(folder / WEIGHTS_NAME)
     except SafetensorError as error:

@@ -189,8 +189,8 @@ class LowRankAdapter:
             min_rank: int. The new lowest rank.
             gate: `RankGate` of the new rank.
         """
-        down = ops.convert_to_numpy(self.down)[:, :rank]
-        up = ops.convert_to_numpy(self.up)[:rank]
+        down = float32_array(self.down)[:, :rank]
+        up = float32_array(self.up)[:rank]
         trainable = [v.trainable for v in (self.down, self.up)]
         forget(self, "down", "up", "_gate_variable")
         self.rank, self.min_rank = rank, min_rank
@@ -303,8 +303,7 @@ class LowRankAdapter:
         """
         ranks.as_rank(rank, 0, self.rank)
         gate = ops.convert_to_numpy(ranks.gate(rank, self.rank, self.alpha))
-        down = ops.convert_to_numpy(self.down)
-        up = ops.convert_to_numpy(self.up)
+        down, up = float32_array(self.down), float32_array(self.up)
         inputs, outputs = self.adapter_dims(self)
         delta = np.reshape((down * gate) @ up, (*inputs, *outputs))
         return self.in_kernel_order(delta)
@@ -347,6 +346,10 @@ class LowRankAdapter:
             ),
             "up_initializer": keras.initializers.serialize(self.up_initializer),
         }
+
+
+def float32_array(variable):
+    return np.asarray(ops.convert_to_numpy(variable), dtype="float32")
 
 
 def _gradient_where(mask, x):

@@ -4,9 +4,9 @@ import contextlib
 import re
 
 import numpy as np
-from keras import ops
 
 from keras_dylora.attachment import base_layers
+from keras_dylora.low_rank import float32_array
 
 MODES = ("int8", "int4")
 
@@ -63,10 +63,10 @@ def _as_predicate(filters):
 
 def float_kernel(layer):
     """The kernel of an adapted layer, dequantized, as a float32 array."""
-    kernel = _array(layer.kernel)
+    kernel = float32_array(layer.kernel)
     if layer.quantization_mode is None:
         return kernel
-    scale = _array(layer.kernel_scale)
+    scale = float32_array(layer.kernel_scale)
     if layer.quantization_mode == "int8":
         # The scale is laid out as the layer's output is.
         inputs, outputs = layer.adapter_dims(layer)
@@ -76,13 +76,9 @@ def float_kernel(layer):
     if getattr(layer, "kernel_zero", None) is None:
         rows = rows / scale
     else:
-        group = _array(layer.g_idx).astype("int32")
-        rows = (rows - _array(layer.kernel_zero)[group]) * scale[group]
+        group = float32_array(layer.g_idx).astype("int32")
+        rows = (rows - float32_array(layer.kernel_zero)[group]) * scale[group]
     return np.reshape(rows, kernel.shape)
-
-
-def _array(x):
-    return np.asarray(ops.convert_to_numpy(x), dtype="float32")
 
 
 @contextlib.contextmanager

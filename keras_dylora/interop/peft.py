@@ -5,7 +5,6 @@ import warnings
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_dylora import files
 from keras_dylora import ranks
@@ -24,6 +23,7 @@ from keras_dylora.interop.peft_files import peft_config
 from keras_dylora.interop.peft_files import read
 from keras_dylora.interop.peft_files import write
 from keras_dylora.layers import ADAPTERS
+from keras_dylora.low_rank import float32_array
 from keras_dylora.model import DyLoRAModel
 from keras_dylora.model import attachment_of
 from keras_dylora.model import state_of
@@ -88,7 +88,7 @@ def to_peft(model, directory, rank=None, overwrite=True):
             tensors[f"{module}.lora_B.weight"] = up.T
     variables = variable_paths(model)
     for name, path in layout.head.items():
-        tensors[name] = _array(variables[path]).T
+        tensors[name] = float32_array(variables[path]).T
     described = attachment_of(model).get_config()["config"]
     described = dataclasses.replace(
         DyLoRAConfig.from_config(described).truncated(rank),
@@ -98,10 +98,6 @@ def to_peft(model, directory, rank=None, overwrite=True):
         write(
             folder, tensors, described, peft_config(layout, counts, described)
         )
-
-
-def _array(variable):
-    return np.asarray(ops.convert_to_numpy(variable), dtype="float32")
 
 
 def _check_exportable(model, layout, modules, adapters):
@@ -149,8 +145,8 @@ def _fuse(layers, rank):
     up = np.zeros((len(blocks) * rank, len(layers) * width), dtype="float32")
     for n, (i, layer) in enumerate(blocks):
         rows = slice(n * rank, (n + 1) * rank)
-        up[rows, i * width : (i + 1) * width] = _array(layer.up)[:rank]
-    down = [_array(layer.down)[:, :rank] for _, layer in blocks]
+        up[rows, i * width : (i + 1) * width] = float32_array(layer.up)[:rank]
+    down = [float32_array(layer.down)[:, :rank] for _, layer in blocks]
     return np.concatenate(down, axis=1), up
 
 

@@ -12,15 +12,14 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from keras_dylora import files
 from keras_dylora import ranks
+from keras_dylora import sidecar
 from keras_dylora.config import DyLoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Beside PEFT's own files: PEFT warns of unknown keys in its config.
 DYLORA_NAME = "keras_dylora.json"
-FORMAT_VERSION = 1
 PREFIX = "base_model.model."
 
 # Initial values only; the others change the base weights too.
@@ -205,30 +204,16 @@ def _dylora_config(folder):
     path = folder / DYLORA_NAME
     if not path.is_file():
         return None
-    manifest = _json(path)
-    try:
-        version, expected = manifest["format_version"], manifest["sha256"]
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"The adapter must be of format version {FORMAT_VERSION} or "
-                "older; a newer keras_dylora wrote it. Received: "
-                f"format_version={version}"
-            )
-        config = DyLoRAConfig.from_config(manifest["config"])
-        if not isinstance(config.target_layers, list):
-            raise TypeError(f"target_layers={config.target_layers!r}")
-    except (KeyError, TypeError) as error:
+    config = sidecar.read(
+        path,
+        folder / WEIGHTS_NAME,
+        "to_peft",
+        f"Delete {DYLORA_NAME} to load a plain LoRA that was trained since. ",
+    )
+    if not isinstance(config.target_layers, list):
         raise ValueError(
             f"{DYLORA_NAME} must be one that `to_peft` wrote. "
-            f"Received: {str(path)!r} ({error!r})"
-        ) from error
-    received = files.sha256(folder / WEIGHTS_NAME)
-    if received != expected:
-        raise ValueError(
-            f"{WEIGHTS_NAME} must be the file that `to_peft` wrote, as long "
-            f"as {DYLORA_NAME} is beside it; delete that to load a plain LoRA "
-            f"that was trained since. Received: SHA-256 {received} instead of "
-            f"{expected}"
+            f"Received: target_layers={config.target_layers!r}"
         )
     return config
 
@@ -244,13 +229,8 @@ def write(folder, tensors, dylora, config):
     """
     arrays = {PREFIX + k: np.ascontiguousarray(v) for k, v in tensors.items()}
     save_file(arrays, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "config": dylora.get_config(),
-        "sha256": files.sha256(folder / WEIGHTS_NAME),
-    }
-    for name, content in ((CONFIG_NAME, config), (DYLORA_NAME, manifest)):
-        (folder / name).write_text(json.dumps(content, indent=2))
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
+    sidecar.write(folder / DYLORA_NAME, folder / WEIGHTS_NAME, dylora)
 
 
 def peft_config(layout, counts, dylora):
