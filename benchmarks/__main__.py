@@ -28,7 +28,7 @@ def main(argv=None):
         "--processes", default=2, type=int, help="fresh ones, a competitor"
     )
     parser.add_argument(
-        "--rounds", default=7, type=int, help="of all competitors in turn"
+        "--rounds", default=4, type=int, help="of all competitors in turn"
     )
     parser.add_argument("--steps", default=8, type=int, help="a round")
     parser.add_argument("--output", default="results", type=pathlib.Path)
