@@ -65,6 +65,8 @@ def train(args, name, min_rank):
         alpha=args.alpha,
         seed=args.seed,
     )
+    if args.quantize:  # the base; adapters and head stay float
+        model.quantize(args.quantize)
     steps = args.epochs * -(-len(texts) // args.batch_size)
     model.compile(
         keras.optimizers.AdamW(
@@ -93,6 +95,8 @@ def classify(directory, args):
     """Loads a saved adapter onto a fresh base model and uses it."""
     model = classifier(args.preset, args.sequence_length)
     kd.load_adapter(model, directory)
+    if args.quantize:
+        model.quantize(args.quantize)
     scores = keras.ops.softmax(model.predict(SENTENCES, verbose=0))
     scores = keras.ops.convert_to_numpy(scores)[:, 1]
     for sentence, score in zip(SENTENCES, scores, strict=True):
@@ -114,6 +118,7 @@ def main(argv=None):
     parser.add_argument("--batch-size", default=32, type=int)
     parser.add_argument("--learning-rate", default=2e-3, type=float)
     parser.add_argument("--sequence-length", default=32, type=int)
+    parser.add_argument("--quantize", choices=("int8", "int4"))
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--verbose", default=1, type=int)
     parser.add_argument("--classify", type=pathlib.Path)
@@ -155,6 +160,8 @@ def compare(args):
     command = [sys.executable, "-m", "examples.quickstart"]
     command += ["--preset", args.preset, "--classify", str(directory)]
     command += ["--sequence-length", str(args.sequence_length)]
+    if args.quantize:
+        command += ["--quantize", args.quantize]
     subprocess.run(command, check=True)
 
 
