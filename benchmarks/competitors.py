@@ -195,6 +195,8 @@ TRAINED = {
     "DyLoRA 64, q+v": dylora(rank=64),
     "DyLoRA, 1 of 6 layers": dylora(("query",)),
     "DyLoRA, 4 of 6 layers": dylora(ATTENTION),
+    # Goes back through all activations, with next to no weight gradients.
+    "DyLoRA, first layer": dylora(("transformer_layer_0/.*(query|value)",)),
 }
 FORWARD = "forward"
 PEFT = "PEFT LoRA 8, q+v"

@@ -16,6 +16,7 @@ RATIOS = [
     ("DyLoRA, q+v", PEFT, 1),
     ("DyLoRA, q+v", "fine-tuning", 1),
     ("DyLoRA, q+v", FORWARD, 2),
+    ("DyLoRA, q+v", "DyLoRA, first layer", 1),
     ("DyLoRA 64, q+v", "DyLoRA, q+v", 1),
     ("DyLoRA, 4 of 6 layers", "DyLoRA, 1 of 6 layers", 1),
 ]

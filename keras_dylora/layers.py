@@ -65,13 +65,14 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
         return (inputs,), (units,)
 
     def _set_geometry(self):
+        self._adapter_dims = self.adapter_dims(self)
         self._kernel_axes = (0, 1)
 
     def _project_down(self, inputs, down):
         return ops.matmul(inputs, down)
 
-    def _project_up(self, bottleneck, up):
-        return ops.matmul(bottleneck, up)
+    def _in_output_order(self, x):
+        return x
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -141,7 +142,7 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         )
 
     def _set_geometry(self):
-        kernel, inputs, outputs, self._down_equation, self._up_equation = (
+        kernel, inputs, outputs, self._down_equation, self._output_axes = (
             split_equation(self.equation)
         )
         self._adapter_dims = self.adapter_dims(self)
@@ -152,10 +153,8 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         down = ops.reshape(down, (*dims, self.rank))
         return ops.einsum(self._down_equation, inputs, down)
 
-    def _project_up(self, bottleneck, up):
-        _, dims = self._adapter_dims
-        up = ops.reshape(up, (self.rank, *dims))
-        return ops.einsum(self._up_equation, bottleneck, up)
+    def _in_output_order(self, x):
+        return ops.transpose(x, self._output_axes) if self._output_axes else x
 
 
 def split_equation(equation):
@@ -167,8 +166,8 @@ def split_equation(equation):
     Returns:
         The kernel's axes, its input axes in the order of the input, its
         output axes in the order of the output, the equation that projects
-        down (`"abc,cr->abr"`) and the one that projects up
-        (`"abr,rde->abde"`).
+        down (`"abc,cr->abr"`), and the transposition of `"abde"` into the
+        output, or `None`.
 
     Raises:
         ValueError: if an axis of the kernel is on both sides or on none.
@@ -177,21 +176,28 @@ def split_equation(equation):
     source, kernel = left.split(",")
     contracted = [a for a in source if a in kernel and a not in output]
     produced = [a for a in output if a in kernel and a not in source]
-    if "." in kernel or sorted(contracted + produced) != sorted(kernel):
+    kept = "".join(a for a in source if a not in contracted)
+    inputs, outputs = "".join(contracted), "".join(produced)
+    flat, order = kept + outputs, None
+    if output != flat and "." not in output:
+        order = tuple(flat.index(axis) for axis in output)
+    if (
+        "." in kernel
+        or sorted(contracted + produced) != sorted(kernel)
+        or (output != flat and order is None)
+    ):
         raise ValueError(
             "An adapter needs an equation in which every axis of the kernel "
             "is either summed over or new in the output. "
             f"Received: equation={equation!r}"
         )
-    kept = "".join(a for a in source if a not in contracted)
     r = next(a for a in "rzyxwvutsqponm" if a not in equation)
-    inputs, outputs = "".join(contracted), "".join(produced)
     return (
         kernel,
         inputs,
         outputs,
         f"{source},{inputs}{r}->{kept}{r}",
-        f"{kept}{r},{r}{outputs}->{output}",
+        order,
     )
 
 
