@@ -199,5 +199,5 @@ ADAPTER_ATTRIBUTES = (
     "_adapter_dims",
     "_kernel_axes",
     "_down_equation",
-    "_output_axes",
+    "_order_equation",
 )

@@ -142,7 +142,7 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         )
 
     def _set_geometry(self):
-        kernel, inputs, outputs, self._down_equation, self._output_axes = (
+        kernel, inputs, outputs, self._down_equation, self._order_equation = (
             split_equation(self.equation)
         )
         self._adapter_dims = self.adapter_dims(self)
@@ -154,7 +154,8 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         return ops.einsum(self._down_equation, inputs, down)
 
     def _in_output_order(self, x):
-        return ops.transpose(x, self._output_axes) if self._output_axes else x
+        source, target = self._order_equation.split("->")
+        return x if source == target else ops.einsum(self._order_equation, x)
 
 
 def split_equation(equation):
@@ -166,8 +167,8 @@ def split_equation(equation):
     Returns:
         The kernel's axes, its input axes in the order of the input, its
         output axes in the order of the output, the equation that projects
-        down (`"abc,cr->abr"`), and the transposition of `"abde"` into the
-        output, or `None`.
+        down (`"abc,cr->abr"`) and the one that orders the output
+        (`"abde->abde"`).
 
     Raises:
         ValueError: if an axis of the kernel is on both sides or on none.
@@ -178,14 +179,7 @@ def split_equation(equation):
     produced = [a for a in output if a in kernel and a not in source]
     kept = "".join(a for a in source if a not in contracted)
     inputs, outputs = "".join(contracted), "".join(produced)
-    flat, order = kept + outputs, None
-    if output != flat and "." not in output:
-        order = tuple(flat.index(axis) for axis in output)
-    if (
-        "." in kernel
-        or sorted(contracted + produced) != sorted(kernel)
-        or (output != flat and order is None)
-    ):
+    if "." in kernel or sorted(contracted + produced) != sorted(kernel):
         raise ValueError(
             "An adapter needs an equation in which every axis of the kernel "
             "is either summed over or new in the output. "
@@ -197,7 +191,7 @@ def split_equation(equation):
         inputs,
         outputs,
         f"{source},{inputs}{r}->{kept}{r}",
-        order,
+        f"{kept}{outputs}->{output}",
     )
 
 

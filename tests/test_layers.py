@@ -72,13 +72,30 @@ def test_einsum_formula(equation, rank):
     np.testing.assert_allclose(
         backend.to_numpy(layer(x)), base + update, rtol=3e-5, atol=3e-5
     )
-    merged = backend.to_numpy(layer.kernel) + layer.delta_kernel(rank)
-    expected = np.einsum(equation, x, merged)
-    if bias_axes:
+    assert_merged_alike(layer, x)
+
+
+def assert_merged_alike(layer, x):
+    merged = backend.to_numpy(layer.kernel) + layer.delta_kernel(
+        layer.active_rank
+    )
+    expected = np.einsum(layer.equation, x, merged)
+    if layer.bias is not None:
         expected = expected + backend.to_numpy(layer.bias)
     np.testing.assert_allclose(
         backend.to_numpy(layer(x)), expected, rtol=3e-5, atol=3e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("equation", "output_shape"),
+    [("abc,cd->adb", (5, 3)), ("ab...,bd->ad...", (5, 6))],
+)
+def test_einsum_with_axes_in_another_order(equation, output_shape):
+    layer = kd.DyLoRAEinsumDense(equation, output_shape, rank=2)
+    layer.build((2, 3, 6))
+    x = np.random.default_rng(1).normal(size=(2, 3, 6)).astype("float32")
+    assert_merged_alike(randomize(layer), x)
 
 
 def _trailing(shape, size):
@@ -218,7 +235,10 @@ def test_bad_ranks_change_nothing(rank, error):
 
 @pytest.mark.parametrize(
     ("equation", "shape", "output_shape"),
-    [("abc,acd->abd", (2, 3, 4), (3, 5)), ("ab,b->ab", (2, 3), (3,))],
+    [
+        ("abc,acd->abd", (2, 3, 4), (3, 5)),
+        ("ab,b->ab", (2, 3), (3,)),
+    ],
     ids=["batched-kernel", "elementwise"],
 )
 def test_unsupported_equation(equation, shape, output_shape):
