@@ -7,6 +7,7 @@ import time
 
 from benchmarks import competitors
 from benchmarks import table
+from examples import markdown
 
 
 def main(args):
@@ -29,19 +30,21 @@ def main(args):
         print(name, flush=True)
     table.write(
         args,
-        f"{base / 1e6:.1f} MB: the base's parameters in float32\n\n"
-        + table.markdown(
-            ("", "MB", "over the base", "seconds"),
-            [
-                (
-                    name,
-                    f"{size / 1e6:.1f}",
-                    f"{size / base:.3f}",
-                    f"{seconds:.1f}",
-                )
-                for name, (size, seconds) in rows.items()
-            ],
-        ),
+        [
+            f"{base / 1e6:.1f} MB: the base's parameters in float32",
+            markdown.table(
+                ("", "MB", "over the base", "seconds"),
+                [
+                    (
+                        name,
+                        f"{size / 1e6:.1f}",
+                        f"{size / base:.3f}",
+                        f"{seconds:.1f}",
+                    )
+                    for name, (size, seconds) in rows.items()
+                ],
+            ),
+        ],
         {name: size / 1e6 for name, (size, _) in rows.items()},
         "MB",
     )

@@ -5,6 +5,7 @@ from benchmarks import table
 from benchmarks.competitors import PEFT
 from benchmarks.workers import Worker
 from benchmarks.workers import peak_memory
+from examples import markdown
 
 NAMES = [
     "DyLoRA, q+v",
@@ -48,22 +49,32 @@ def main(args):
 
     table.write(
         args,
-        table.markdown(
-            ("", "peak, MB", "of it by the model and its training, MB"),
-            [
+        [
+            markdown.table(
+                ("", "peak, MB", "of it by the model and its training, MB"),
+                [
+                    (
+                        name,
+                        f"{peak(name, 0):.0f}",
+                        f"{peak(name, 1):.0f}",
+                    )
+                    for name in names
+                ],
+            ),
+            markdown.table(
                 (
-                    name,
-                    f"{peak(name, 0):.0f}",
-                    f"{peak(name, 1):.0f}",
-                )
-                for name in names
-            ],
-        )
-        + "\n"
-        + table.markdown(
-            ("ratio", "of the peaks", "quartiles", "of the parts", "quartiles"),
-            [(f"{a} / {b}", *over(a, b, 0), *over(a, b, 1)) for a, b in RATIOS],
-        ),
+                    "ratio",
+                    "of the peaks",
+                    "quartiles",
+                    "of the parts",
+                    "quartiles",
+                ),
+                [
+                    (f"{a} / {b}", *over(a, b, 0), *over(a, b, 1))
+                    for a, b in RATIOS
+                ],
+            ),
+        ],
         {name: peak(name, 0) for name in names},
         "peak memory, MB",
     )

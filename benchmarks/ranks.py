@@ -5,6 +5,7 @@ import time
 from benchmarks import competitors
 from benchmarks import table
 from benchmarks.workers import workers
+from examples import markdown
 
 WAYS = {
     "evaluate_ranks": "evaluate_ranks, 8 ranks",
@@ -28,30 +29,31 @@ def main(args):
     traced = {WAYS[way]: rounds[-1][way][1] for way in WAYS}
     table.write(
         args,
-        table.markdown(
-            ("", "seconds", "times traced, in all"),
-            [
-                (
-                    label,
-                    f"{s:.2f}",
-                    "eager" if args.backend == "torch" else traced[label],
-                )
-                for label, s in seconds.items()
-            ],
-        )
-        + "\n"
-        + table.markdown(
-            ("ratio", "median", "quartiles"),
-            [
-                (
-                    "evaluate_ranks / 8 × evaluate",
-                    *table.spread(
-                        r["evaluate_ranks"][0] / r["evaluate"][0]
-                        for r in rounds
-                    ),
-                )
-            ],
-        ),
+        [
+            markdown.table(
+                ("", "seconds", "times traced, in all"),
+                [
+                    (
+                        label,
+                        f"{s:.2f}",
+                        "eager" if args.backend == "torch" else traced[label],
+                    )
+                    for label, s in seconds.items()
+                ],
+            ),
+            markdown.table(
+                ("ratio", "median", "quartiles"),
+                [
+                    (
+                        "evaluate_ranks / 8 × evaluate",
+                        *table.spread(
+                            r["evaluate_ranks"][0] / r["evaluate"][0]
+                            for r in rounds
+                        ),
+                    )
+                ],
+            ),
+        ],
         seconds,
         "seconds",
     )

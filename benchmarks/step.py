@@ -5,6 +5,7 @@ from benchmarks import table
 from benchmarks.competitors import FORWARD
 from benchmarks.competitors import PEFT
 from benchmarks.workers import workers
+from examples import markdown
 
 # What is compared, and what the divisor counts for.
 RATIOS = [
@@ -46,24 +47,25 @@ def main(args):
     ]
     table.write(
         args,
-        table.markdown(
-            ("", "trained parameters", "seconds a step"),
-            [
-                (n, "" if n == FORWARD else f"{p:,}", f"{s:.3f}")
-                for n, p, s in rows
-            ],
-        )
-        + "\n"
-        + table.markdown(
-            ("ratio of step times", "median", "quartiles"),
-            [
-                (
-                    f"{a} / {'' if times == 1 else f'{times} × '}{b}",
-                    *table.spread(r[a] / r[b] / times for r in rounds),
-                )
-                for a, b, times in ratios
-            ],
-        ),
+        [
+            markdown.table(
+                ("", "trained parameters", "seconds a step"),
+                [
+                    (n, "" if n == FORWARD else f"{p:,}", f"{s:.3f}")
+                    for n, p, s in rows
+                ],
+            ),
+            markdown.table(
+                ("ratio of step times", "median", "quartiles"),
+                [
+                    (
+                        f"{a} / {'' if times == 1 else f'{times} × '}{b}",
+                        *table.spread(r[a] / r[b] / times for r in rounds),
+                    )
+                    for a, b, times in ratios
+                ],
+            ),
+        ],
         {name: seconds for name, _, seconds in rows},
         "seconds a step",
     )

@@ -1,4 +1,4 @@
-"""Medians, ratios, a Markdown table and a plot."""
+"""Medians, ratios, and a result written as Markdown and a plot."""
 
 import importlib.metadata
 import statistics
@@ -14,13 +14,8 @@ def spread(values):
     return f"{middle:.3f}", f"{low:.3f} to {high:.3f}"
 
 
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
-def write(args, text, bars, unit):
-    """Prints a result, and writes it with a plot of its bars."""
+def write(args, parts, bars, unit):
+    """Prints the parts of a result, and writes them with a plot of its bars."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,7 +26,7 @@ def write(args, text, bars, unit):
         for package in ("keras", "keras-hub", args.backend)
     )
     title = f"{args.benchmark}, {args.size}, {args.backend}"
-    text = f"### {title}\n\n{versions}\n\n{text}"
+    text = "\n\n".join([f"### {title}", versions, *parts]) + "\n"
     print(f"\n{text}")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.benchmark}-{args.size}-{args.backend}"
