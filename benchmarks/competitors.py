@@ -66,6 +66,8 @@ class KerasTraining:
     def __init__(self, size, prepare):
         import keras
 
+        from examples.training import trainable_parameters
+
         self.size = size
         keras.utils.set_random_seed(0)
         self.model = classifier(size)
@@ -74,9 +76,7 @@ class KerasTraining:
             keras.optimizers.AdamW(1e-3),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
-        self.parameters = sum(
-            int(np.prod(v.shape)) for v in self.model.trainable_variables
-        )
+        self.parameters = trainable_parameters(self.model)
 
     def data(self, steps):
         from examples.training import dataset

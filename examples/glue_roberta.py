@@ -81,6 +81,7 @@ def tokenized(task, preset, sequence_length):
     preprocessor = from_preset(
         keras_hub.models.TextClassifierPreprocessor,
         preset,
+        keras_hub.models.TextClassifier,
         sequence_length=sequence_length,
     )
     splits = {}
@@ -100,6 +101,7 @@ def classifier(task, settings):
     return from_preset(
         keras_hub.models.TextClassifier,
         settings.preset,
+        keras_hub.models.TextClassifier,
         num_classes=get_task(task).num_classes,
         preprocessor=None,
     )

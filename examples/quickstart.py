@@ -38,15 +38,18 @@ def classifier(preset, sequence_length):
     The backbone is frozen and the training short, so it gets no dropout,
     which takes a tenth of a step.
     """
-    backbone = from_preset(keras_hub.models.Backbone, preset, dropout=0.0)
+    task = keras_hub.models.TextClassifier
+    backbone = from_preset(keras_hub.models.Backbone, preset, task, dropout=0.0)
     preprocessor = from_preset(
         keras_hub.models.TextClassifierPreprocessor,
         preset,
+        task,
         sequence_length=sequence_length,
     )
     return from_preset(
-        keras_hub.models.TextClassifier,
+        task,
         preset,
+        task,
         backbone=backbone,
         num_classes=2,
         preprocessor=preprocessor,

@@ -79,7 +79,9 @@ def fit(model, data, settings, seed, verbose):
         "seconds": time.perf_counter() - start,
         "steps": settings.epochs * len(batches),
         "backend": keras.backend.backend(),
-        "trainable": sum(
-            int(np.prod(v.shape)) for v in model.trainable_weights
-        ),
+        "trainable": trainable_parameters(model),
     }
+
+
+def trainable_parameters(model):
+    return sum(int(np.prod(v.shape)) for v in model.trainable_weights)

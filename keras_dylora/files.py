@@ -1,7 +1,8 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear whole or not at all, and what is read of them."""
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -65,3 +66,20 @@ def sha256(path):
     """The SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path):
+    """The object in a JSON file, or a `ValueError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path.name} must be a JSON file. "
+            f"Received: {str(path)!r} ({error})"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path.name} must hold a JSON object. Received: {str(path)!r}, "
+            f"a {type(content).__name__}"
+        )
+    return content

@@ -71,9 +71,6 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
     def _project_down(self, inputs, down):
         return ops.matmul(inputs, down)
 
-    def _in_output_order(self, x):
-        return x
-
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
 class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
@@ -153,10 +150,6 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         down = ops.reshape(down, (*dims, self.rank))
         return ops.einsum(self._down_equation, inputs, down)
 
-    def _in_output_order(self, x):
-        source, target = self._order_equation.split("->")
-        return x if source == target else ops.einsum(self._order_equation, x)
-
 
 def split_equation(equation):
     """Splits a dense einsum equation at the bottleneck.
@@ -167,8 +160,8 @@ def split_equation(equation):
     Returns:
         The kernel's axes, its input axes in the order of the input, its
         output axes in the order of the output, the equation that projects
-        down (`"abc,cr->abr"`) and the one that orders the output
-        (`"abde->abde"`).
+        down (`"abc,cr->abr"`), and the one that orders the output's axes, or
+        `None` where they are in order.
 
     Raises:
         ValueError: if an axis of the kernel is on both sides or on none.
@@ -177,21 +170,22 @@ def split_equation(equation):
     source, kernel = left.split(",")
     contracted = [a for a in source if a in kernel and a not in output]
     produced = [a for a in output if a in kernel and a not in source]
-    kept = "".join(a for a in source if a not in contracted)
-    inputs, outputs = "".join(contracted), "".join(produced)
     if "." in kernel or sorted(contracted + produced) != sorted(kernel):
         raise ValueError(
             "An adapter needs an equation in which every axis of the kernel "
             "is either summed over or new in the output. "
             f"Received: equation={equation!r}"
         )
+    kept = "".join(a for a in source if a not in contracted)
     r = next(a for a in "rzyxwvutsqponm" if a not in equation)
+    inputs, outputs = "".join(contracted), "".join(produced)
+    flat = kept + outputs
     return (
         kernel,
         inputs,
         outputs,
         f"{source},{inputs}{r}->{kept}{r}",
-        f"{kept}{outputs}->{output}",
+        None if flat == output else f"{flat}->{output}",
     )
 
 

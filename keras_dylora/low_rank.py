@@ -69,6 +69,7 @@ class LowRankAdapter:
     """
 
     base_class = None
+    _order_equation = None  # of the output's axes, where they aren't in order
 
     def __init__(
         self,
@@ -298,7 +299,9 @@ class LowRankAdapter:
         kept = ops.shape(bottleneck)[:-1]
         _, outputs = self._adapter_dims
         rows = ops.matmul(ops.reshape(bottleneck, (-1, self.rank)), up)
-        return self._in_output_order(ops.reshape(rows, (*kept, *outputs)))
+        update = ops.reshape(rows, (*kept, *outputs))
+        order = self._order_equation
+        return ops.einsum(order, update) if order else update
 
     def delta_kernel(self, rank):
         """The adapter's update of the kernel at one rank.

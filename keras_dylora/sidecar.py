@@ -37,8 +37,8 @@ def read(path, weights, writer, advice=""):
         ValueError: if the file is damaged or from a newer format, or the
             weights aren't those that it names.
     """
+    content = files.read_json(path)
     try:
-        content = json.loads(path.read_text())
         version, expected = content["format_version"], content["sha256"]
         if version > FORMAT_VERSION:
             raise ValueError(
@@ -47,7 +47,7 @@ def read(path, weights, writer, advice=""):
                 f"format_version={version}"
             )
         config = DyLoRAConfig.from_config(content["config"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path.name} must be one that `{writer}` wrote. "
             f"Received: {str(path)!r} ({error!r})"

@@ -235,10 +235,7 @@ def test_bad_ranks_change_nothing(rank, error):
 
 @pytest.mark.parametrize(
     ("equation", "shape", "output_shape"),
-    [
-        ("abc,acd->abd", (2, 3, 4), (3, 5)),
-        ("ab,b->ab", (2, 3), (3,)),
-    ],
+    [("abc,acd->abd", (2, 3, 4), (3, 5)), ("ab,b->ab", (2, 3), (3,))],
     ids=["batched-kernel", "elementwise"],
 )
 def test_unsupported_equation(equation, shape, output_shape):

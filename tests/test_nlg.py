@@ -407,7 +407,7 @@ def test_command_prints_one_line_for_what_is_missing(tmp_path, capsys):
         nlg_gpt2.main(arguments)
     assert info.value.code == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "GPT2Tokenizer.from_preset" in error
+    assert error.count("\n") == 1 and "GPT2CausalLM.from_preset" in error
 
 
 @pytest.mark.parametrize("argument", ["task", "method"])

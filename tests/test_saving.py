@@ -262,6 +262,10 @@ def damage_json(folder):
     (folder / "adapter_config.json").write_text("{")
 
 
+def damage_encoding(folder):
+    (folder / "adapter_config.json").write_bytes(b"\xff\xfe")
+
+
 def damage_version(folder):
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -275,6 +279,7 @@ def damage_missing(folder):
 DAMAGES = {
     "truncated": (damage_truncate, "SHA-256"),
     "json": (damage_json, "adapter_config.json"),
+    "encoding": (damage_encoding, "adapter_config.json must be a JSON file"),
     "newer": (damage_version, "format_version=99"),
     "missing-file": (damage_missing, "adapter.safetensors"),
     "missing-folder": (shutil.rmtree, "adapter_config.json"),

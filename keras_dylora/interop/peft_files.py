@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from keras_dylora import files
 from keras_dylora import ranks
 from keras_dylora import sidecar
 from keras_dylora.config import DyLoRAConfig
@@ -127,26 +128,10 @@ def read(directory):
                 f"A PEFT adapter must hold {CONFIG_NAME} and {WEIGHTS_NAME}. "
                 f"Received: {str(folder)!r} without {name}"
             )
-    config = _json(folder / CONFIG_NAME)
+    config = files.read_json(folder / CONFIG_NAME)
     _check_plain_lora(config)
     tensors = _load(folder / WEIGHTS_NAME)
     return PeftAdapter(config, tensors, _dylora_config(folder))
-
-
-def _json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path.name} must be a JSON file. "
-            f"Received: {str(path)!r} ({error})"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path.name} must hold a JSON object. Received: {str(path)!r}, "
-            f"a {type(content).__name__}"
-        )
-    return content
 
 
 def _check_plain_lora(config):
