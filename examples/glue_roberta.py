@@ -67,8 +67,8 @@ SCALES = {
     "small": Settings(
         preset=MINILM,
         sequence_length=16,
-        epochs=1,
-        learning_rate=2e-3,
+        epochs=2,
+        learning_rate=1e-3,
         fine_tune_learning_rate=5e-5,
         seeds=(10, 42, 4242),
     ),
