@@ -292,26 +292,22 @@ class RankDraw:
         """
         x = ops.cast(position, "int32")
         for key in self._keys:
-            x = _mix(ops.bitwise_xor(x, _int32(key)))
+            x = _mix(ops.bitwise_xor(x, key))
         x = _shift(x, 32 - _BITS)
-        above = ops.greater_equal(x, _int32(self._thresholds))
+        above = ops.greater_equal(x, self._thresholds)
         return self.min_rank + ops.sum(ops.cast(above, "int32"))
-
-
-def _int32(value):
-    return ops.convert_to_tensor(np.asarray(value, dtype="int32"))
 
 
 def _shift(x, bits):
     """Right shift with zero fill: int32 shifts copy the sign bit."""
-    mask = _int32((1 << (32 - bits)) - 1)
-    return ops.bitwise_and(ops.right_shift(x, _int32(bits)), mask)
+    mask = np.int32((1 << (32 - bits)) - 1)
+    return ops.bitwise_and(ops.right_shift(x, np.int32(bits)), mask)
 
 
 def _mix(x):
     """`lowbias32`, an invertible 32-bit mixer; products wrap around."""
     x = ops.bitwise_xor(x, _shift(x, 16))
-    x = ops.multiply(x, _int32(0x7FEB352D))
+    x = ops.multiply(x, np.int32(0x7FEB352D))
     x = ops.bitwise_xor(x, _shift(x, 15))
-    x = ops.multiply(x, _int32(0x846CA68B - 2**32))
+    x = ops.multiply(x, np.int32(0x846CA68B - 2**32))
     return ops.bitwise_xor(x, _shift(x, 16))
