@@ -209,7 +209,8 @@ def run(
     size = len(splits["train"][1])
     steps = settings.epochs * -(-size // settings.batch_size)
     model = build(task, method, rank, distribution, seed, settings, steps)
-    name = f"{task}, {method}, rank {rank}, seed {seed}"
+    at_rank = f", rank {rank}" if "rank" in key else ""
+    name = f"{task}, {method}{at_rank}, seed {seed}"
     print(f"{name}: {steps} steps", flush=True)
     result = fit(model, splits["train"], settings, seed, verbose)
     ranks = evaluated_ranks(rank) if method in ADAPTERS else None
