@@ -265,6 +265,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", help="as --rank")
     parser.add_argument("--preset", help="as --rank")
     parser.add_argument("--epochs", type=int, help="as --rank")
+    parser.add_argument("--learning-rate", type=float, help="as --rank")
     parser.add_argument(
         "--results", default="results/runs.jsonl", type=pathlib.Path
     )
@@ -276,6 +277,7 @@ def main(argv=None):
         parser.error(str(error))
     changes = {"rank": args.rank, "seeds": args.seeds}
     changes |= {"preset": args.preset, "epochs": args.epochs}
+    changes |= {"learning_rate": args.learning_rate}
     settings = dataclasses.replace(
         SCALES[args.scale],
         **{k: v for k, v in changes.items() if v is not None},
