@@ -198,6 +198,6 @@ ADAPTER_ATTRIBUTES = (
     "_gate",
     "_adapter_dims",
     "_kernel_axes",
-    "_down_equation",
-    "_order_equation",
+    "_input_order",
+    "_output_order",
 )

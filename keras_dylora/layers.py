@@ -1,7 +1,6 @@
 """DyLoRADense and DyLoRAEinsumDense: linear layers with a nested adapter."""
 
 import keras
-from keras import ops
 
 from keras_dylora.low_rank import LowRankAdapter
 
@@ -67,9 +66,6 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
     def _set_geometry(self):
         self._adapter_dims = self.adapter_dims(self)
         self._kernel_axes = (0, 1)
-
-    def _project_down(self, inputs, down):
-        return ops.matmul(inputs, down)
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -139,16 +135,11 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         )
 
     def _set_geometry(self):
-        kernel, inputs, outputs, self._down_equation, self._order_equation = (
+        kernel, inputs, outputs, self._input_order, self._output_order = (
             split_equation(self.equation)
         )
         self._adapter_dims = self.adapter_dims(self)
         self._kernel_axes = tuple((inputs + outputs).index(a) for a in kernel)
-
-    def _project_down(self, inputs, down):
-        dims, _ = self._adapter_dims
-        down = ops.reshape(down, (*dims, self.rank))
-        return ops.einsum(self._down_equation, inputs, down)
 
 
 def split_equation(equation):
@@ -159,9 +150,9 @@ def split_equation(equation):
 
     Returns:
         The kernel's axes, its input axes in the order of the input, its
-        output axes in the order of the output, the equation that projects
-        down (`"abc,cr->abr"`), and the one that orders the output's axes, or
-        `None` where they are in order.
+        output axes in the order of the output, and the equations that put
+        the input axes last in an input, and the output axes back in their
+        places in an output, or `None` where they are there.
 
     Raises:
         ValueError: if an axis of the kernel is on both sides or on none.
@@ -177,16 +168,18 @@ def split_equation(equation):
             f"Received: equation={equation!r}"
         )
     kept = "".join(a for a in source if a not in contracted)
-    r = next(a for a in "rzyxwvutsqponm" if a not in equation)
     inputs, outputs = "".join(contracted), "".join(produced)
-    flat = kept + outputs
     return (
         kernel,
         inputs,
         outputs,
-        f"{source},{inputs}{r}->{kept}{r}",
-        None if flat == output else f"{flat}->{output}",
+        _transposition(source, kept + inputs),
+        _transposition(kept + outputs, output),
     )
+
+
+def _transposition(old, new):
+    return None if old == new else f"{old}->{new}"
 
 
 ADAPTERS = {

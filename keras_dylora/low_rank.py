@@ -65,11 +65,12 @@ def overridden(gates, value):
 class LowRankAdapter:
     """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
 
-    The concrete class says how to project down and up for its base layer.
+    The concrete class says which matrix its base layer's kernel is.
     """
 
     base_class = None
-    _order_equation = None  # of the output's axes, where they aren't in order
+    # Einsum equations, where the axes aren't in the order of the matrix.
+    _input_order = _output_order = None
 
     def __init__(
         self,
@@ -293,15 +294,25 @@ class LowRankAdapter:
             gate = ops.reshape(gate, (-1, *middle, self.rank))
         return self._project_up(bottleneck * gate, up)
 
+    # As matrices: with more axes, a layer's gradient takes XLA five times
+    # longer on a CPU.
+
+    def _project_down(self, inputs, down):
+        if self._input_order:
+            inputs = ops.einsum(self._input_order, inputs)
+        dims, _ = self._adapter_dims
+        kept = ops.shape(inputs)[: len(inputs.shape) - len(dims)]
+        rows = ops.reshape(inputs, (-1, down.shape[0]))
+        return ops.reshape(ops.matmul(rows, down), (*kept, self.rank))
+
     def _project_up(self, bottleneck, up):
-        # As matrices: with more axes, a layer's gradient takes XLA five times
-        # longer on a CPU.
-        kept = ops.shape(bottleneck)[:-1]
         _, outputs = self._adapter_dims
+        kept = ops.shape(bottleneck)[:-1]
         rows = ops.matmul(ops.reshape(bottleneck, (-1, self.rank)), up)
         update = ops.reshape(rows, (*kept, *outputs))
-        order = self._order_equation
-        return ops.einsum(order, update) if order else update
+        if self._output_order:
+            update = ops.einsum(self._output_order, update)
+        return update
 
     def delta_kernel(self, rank):
         """The adapter's update of the kernel at one rank.
