@@ -272,13 +272,14 @@ class RankDraw:
         self.min_rank = min_rank
         probabilities = distribution.probabilities(min_rank, rank)
         # Rank min_rank + k is drawn when k of these are <= the random number.
-        self._thresholds = np.round(
-            np.cumsum(probabilities)[:-1] * 2**_BITS
-        ).astype("int32")
+        thresholds = np.round(np.cumsum(probabilities)[:-1] * 2**_BITS)
+        # Python integers: a NumPy constant breaks the graph of torch.compile.
+        self._thresholds = thresholds.astype("int32").tolist()
         self._keys = (
             np.random.SeedSequence(seed)
             .generate_state(2, dtype="uint32")
             .view("int32")
+            .tolist()
         )
 
     def __call__(self, position):
@@ -294,20 +295,20 @@ class RankDraw:
         for key in self._keys:
             x = _mix(ops.bitwise_xor(x, key))
         x = _shift(x, 32 - _BITS)
-        above = ops.greater_equal(x, self._thresholds)
+        thresholds = ops.convert_to_tensor(self._thresholds, dtype="int32")
+        above = ops.greater_equal(x, thresholds)
         return self.min_rank + ops.sum(ops.cast(above, "int32"))
 
 
 def _shift(x, bits):
     """Right shift with zero fill: int32 shifts copy the sign bit."""
-    mask = np.int32((1 << (32 - bits)) - 1)
-    return ops.bitwise_and(ops.right_shift(x, np.int32(bits)), mask)
+    return ops.bitwise_and(ops.right_shift(x, bits), (1 << (32 - bits)) - 1)
 
 
 def _mix(x):
     """`lowbias32`, an invertible 32-bit mixer; products wrap around."""
     x = ops.bitwise_xor(x, _shift(x, 16))
-    x = ops.multiply(x, np.int32(0x7FEB352D))
+    x = ops.multiply(x, 0x7FEB352D)
     x = ops.bitwise_xor(x, _shift(x, 15))
-    x = ops.multiply(x, np.int32(0x846CA68B - 2**32))
+    x = ops.multiply(x, 0x846CA68B - 2**32)
     return ops.bitwise_xor(x, _shift(x, 16))
