@@ -7,9 +7,9 @@ from keras_dylora import ranks
 from keras_dylora._keras import settle_dtype_policies
 from keras_dylora.attachment import layer_paths
 from keras_dylora.attachment import plain
+from keras_dylora.compiling import compile_like
 from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.low_rank import RankGate
-from keras_dylora.model import compile_like
 from keras_dylora.model import restart
 from keras_dylora.model import state_of
 from keras_dylora.quantization import described_as_float

@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import inspect
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_dylora import training
@@ -14,58 +12,19 @@ from keras_dylora._keras import forget
 from keras_dylora._keras import portable
 from keras_dylora._keras import set_class
 from keras_dylora._keras import settle_dtype_policies
-from keras_dylora._keras import sublayers
 from keras_dylora._keras import track_for_torch
 from keras_dylora._keras import uncover_quantize
-from keras_dylora._keras import unlocked
 from keras_dylora.attachment import Attachment
 from keras_dylora.attachment import plain
+from keras_dylora.compiling import compile_like
+from keras_dylora.compiling import reset_compiled
+from keras_dylora.compiling import reset_functions
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.quantization import quantize_base
-from keras_dylora.ranks import RankDraw
+from keras_dylora.state import DyLoRAState
+from keras_dylora.state import adapters
 
 FORMAT_VERSION = 1
-
-
-class DyLoRAState:
-    """What a DyLoRAModel keeps beside its layers.
-
-    Args:
-        model: the `DyLoRAModel`.
-        config: `DyLoRAConfig`.
-        layers: its adapted layers, in forward order.
-        attachment: how `enable_dylora` made it, or `None`.
-    """
-
-    def __init__(self, model, config, layers, attachment=None):
-        self.config = config
-        self.layers = layers
-        self.attachment = attachment
-        self.summing = False
-        self.probabilities = config.rank_probabilities
-        self.gates = list({id(x._gate): x._gate for x in layers}.values())
-        self.draw = RankDraw(
-            config.distribution, config.min_rank, config.rank, config.seed
-        )
-        with unlocked(model):
-            # Positions in the rank sequence: how many ranks were drawn.
-            model._ranks_drawn = keras.Variable(
-                0,
-                dtype="int",
-                trainable=False,
-                aggregation="only_first_replica",
-                name="ranks_drawn",
-            )
-            if config.frozen:
-                # Columns of the ranks drawn since the last weight update.
-                model._open_columns = keras.Variable(
-                    np.zeros((config.rank,), dtype="float32"),
-                    trainable=False,
-                    autocast=False,
-                    aggregation="only_first_replica",
-                    name="open_columns",
-                )
 
 
 def state_of(model):
@@ -99,12 +58,12 @@ def adopt(model, config, attachment=None, dylora_class=None):
     set_class(model, _combined_class(dylora_class, type(model)))
     uncover_quantize(model)
     settle_dtype_policies(model)
-    layers = _adapters(model)
+    layers = adapters(model)
     object.__setattr__(
         model, "_dylora", DyLoRAState(model, config, layers, attachment)
     )
     track_for_torch(model)
-    _reset_compiled(model)
+    reset_compiled(model)
 
 
 def release(model):
@@ -116,7 +75,7 @@ def release(model):
         cover_quantize(model)
     if state is not None:
         track_for_torch(model)
-        _reset_compiled(model)
+        reset_compiled(model)
 
 
 def restart(model, config):
@@ -130,61 +89,7 @@ def restart(model, config):
     object.__setattr__(model, "_dylora", state)
     model._ranks_drawn.assign(drawn)
     track_for_torch(model)
-    _reset_compiled(model)
-
-
-def compile_like(model, config):
-    """Compiles a model as the one whose `get_compile_config` this is.
-
-    Keras leaves a model with a `compile` of its own uncompiled, and so every
-    KerasHub task; its `fit` would go on with another optimizer.
-    """
-    config = dict(config)
-    build_optimizer = config.pop("optimizer_built", True)
-    arguments = keras.saving.deserialize_keras_object(config)
-    try:
-        inspect.signature(model.compile).bind(**arguments)
-    except TypeError:
-        keras.Model.compile_from_config(model, config)
-        return
-    model.compile(**arguments)
-    if model.optimizer is not None and model.built and build_optimizer:
-        model.optimizer.build(model.trainable_variables)
-
-
-def _reset_functions(model):
-    """Drops the compiled functions of the model as it was."""
-    for name in ("train", "test", "predict", "generate"):
-        if getattr(model, f"{name}_function", None) is not None:
-            setattr(model, f"{name}_function", None)
-
-
-def _reset_compiled(model):
-    """Drops functions and optimizer state of the model as it was."""
-    _reset_functions(model)
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer.built:
-        model.optimizer = type(optimizer).from_config(optimizer.get_config())
-
-
-def _adapters(model):
-    """The adapted layers below a model, in forward order."""
-    found, seen = [], set()
-
-    def visit(layer):
-        if id(layer) in seen:
-            return
-        seen.add(id(layer))
-        if isinstance(layer, LowRankAdapter):
-            found.append(layer)
-        for child in [
-            *(getattr(layer, "layers", None) or ()),
-            *sublayers(layer),
-        ]:
-            visit(child)
-
-    visit(model)
-    return found
+    reset_compiled(model)
 
 
 @functools.cache
@@ -287,7 +192,7 @@ class DyLoRAModel(keras.Model):
         """Takes over the layers of a hand-built model, once they are built."""
         if hasattr(self, "_dylora"):
             return
-        layers = _adapters(self)
+        layers = adapters(self)
         if not layers or not all(layer.built for layer in layers):
             raise ValueError(
                 "A `DyLoRAModel` needs built `DyLoRADense` or "
@@ -372,7 +277,7 @@ class DyLoRAModel(keras.Model):
 
     def make_train_function(self, force=False):
         # On TensorFlow, a subclassed model is built in its first step only.
-        if all(layer.built for layer in _adapters(self)):
+        if all(layer.built for layer in adapters(self)):
             self.start_training()
         return super().make_train_function(force)
 
@@ -432,7 +337,7 @@ class DyLoRAModel(keras.Model):
             if state.attachment is not None:
                 state.attachment.forget_replaced()
             track_for_torch(self)
-            _reset_functions(self)
+            reset_functions(self)
 
     @property
     def weights(self):
