@@ -16,8 +16,9 @@ from keras_dylora.attachment import layer_paths
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 # Of the Lagrangian: the weight of its quadratic part, and the rate at which
-# its multiplier follows the excess.
-PENALTY, ASCENT = 20.0, 0.5
+# its multiplier follows the excess. Adam moves a gate by its gradient's sign
+# above all: a Lagrangian much stronger than the task closes all gates alike.
+PENALTY, ASCENT = 4.0, 0.05
 
 
 class HardConcrete(keras.layers.Layer):
@@ -105,7 +106,8 @@ class Flop(keras.Model):
         task: a `keras_hub.models.Task`. Its kernels are left behind.
         keep: float in `(0, 1)`. The share of the encoder's matrix parameters
             to keep.
-        warmup_steps: int. Steps in which the target falls from 1 to `keep`.
+        warmup_steps: int. Steps in which the target falls to `keep`. Factorized
+            and not yet pruned, the matrices are larger than they were.
         speed: float. How many times faster than the weights the gates are
             learned.
 
@@ -149,6 +151,7 @@ class Flop(keras.Model):
             for name in ("multiplier", "steps")
         )
         self.original_size = sum(kernel.size for kernel in self.factorized)
+        self.initial_share = float(self.expected_share())
 
     def call(self, inputs, training=None):
         kernels = {
@@ -189,7 +192,9 @@ class Flop(keras.Model):
     def _lagrangian(self):
         self.steps.assign(self.steps + 1)
         progress = ops.minimum(self.steps / self.warmup_steps, 1.0)
-        target = 1.0 - progress * (1.0 - self.keep)
+        target = self.initial_share + progress * (
+            self.keep - self.initial_share
+        )
         excess = self.expected_share() - target
         self.multiplier.assign(
             self.multiplier + ASCENT * ops.stop_gradient(excess)
