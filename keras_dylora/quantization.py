@@ -3,6 +3,7 @@
 import contextlib
 import re
 
+import keras
 import numpy as np
 
 from keras_dylora.attachment import base_layers
@@ -36,6 +37,10 @@ def quantize_base(keras_quantize, layers, mode, config, filters, **kwargs):
     adapted = {id(layer) for layer in layers}
 
     def frozen_and_chosen(layer):
+        # Keras refuses a tokenizer that hasn't run, and warns of each layer
+        # that it has no quantized form for.
+        if type(layer).quantize is keras.Layer.quantize:
+            return False
         trained = id(layer) not in adapted and layer.trainable_variables
         return not trained and chosen(layer)
 

@@ -17,6 +17,8 @@ from tests.models import randomize
 from tests.models import randomize_adapters
 from tests.models import roberta_classifier
 from tests.models import tokens
+from tests.text import TEXTS
+from tests.text import text_classifier
 
 MODES = ["int8", "int4"]
 
@@ -294,6 +296,15 @@ def test_exports_with_a_quantized_base(tmp_path):
     model = quantized("int8")
     kd.export_ranks(model, tmp_path / "ranks", ranks=[2], layout="shared")
     assert (tmp_path / "ranks").is_dir()
+
+
+def test_quantizes_a_task_that_takes_text(recwarn):
+    model = text_classifier()
+    kd.enable_dylora(model, rank=2)
+    model.quantize("int8")
+    assert not [w for w in recwarn if "quantize" in str(w.message)]
+    assert {x.quantization_mode for x in model.dylora_layers} == {"int8"}
+    compiled(model).fit(np.array(TEXTS), np.array([0, 1, 0, 1]), verbose=0)
 
 
 def test_a_quantized_head_is_warned_of():
