@@ -51,6 +51,8 @@ class Settings:
     preset: str = "roberta_base_en"
     sequence_length: int = 512
     batch_size: int = 32
+    # Equal parts of a batch, each with its own drawn rank, in one update.
+    micro_batches: int = 1
     epochs: int = 30
     learning_rate: float = 4e-4
     fine_tune_learning_rate: float = 2e-5
@@ -138,6 +140,9 @@ def build(task, method, rank, distribution, seed, settings, steps):
             settings.warmup,
         ),
         weight_decay=settings.weight_decay,
+        gradient_accumulation_steps=(
+            settings.micro_batches if settings.micro_batches > 1 else None
+        ),
     )
     # As in the usual recipe; gates aren't weights.
     optimizer.exclude_from_weight_decay(
@@ -207,12 +212,15 @@ def run(
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     size = len(splits["train"][1])
-    steps = settings.epochs * -(-size // settings.batch_size)
+    each = dataclasses.replace(
+        settings, batch_size=settings.batch_size // settings.micro_batches
+    )
+    steps = each.epochs * -(-size // each.batch_size)
     model = build(task, method, rank, distribution, seed, settings, steps)
     at_rank = f", rank {rank}" if "rank" in key else ""
     name = f"{task}, {method}{at_rank}, seed {seed}"
     print(f"{name}: {steps} steps", flush=True)
-    result = fit(model, splits["train"], settings, seed, verbose)
+    result = fit(model, splits["train"], each, seed, verbose)
     ranks = evaluated_ranks(rank) if method in ADAPTERS else None
     if method == "lora" and rank != settings.rank:
         ranks = [rank]  # One of a search: nobody truncates it.
@@ -266,6 +274,7 @@ def main(argv=None):
     parser.add_argument("--preset", help="as --rank")
     parser.add_argument("--epochs", type=int, help="as --rank")
     parser.add_argument("--learning-rate", type=float, help="as --rank")
+    parser.add_argument("--micro-batches", type=int, help="as --rank")
     parser.add_argument(
         "--results", default="results/runs.jsonl", type=pathlib.Path
     )
@@ -278,6 +287,7 @@ def main(argv=None):
     changes = {"rank": args.rank, "seeds": args.seeds}
     changes |= {"preset": args.preset, "epochs": args.epochs}
     changes |= {"learning_rate": args.learning_rate}
+    changes |= {"micro_batches": args.micro_batches}
     settings = dataclasses.replace(
         SCALES[args.scale],
         **{k: v for k, v in changes.items() if v is not None},
