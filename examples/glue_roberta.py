@@ -63,6 +63,13 @@ class Settings:
     # Table 8 names seed 10 twice. A run is never run twice, so it counts once.
     seeds: tuple = (10, 42, 4242, 1010)
 
+    def __post_init__(self):
+        if self.micro_batches < 1 or self.batch_size % self.micro_batches:
+            raise ValueError(
+                "`micro_batches` must divide the batch of "
+                f"{self.batch_size}. Received: {self.micro_batches}"
+            )
+
 
 SCALES = {
     "paper": Settings(),
@@ -212,9 +219,8 @@ def run(
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     size = len(splits["train"][1])
-    each = dataclasses.replace(
-        settings, batch_size=settings.batch_size // settings.micro_batches
-    )
+    batch_size = settings.batch_size // settings.micro_batches
+    each = dataclasses.replace(settings, batch_size=batch_size, micro_batches=1)
     steps = each.epochs * -(-size // each.batch_size)
     model = build(task, method, rank, distribution, seed, settings, steps)
     at_rank = f", rank {rank}" if "rank" in key else ""
@@ -280,18 +286,16 @@ def main(argv=None):
     )
     parser.add_argument("--verbose", default=1, type=int)
     args = parser.parse_args(argv)
-    try:
-        get_task(args.task)
-    except ValueError as error:
-        parser.error(str(error))
     changes = {"rank": args.rank, "seeds": args.seeds}
     changes |= {"preset": args.preset, "epochs": args.epochs}
     changes |= {"learning_rate": args.learning_rate}
     changes |= {"micro_batches": args.micro_batches}
-    settings = dataclasses.replace(
-        SCALES[args.scale],
-        **{k: v for k, v in changes.items() if v is not None},
-    )
+    changes = {k: v for k, v in changes.items() if v is not None}
+    try:
+        get_task(args.task)
+        settings = dataclasses.replace(SCALES[args.scale], **changes)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         compare(args, settings)
     except NotFetchedError as error:

@@ -1,5 +1,6 @@
 """The paper's GLUE experiments: data, metrics, methods, kept runs, tables."""
 
+import dataclasses
 import json
 
 import keras
@@ -158,6 +159,15 @@ def test_a_run_is_made_once(task, method, tiny, tmp_path):
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
 
 
+def test_micro_batches_make_one_update(tiny, tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+    settings = dataclasses.replace(tiny, micro_batches=2)
+    model = glue.build("cola", "dylora", 2, "uniform", 1, settings, steps=12)
+    assert model.optimizer.gradient_accumulation_steps == 2
+    result = glue.run(results, "cola", "dylora", 1, settings, verbose=0)
+    assert result["steps"] == 12
+
+
 def test_table_beside_the_papers_figures(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(tables.SMALL, "7", {"cola": "cola"})
     tables.main(
@@ -180,11 +190,16 @@ def test_generation_has_no_small_scale(tmp_path, capsys):
     assert "nlg_gpt2 --task reviews" in capsys.readouterr().err
 
 
-def test_unknown_task_and_method(capsys):
-    for arguments in (["--task", "sst3"], ["--task", "sst2", "--method", "x"]):
+def test_wrong_arguments(capsys):
+    for arguments, error in (
+        (["--task", "sst3"], "`task` must be one of"),
+        (["--task", "sst2", "--method", "x"], "invalid choice: 'x'"),
+        (["--task", "sst2", "--micro-batches", "3"], "Received: 3"),
+        (["--task", "sst2", "--micro-batches", "0"], "Received: 0"),
+    ):
         with pytest.raises(SystemExit):
             glue.main(arguments)
-    assert "`task` must be one of" in capsys.readouterr().err
+        assert error in capsys.readouterr().err
 
 
 class TestFlop:
