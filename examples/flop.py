@@ -18,7 +18,7 @@ BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 # Of the Lagrangian: the weight of its quadratic part, and the rate at which
 # its multiplier follows the excess. Adam moves a gate by its gradient's sign
 # above all: a Lagrangian much stronger than the task closes all gates alike.
-PENALTY, ASCENT = 4.0, 0.02
+PENALTY, ASCENT = 4.0, 0.035
 
 
 class HardConcrete(keras.layers.Layer):

@@ -100,6 +100,35 @@ def call_in_training(model, x):
     return model(x)
 
 
+def fresh_optimizer(optimizer):
+    """The same optimizer without its state.
+
+    A learning-rate schedule is handed over as it is: Keras would serialize it,
+    but trains with one that has no `get_config`.
+    """
+    if hasattr(optimizer, "inner_optimizer"):
+        return type(optimizer)(
+            fresh_optimizer(optimizer.inner_optimizer),
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+            name=optimizer.name,
+        )
+    rate = optimizer._learning_rate
+    if isinstance(rate, keras.Variable):
+        return type(optimizer).from_config(optimizer.get_config())
+    object.__setattr__(optimizer, "_learning_rate", None)
+    try:
+        config = optimizer.get_config()
+    finally:
+        object.__setattr__(optimizer, "_learning_rate", rate)
+    return type(optimizer).from_config(config | {"learning_rate": rate})
+
+
+def compile_arguments(model):
+    """What a model was compiled with, as live objects."""
+    return dict(model._compile_config.config)
+
+
 def portable(compile_config):
     """A compile config in which torch's own optimizers have public names.
 

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import keras
 import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
@@ -125,9 +126,9 @@ def load_adapter(model, directory):
 
     Raises:
         ValueError: if the files are missing, damaged or from a newer format,
-            or if the rank, alpha, a layer or a shape differs. The message
-            lists what is missing, extra or mis-shaped; the model is unchanged
-            then.
+            or if the rank, alpha, a layer or a shape differs, or if the head
+            of the model is quantized. The message lists what is missing,
+            extra or mis-shaped; the model is unchanged then.
 
     Example:
 
@@ -153,6 +154,10 @@ def load_adapter(model, directory):
             f"{state_of(model).config.alpha}"
         )
     check_shapes(_expected_shapes(model, config, tensors, enabled), tensors)
+    weights = variable_paths(model)
+    check_float_head(
+        {k: v for k, v in weights.items() if f"head/{k}" in tensors}
+    )
     if not enabled:
         targets = [
             key.removeprefix("adapter/").removesuffix("/down")
@@ -214,6 +219,21 @@ def _expected_shapes(model, config, tensors, enabled):
         shapes[f"adapter/{path}/down"] = (int(np.prod(inputs)), config.rank)
         shapes[f"adapter/{path}/up"] = (config.rank, int(np.prod(outputs)))
     return shapes
+
+
+def check_float_head(head):
+    """Raises a `ValueError` for a quantized head.
+
+    Args:
+        head: dict of path to variable.
+    """
+    for path, variable in head.items():
+        if not keras.backend.is_float_dtype(variable.dtype):
+            raise ValueError(
+                "The task head must be of floats: quantize the backbone "
+                "alone, or the model once it is enabled. "
+                f"Received: {path!r} of dtype {variable.dtype}"
+            )
 
 
 def check_shapes(shapes, tensors):

@@ -18,9 +18,11 @@ def layer_paths(model):
     """All layers below `model`, parents first, by a unique path.
 
     The path is Keras's own `layer.path` less the model's name, with `_1`,
-    `_2`, … where Keras gives two layers the same one.
+    `_2`, … where Keras gives two layers the same one. The preprocessor of a
+    task is left out: it isn't trained, has more layers once it has run, and
+    isn't tracked by Keras on every backend.
     """
-    paths, seen = {}, {id(model)}
+    paths, seen = {}, {id(model), id(getattr(model, "preprocessor", None))}
 
     def visit(parent, prefix):
         children = getattr(parent, "layers", None) or sublayers(parent)
@@ -80,13 +82,12 @@ class Attachment:
                 frozen=config.frozen,
                 dropout=config.dropout,
             )
-        self.freeze()
+        adapters = [v for x in self.layers.values() for v in (x.down, x.up)]
+        self.train([*self._head_variables, *adapters])
 
-    def freeze(self):
-        """Leaves the adapters and the head trainable, and nothing else."""
-        keep = {id(v) for v in self._head_variables}
-        for layer in self.layers.values():
-            keep |= {id(layer.down), id(layer.up)}
+    def train(self, variables):
+        """Leaves these variables trainable, and nothing else."""
+        keep = {id(v) for v in variables}
         for layer in layer_paths(self.model).values():
             layer.trainable = any(id(v) in keep for v in layer.variables)
         for variable in self.model.variables:

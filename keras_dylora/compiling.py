@@ -4,8 +4,35 @@ import inspect
 
 import keras
 
+from keras_dylora._keras import compile_arguments
+from keras_dylora._keras import fresh_optimizer
 
-def compile_like(model, config):
+
+def compile_as(model, other):
+    """Compiles a model as a live one is, with an optimizer of its own.
+
+    Nothing is serialized, so that a loss function needn't be registered.
+    """
+    arguments = compile_arguments(other)
+    arguments["optimizer"] = fresh_optimizer(other.optimizer)
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = keras.tree.map_structure(
+            lambda x: _fresh(x) if isinstance(x, keras.metrics.Metric) else x,
+            arguments[name],
+        )
+    if not _takes(model, arguments):
+        keras.Model.compile_from_config(model, other.get_compile_config())
+        return
+    _compile(model, arguments, other.optimizer.built)
+    if hasattr(other, "sampler"):  # of a KerasHub `CausalLM`
+        model.sampler = _fresh(other.sampler)
+
+
+def _fresh(stateful):
+    return type(stateful).from_config(stateful.get_config())
+
+
+def compile_from(model, config):
     """Compiles a model as the one whose `get_compile_config` this is.
 
     Keras leaves a model with a `compile` of its own uncompiled, and so every
@@ -14,11 +41,21 @@ def compile_like(model, config):
     config = dict(config)
     build_optimizer = config.pop("optimizer_built", True)
     arguments = keras.saving.deserialize_keras_object(config)
+    if not _takes(model, arguments):
+        keras.Model.compile_from_config(model, config)
+        return
+    _compile(model, arguments, build_optimizer)
+
+
+def _takes(model, arguments):
     try:
         inspect.signature(model.compile).bind(**arguments)
     except TypeError:
-        keras.Model.compile_from_config(model, config)
-        return
+        return False
+    return True
+
+
+def _compile(model, arguments, build_optimizer):
     model.compile(**arguments)
     if model.optimizer is not None and model.built and build_optimizer:
         model.optimizer.build(model.trainable_variables)
@@ -36,4 +73,4 @@ def reset_compiled(model):
     reset_functions(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
-        model.optimizer = type(optimizer).from_config(optimizer.get_config())
+        model.optimizer = fresh_optimizer(optimizer)

@@ -1,7 +1,6 @@
 """Ranks compared: evaluate_ranks and the RankEvaluation callback."""
 
 import collections.abc
-import contextlib
 
 import keras
 from keras import ops
@@ -90,18 +89,20 @@ class _Data:
             len(ranks), verbose=int(verbose != 0), unit_name="rank"
         )
         metrics = {}
-        with _without_preprocessor(model, self.preprocessed):
-            for done, b in enumerate(ranks, start=1):
-                with model.rank_scope(b):
-                    metrics[b] = model.evaluate(
-                        self.x,
-                        self.y,
-                        verbose=0,
-                        return_dict=True,
-                        **self.kwargs,
-                    )
-                if verbose != 0:
-                    bar.update(done)
+        # KerasHub's own `evaluate` would preprocess once more.
+        cls = keras.Model if self.preprocessed else type(model)
+        for done, b in enumerate(ranks, start=1):
+            with model.rank_scope(b):
+                metrics[b] = cls.evaluate(
+                    model,
+                    self.x,
+                    self.y,
+                    verbose=0,
+                    return_dict=True,
+                    **self.kwargs,
+                )
+            if verbose != 0:
+                bar.update(done)
         return RankReport(metrics, min_rank=config.min_rank)
 
 
@@ -117,19 +118,6 @@ def _numpy(x):
     if hasattr(x, "numpy"):  # a TensorFlow tensor, whatever the backend
         return x.numpy()
     return ops.convert_to_numpy(x)
-
-
-@contextlib.contextmanager
-def _without_preprocessor(model, active):
-    if not active:
-        yield
-        return
-    preprocessor = model.preprocessor
-    model.preprocessor = None
-    try:
-        yield
-    finally:
-        model.preprocessor = preprocessor
 
 
 class RankEvaluation(keras.callbacks.Callback):
@@ -174,7 +162,7 @@ class RankEvaluation(keras.callbacks.Callback):
         self._chosen = _chosen(self.model, self.ranks)
         if self._ready is None:
             data = self.data
-            if not isinstance(data, tuple):
+            if not isinstance(data, (tuple, list)):
                 data = (data,)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             kwargs = {}

@@ -7,7 +7,7 @@ from keras_dylora import ranks
 from keras_dylora._keras import settle_dtype_policies
 from keras_dylora.attachment import layer_paths
 from keras_dylora.attachment import plain
-from keras_dylora.compiling import compile_like
+from keras_dylora.compiling import compile_as
 from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.low_rank import RankGate
 from keras_dylora.model import restart
@@ -58,16 +58,19 @@ def merge(model, rank=None):
             "Only an enabled model or a functional `DyLoRAModel` has a plain "
             f"class to merge into. Received: a {type(model).__name__}"
         )
-    with (
-        described_as_float(state.layers),
-        plain(model, state.layers, state.attachment),
-    ):
-        config = keras.saving.serialize_keras_object(model)
-    compile_config = config.pop("compile_config", None)
+    compiled, model.compiled = model.compiled, False
+    try:
+        with (
+            described_as_float(state.layers),
+            plain(model, state.layers, state.attachment),
+        ):
+            config = keras.saving.serialize_keras_object(model)
+    finally:
+        model.compiled = compiled
+    if "preprocessor" in config["config"]:
+        config["config"]["preprocessor"] = model.preprocessor
     merged = keras.saving.deserialize_keras_object(config)
     settle_dtype_policies(merged)
-    if getattr(model, "preprocessor", None) is not None:
-        merged.preprocessor = model.preprocessor
     # By position: Keras numbers unnamed layers anew.
     pairs = zip(
         layer_paths(model).values(), layer_paths(merged).values(), strict=True
@@ -87,8 +90,8 @@ def merge(model, rank=None):
         # Copied by way of NumPy: on JAX, two models that share a buffer lose
         # it together when one of them donates it.
         target.assign(ops.convert_to_numpy(source))
-    if compile_config:
-        compile_like(merged, compile_config)
+    if compiled:
+        compile_as(merged, model)
     return merged
 
 

@@ -16,7 +16,7 @@ from keras_dylora._keras import track_for_torch
 from keras_dylora._keras import uncover_quantize
 from keras_dylora.attachment import Attachment
 from keras_dylora.attachment import plain
-from keras_dylora.compiling import compile_like
+from keras_dylora.compiling import compile_from
 from keras_dylora.compiling import reset_compiled
 from keras_dylora.compiling import reset_functions
 from keras_dylora.config import DyLoRAConfig
@@ -339,6 +339,20 @@ class DyLoRAModel(keras.Model):
             track_for_torch(self)
             reset_functions(self)
 
+    def save_to_preset(self, preset_dir):
+        """Raises a `ValueError`: a KerasHub preset can't hold adapters."""
+        raise ValueError(
+            "A preset holds a plain model. Use `merge(model, rank)` and save "
+            "that, or `model.save` or `save_adapter`, which keep the adapters. "
+            f"Received: save_to_preset({str(preset_dir)!r}) of an enabled model"
+        )
+
+    def __reduce__(self):
+        # The class of an enabled model can't be imported. The archive names
+        # the one that revives it.
+        _, arguments = super().__reduce__()
+        return DyLoRAModel._unpickle_model, arguments
+
     @property
     def weights(self):
         own = {
@@ -385,7 +399,7 @@ class DyLoRAModel(keras.Model):
         return config
 
     def compile_from_config(self, config):
-        compile_like(self, config)
+        compile_from(self, config)
 
     def get_config(self):
         if not _is_combined(type(self)):
@@ -430,9 +444,11 @@ class DyLoRAModel(keras.Model):
             attachment,
             cls,
         )
-        for weight, trainable in zip(
-            model.weights, config["trainable"], strict=True
-        ):
+        flags = list(zip(model.weights, config["trainable"], strict=True))
+        if attachment is not None:
+            # Of the layers too: a batch normalization asks for its own.
+            attachment.train([w for w, trainable in flags if trainable])
+        for weight, trainable in flags:
             weight.trainable = trainable
         return model
 

@@ -115,7 +115,7 @@ def test_callback_logs_every_rank(tmp_path):
         y,
         verbose=0,
         callbacks=[
-            kd.RankEvaluation((x, y)),
+            kd.RankEvaluation([x, y]),  # a list, as Keras takes it
             keras.callbacks.CSVLogger(tmp_path / "each.csv"),
         ],
     )

@@ -1,6 +1,7 @@
 """merge and truncate."""
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ from tests.models import randomize
 from tests.models import randomize_adapters
 from tests.models import roberta_classifier
 from tests.models import tokens
+from tests.text import TEXTS
+from tests.text import text_classifier
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -62,6 +65,68 @@ def test_merging_leaves_the_model_enabled_and_trainable():
     assert isinstance(model, kd.DyLoRAModel)
     names = merged.evaluate(tokens(), labels(), verbose=0, return_dict=True)
     assert len(names) == 2
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_merges_a_task_that_takes_text(used, tmp_path):
+    model = text_classifier()
+    kd.enable_dylora(model, rank=4)
+    randomize_adapters(model)
+    if used:
+        model.compile("adam", classification_loss())
+        model.fit(TEXTS, np.array([0, 1, 0, 1]), verbose=0)
+    merged = kd.merge(model, rank=2)
+    assert merged.preprocessor is model.preprocessor
+    with model.rank_scope(2):
+        expected = model.predict(TEXTS, verbose=0)
+    found = merged.predict(TEXTS, verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="merge.*Received: save_to_preset"):
+        model.save_to_preset(tmp_path)
+    merged.save_to_preset(tmp_path)
+    again = type(merged).from_preset(str(tmp_path))
+    np.testing.assert_allclose(
+        again.predict(TEXTS, verbose=0), found, atol=1e-6
+    )
+
+
+class Constant(keras.optimizers.schedules.LearningRateSchedule):
+    """As a user may write it: without `get_config`."""
+
+    def __call__(self, step):
+        return keras.ops.cast(1e-5, "float32")
+
+
+def test_what_is_not_registered_stays_compiled():
+    def loss(y, outputs):
+        return keras.losses.sparse_categorical_crossentropy(
+            y, outputs, from_logits=True
+        )
+
+    model = enabled(roberta_classifier)
+    metric = keras.metrics.SparseCategoricalAccuracy()
+    model.compile(keras.optimizers.Adam(Constant()), loss, metrics=[metric])
+    model.fit(tokens(), labels(), verbose=0)
+    merged = kd.merge(model)
+    kd.truncate(model, 2)
+    for each in (merged, model, kd.disable_dylora(model)):
+        before = backend.snapshot(each.trainable_weights)
+        each.fit(tokens(), labels(), verbose=0)
+        for a, b in zip(
+            before, backend.snapshot(each.trainable_weights), strict=True
+        ):
+            np.testing.assert_array_less(np.abs(a - b), 5e-5)
+    metric.reset_state()
+    merged.evaluate(tokens(), labels(), verbose=0)
+    assert float(metric.result()) == 0
+
+
+def test_merging_keeps_the_sampler():
+    model = enabled(gpt2)
+    model.compile(sampler=keras_hub.samplers.TopKSampler(k=3, seed=1))
+    sampler = kd.merge(model).sampler
+    assert type(sampler) is keras_hub.samplers.TopKSampler
+    assert sampler.k == 3 and sampler is not model.sampler
 
 
 def test_merged_functional_model_needs_no_library(tmp_path):

@@ -305,6 +305,34 @@ def test_quantizes_a_task_that_takes_text(recwarn):
     assert not [w for w in recwarn if "quantize" in str(w.message)]
     assert {x.quantization_mode for x in model.dylora_layers} == {"int8"}
     compiled(model).fit(np.array(TEXTS), np.array([0, 1, 0, 1]), verbose=0)
+    report = kd.evaluate_ranks(model, TEXTS, np.array([0, 1, 0, 1]), verbose=0)
+    assert report.ranks == [1, 2]
+    model.predict(TEXTS, verbose=0)
+
+
+def test_a_loaded_head_stays_float(tmp_path):
+    model = compiled(roberta_classifier(num_layers=1))
+    kd.enable_dylora(model, rank=2)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.quantize("int8")
+    head = loaded.get_layer("logits")
+    assert head.trainable and head.quantization_mode is None
+
+
+def test_a_quantized_head_takes_no_adapter(tmp_path):
+    model = kd.enable_dylora(roberta_classifier(num_layers=1), rank=2)
+    kd.save_adapter(model, tmp_path / "adapter")
+    kd.to_peft(model, tmp_path / "peft")
+    other = roberta_classifier(num_layers=1)
+    other.quantize("int8")
+    before = backend.snapshot(other.weights)
+    for load, name in ((kd.load_adapter, "adapter"), (kd.from_peft, "peft")):
+        with pytest.raises(ValueError, match="floats.*Received: .*int8"):
+            load(other, tmp_path / name)
+    assert not isinstance(other, kd.DyLoRAModel)
+    for a, b in zip(before, backend.snapshot(other.weights), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_quantized_head_is_warned_of():

@@ -1,6 +1,7 @@
 """Files: .keras, .weights.h5, adapters; fresh processes, other backends."""
 
 import json
+import pickle
 import shutil
 
 import keras
@@ -188,6 +189,33 @@ def test_the_optimizer_comes_back_as_it_was(fitted, tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_layers_that_are_trained_come_back_trainable(tmp_path):
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(6, name="query")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
+    kd.enable_dylora(model, rank=2, trainable_layers=["norm", "head"])
+    model.compile("sgd", "mse")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    x = np.random.default_rng(0).normal(3, 2, (32, 6)).astype("float32")
+    for each in (model, loaded):
+        each.fit(x, np.zeros((32, 2), "float32"), verbose=0)
+    for a, b in zip(
+        backend.snapshot(model.weights),
+        backend.snapshot(loaded.weights),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_pickle():
+    model, x = trained(roberta_classifier), tokens()
+    again = pickle.loads(pickle.dumps(model))
+    for rank in (1, 4):
+        np.testing.assert_array_equal(_at(again, rank, x), _at(model, rank, x))
 
 
 def test_a_newer_format(tmp_path):

@@ -3,12 +3,12 @@
 import dataclasses
 import warnings
 
-import keras
 import numpy as np
 
 from keras_dylora import files
 from keras_dylora import ranks
 from keras_dylora.adapter import adapters_by_path
+from keras_dylora.adapter import check_float_head
 from keras_dylora.adapter import check_shapes
 from keras_dylora.adapter import head_by_path
 from keras_dylora.adapter import variable_paths
@@ -100,6 +100,11 @@ def to_peft(model, directory, rank=None, overwrite=True):
         )
 
 
+def _head(model, paths):
+    variables = variable_paths(model)
+    return {path: variables[path] for path in paths}
+
+
 def _check_exportable(model, layout, modules, adapters):
     known = {path for paths in modules.values() for path in paths}
     other = sorted(set(adapters) - known)
@@ -114,14 +119,9 @@ def _check_exportable(model, layout, modules, adapters):
             "A PEFT adapter can hold adapters and the task head, and nothing "
             f"else that is trained. Received: trained weights {other}"
         )
-    variables = variable_paths(model)
-    for path in layout.head.values():
-        variable, width = variables[path], model.backbone.hidden_dim
-        if not keras.backend.is_float_dtype(variable.dtype):
-            raise ValueError(
-                "The task head must be of floats. Received: "
-                f"{path!r} of dtype {variable.dtype}"
-            )
+    width, head = model.backbone.hidden_dim, _head(model, layout.head.values())
+    check_float_head(head)
+    for path, variable in head.items():
         if variable.shape[0] != width and len(variable.shape) == 2:
             raise ValueError(
                 "In transformers, the task head is as wide as the backbone, "
@@ -173,7 +173,8 @@ def from_peft(model, directory):
         TypeError: if a number in the configuration has the wrong type.
         ValueError: if a file is missing or damaged, if the adapter isn't a
             plain LoRA or is for other layers, shapes or another rank, or if
-            the model is of another class. The model is unchanged then.
+            the model is of another class or its head is quantized. The model
+            is unchanged then.
 
     Warns:
         UserWarning: if the ranks of the adapter have no order, as it doesn't
@@ -199,6 +200,10 @@ def from_peft(model, directory):
     check_shapes(
         _expected_shapes(model, layout, modules, adapter), adapter.tensors
     )
+    loaded = [
+        x for n, x in layout.head.items() if PREFIX + n in adapter.tensors
+    ]
+    check_float_head(_head(model, loaded))
     config = _config(modules, adapter)
     targets = [path for paths in modules.values() for path in paths if path]
     _check_enabled(model, config, targets)
