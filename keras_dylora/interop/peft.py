@@ -119,9 +119,10 @@ def _check_exportable(model, layout, modules, adapters):
             "A PEFT adapter can hold adapters and the task head, and nothing "
             f"else that is trained. Received: trained weights {other}"
         )
-    width, head = model.backbone.hidden_dim, _head(model, layout.head.values())
+    head = _head(model, layout.head.values())
     check_float_head(head)
     for path, variable in head.items():
+        width = model.backbone.hidden_dim
         if variable.shape[0] != width and len(variable.shape) == 2:
             raise ValueError(
                 "In transformers, the task head is as wide as the backbone, "
