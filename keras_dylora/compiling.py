@@ -1,5 +1,6 @@
 """Compiling a model as another one, and anew after a change."""
 
+import contextlib
 import inspect
 
 import keras
@@ -59,6 +60,19 @@ def _compile(model, arguments, build_optimizer):
     model.compile(**arguments)
     if model.optimizer is not None and model.built and build_optimizer:
         model.optimizer.build(model.trainable_variables)
+
+
+@contextlib.contextmanager
+def uncompiled(model):
+    """Within it, a model is described without what it was compiled with.
+
+    That may hold functions and schedules that can't be serialized.
+    """
+    compiled, model.compiled = model.compiled, False
+    try:
+        yield
+    finally:
+        model.compiled = compiled
 
 
 def reset_functions(model):

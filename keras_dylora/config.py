@@ -124,6 +124,11 @@ class DyLoRAConfig:
                 f"objective={self.objective!r}"
             )
         as_rank(self.seed, 0, 2**63 - 1, "seed")
+        # NumPy's scalars are taken, but JSON and Keras need Python's.
+        for name in ("rank", "min_rank", "seed"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("alpha", "dropout"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def distribution(self):

@@ -3,6 +3,7 @@
 import collections.abc
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_dylora import ranks as rank_functions
@@ -75,7 +76,11 @@ class _Data:
         if self.preprocessed and hasattr(x, "cardinality"):
             x = x.map(model.preprocess_samples).cache()
         elif self.preprocessed:
-            sample_weight = self.kwargs.pop("sample_weight", None)
+            targets = (y, self.kwargs.pop("sample_weight", None))
+            # A list is one array, as in `fit`, and not a structure of many.
+            y, sample_weight = (
+                np.asarray(v) if isinstance(v, list) else v for v in targets
+            )
             batch = model.preprocess_samples(x, y, sample_weight)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
                 keras.tree.map_structure(_numpy, batch)

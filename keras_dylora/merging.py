@@ -8,6 +8,7 @@ from keras_dylora._keras import settle_dtype_policies
 from keras_dylora.attachment import layer_paths
 from keras_dylora.attachment import plain
 from keras_dylora.compiling import compile_as
+from keras_dylora.compiling import uncompiled
 from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.low_rank import RankGate
 from keras_dylora.model import restart
@@ -58,15 +59,12 @@ def merge(model, rank=None):
             "Only an enabled model or a functional `DyLoRAModel` has a plain "
             f"class to merge into. Received: a {type(model).__name__}"
         )
-    compiled, model.compiled = model.compiled, False
-    try:
-        with (
-            described_as_float(state.layers),
-            plain(model, state.layers, state.attachment),
-        ):
-            config = keras.saving.serialize_keras_object(model)
-    finally:
-        model.compiled = compiled
+    with (
+        uncompiled(model),
+        described_as_float(state.layers),
+        plain(model, state.layers, state.attachment),
+    ):
+        config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:
         config["config"]["preprocessor"] = model.preprocessor
     merged = keras.saving.deserialize_keras_object(config)
@@ -90,7 +88,7 @@ def merge(model, rank=None):
         # Copied by way of NumPy: on JAX, two models that share a buffer lose
         # it together when one of them donates it.
         target.assign(ops.convert_to_numpy(source))
-    if compiled:
+    if model.compiled:
         compile_as(merged, model)
     return merged
 

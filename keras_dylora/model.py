@@ -277,7 +277,8 @@ class DyLoRAModel(keras.Model):
 
     def make_train_function(self, force=False):
         # On TensorFlow, a subclassed model is built in its first step only.
-        if all(layer.built for layer in adapters(self)):
+        layers = adapters(self)
+        if layers and all(layer.built for layer in layers):
             self.start_training()
         return super().make_train_function(force)
 

@@ -10,7 +10,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "rmse")
+# Parts of the names of Keras's losses and error metrics.
+_LOWER_IS_BETTER = (
+    "loss",
+    "error",
+    "entropy",
+    "perplexity",
+    "divergence",
+    "hinge",
+    "poisson",
+    "logcosh",
+    "false_",
+    "mse",
+    "mae",
+    "mape",
+    "msle",
+)
 
 
 class RankReport:
@@ -221,7 +236,10 @@ class RankReport:
                 for b, value in zip(report.ranks, values, strict=True)
                 if report.is_trained(b)
             ]
-            axes.plot(*zip(*trained, strict=True), "o", color=line.get_color())
+            if trained:
+                axes.plot(
+                    *zip(*trained, strict=True), "o", color=line.get_color()
+                )
         axes.plot(
             rank,
             self.metrics[rank][metric],

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import keras_dylora as kd
@@ -71,3 +72,12 @@ def test_truncated_keeps_the_ranks_that_are_left(weights, expected):
         rank=4, min_rank=1, rank_distribution=kd.Categorical(weights)
     )
     assert config.truncated(2).rank_distribution == expected
+
+
+def test_numpy_scalars_become_python_numbers():
+    config = kd.DyLoRAConfig(
+        rank=np.int64(4), alpha=np.float32(8), seed=np.int32(3)
+    )
+    assert type(config.rank) is type(config.seed) is int
+    assert type(config.alpha) is float
+    json.dumps(config.get_config())

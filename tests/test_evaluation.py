@@ -89,6 +89,23 @@ def test_untrained_ranks_are_marked():
     assert report.best("accuracy", tolerance=1.0) == 4
 
 
+def test_lists_of_labels_and_weights():
+    model = kd.enable_dylora(text_classifier(), rank=2)
+    model.compile("adam", classification_loss())
+    y, weights = [0, 1, 0, 1], [1.0, 2.0, 1.0, 0.0]
+    found = kd.evaluate_ranks(model, TEXTS, y, sample_weight=weights, verbose=0)
+    expected = kd.evaluate_ranks(
+        model,
+        TEXTS,
+        np.array(y),
+        sample_weight=np.array(weights),
+        verbose=0,
+    )
+    assert found.metrics == expected.metrics
+    callback = kd.RankEvaluation((TEXTS, y))
+    model.fit(TEXTS, y, verbose=0, callbacks=[callback])
+
+
 def test_progress_bar(capsys):
     kd.evaluate_ranks(compiled(), *mlp_data())
     assert "4/4" in capsys.readouterr().out

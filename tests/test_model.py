@@ -11,6 +11,22 @@ from tests.models import mlp_data
 from tests.models import randomize_adapters
 
 
+class BuiltLate(kd.DyLoRAModel):
+    def build(self, input_shape):
+        self.dense = kd.DyLoRADense(3, rank=3)
+        self.dense.build(input_shape)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def test_layers_that_are_made_on_building():
+    model = BuiltLate()
+    model.compile("adam", "mse")
+    model.fit(np.ones((4, 5), "float32"), np.zeros((4, 3)), verbose=0)
+    assert model.dylora_config.rank == 3
+
+
 @keras.saving.register_keras_serializable(package="tests")
 class ByHand(kd.DyLoRAModel):
     def __init__(self, frozen=False, **kwargs):

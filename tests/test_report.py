@@ -57,6 +57,23 @@ def test_json(tmp_path):
     assert saved["min_rank"] == 1
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("sparse_categorical_crossentropy", 1), ("mape", 1), ("accuracy", 2)],
+)
+def test_the_best_by_the_name_of_the_metric(metric, best):
+    assert kd.RankReport({1: {metric: 0.5}, 2: {metric: 0.7}}).best(metric) == (
+        best
+    )
+
+
+def test_plot_beside_a_report_of_untrained_ranks():
+    figure = report().plot(rank=3, others={"LoRA 8": report(min_rank=8)})
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert low > 0 and high < 1
+
+
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 def test_plot(ending, tmp_path):
     path = tmp_path / f"ranks.{ending}"

@@ -13,6 +13,7 @@ import tempfile
 
 import keras
 
+from keras_dylora.compiling import uncompiled
 from keras_dylora.export import process
 
 MODEL_NAME = "model.keras"
@@ -37,7 +38,8 @@ def write(model, folder, plan, on_step):
     modules = custom_modules(model)
     with tempfile.TemporaryDirectory(prefix="keras_dylora-") as temporary:
         temporary = pathlib.Path(temporary)
-        model.save(temporary / MODEL_NAME)
+        with uncompiled(model):
+            model.save(temporary / MODEL_NAME)
         sampler = None
         if plan.generate:
             sampler = keras.saving.serialize_keras_object(model.sampler)
@@ -87,8 +89,8 @@ def custom_modules(model):
     Raises:
         ValueError: if one of them is where no other process can import it.
     """
-    config = keras.saving.serialize_keras_object(model)
-    config.pop("compile_config", None)
+    with uncompiled(model):
+        config = keras.saving.serialize_keras_object(model)
     found = {}
     for item in _serialized(config):
         is_function = item["class_name"] == "function"
