@@ -104,7 +104,8 @@ def fresh_optimizer(optimizer):
     """The same optimizer without its state.
 
     A learning-rate schedule is handed over as it is: Keras would serialize it,
-    but trains with one that has no `get_config`.
+    but trains with one that has no `get_config`. What is excluded from weight
+    decay isn't in the config either.
     """
     if hasattr(optimizer, "inner_optimizer"):
         return type(optimizer)(
@@ -115,13 +116,21 @@ def fresh_optimizer(optimizer):
         )
     rate = optimizer._learning_rate
     if isinstance(rate, keras.Variable):
-        return type(optimizer).from_config(optimizer.get_config())
-    object.__setattr__(optimizer, "_learning_rate", None)
-    try:
         config = optimizer.get_config()
-    finally:
-        object.__setattr__(optimizer, "_learning_rate", rate)
-    return type(optimizer).from_config(config | {"learning_rate": rate})
+    else:
+        object.__setattr__(optimizer, "_learning_rate", None)
+        try:
+            config = optimizer.get_config() | {"learning_rate": rate}
+        finally:
+            object.__setattr__(optimizer, "_learning_rate", rate)
+    fresh = type(optimizer).from_config(config)
+    for name in (
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_pattern",
+    ):
+        if hasattr(optimizer, name):
+            object.__setattr__(fresh, name, getattr(optimizer, name))
+    return fresh
 
 
 def compile_arguments(model):

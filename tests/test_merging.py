@@ -121,6 +121,19 @@ def test_what_is_not_registered_stays_compiled():
     assert float(metric.result()) == 0
 
 
+def test_a_fresh_optimizer_excludes_from_weight_decay_what_the_old_one_did():
+    model = enabled(roberta_classifier)
+    optimizer = keras.optimizers.AdamW(1e-4, weight_decay=100.0)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model.compile(optimizer, classification_loss())
+    model.fit(tokens(), labels(), verbose=0)
+    kd.truncate(model, 2)
+    bias = model.get_layer("logits").bias
+    bias.assign([1.0, 1.0])
+    model.fit(tokens(), labels(), verbose=0)
+    np.testing.assert_allclose(backend.to_numpy(bias), 1, atol=1e-3)
+
+
 def test_merging_keeps_the_sampler():
     model = enabled(gpt2)
     model.compile(sampler=keras_hub.samplers.TopKSampler(k=3, seed=1))
