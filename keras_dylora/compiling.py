@@ -21,10 +21,8 @@ def compile_as(model, other):
             lambda x: _fresh(x) if isinstance(x, keras.metrics.Metric) else x,
             arguments[name],
         )
-    if not _takes(model, arguments):
+    if not _compile(model, arguments, other.optimizer.built):
         keras.Model.compile_from_config(model, other.get_compile_config())
-        return
-    _compile(model, arguments, other.optimizer.built)
     if hasattr(other, "sampler"):  # of a KerasHub `CausalLM`
         model.sampler = _fresh(other.sampler)
 
@@ -42,24 +40,20 @@ def compile_from(model, config):
     config = dict(config)
     build_optimizer = config.pop("optimizer_built", True)
     arguments = keras.saving.deserialize_keras_object(config)
-    if not _takes(model, arguments):
+    if not _compile(model, arguments, build_optimizer):
         keras.Model.compile_from_config(model, config)
-        return
-    _compile(model, arguments, build_optimizer)
 
 
-def _takes(model, arguments):
+def _compile(model, arguments, build_optimizer):
+    """Returns whether the `compile` of the model takes the arguments."""
     try:
         inspect.signature(model.compile).bind(**arguments)
     except TypeError:
         return False
-    return True
-
-
-def _compile(model, arguments, build_optimizer):
     model.compile(**arguments)
     if model.optimizer is not None and model.built and build_optimizer:
         model.optimizer.build(model.trainable_variables)
+    return True
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from keras_dylora.attachment import plain
 from keras_dylora.compiling import compile_from
 from keras_dylora.compiling import reset_compiled
 from keras_dylora.compiling import reset_functions
+from keras_dylora.compiling import uncompiled
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.quantization import quantize_base
 from keras_dylora.state import DyLoRAState
@@ -411,9 +412,8 @@ class DyLoRAModel(keras.Model):
             [w.trainable for w in self.weights],
         )
         attached = attachment.layers.values() if attachment else ()
-        with plain(self, attached, attachment):
+        with uncompiled(self), plain(self, attached, attachment):
             base = keras.saving.serialize_keras_object(self)
-        base.pop("compile_config", None)
         return {
             "format_version": FORMAT_VERSION,
             "base": base,
@@ -449,6 +449,7 @@ class DyLoRAModel(keras.Model):
         if attachment is not None:
             # Of the layers too: a batch normalization asks for its own.
             attachment.train([w for w, trainable in flags if trainable])
+            return model
         for weight, trainable in flags:
             weight.trainable = trainable
         return model
