@@ -89,15 +89,26 @@ def track_for_torch(model):
             layer._track_variables()
 
 
-def call_in_training(model, x):
-    """Calls a model as Keras's training step does.
+def training_argument(model):
+    """Arguments of a call beside the inputs, as in Keras's training step.
 
     A subclassed model's `call` needn't take `training`; Keras keeps what it
     found out about that to itself.
     """
-    if model._call_has_training_arg:
-        return model(x, training=True)
-    return model(x)
+    return {"training": True} if model._call_has_training_arg else {}
+
+
+@contextlib.contextmanager
+def override_losses(model, losses):
+    """Within it, `model.losses` is this list, or what a scope collects.
+
+    On JAX, Keras's step hands the losses of its own call over to the loss.
+    """
+    before, model._losses_override = model._losses_override, losses
+    try:
+        yield
+    finally:
+        model._losses_override = before
 
 
 def fresh_optimizer(optimizer):

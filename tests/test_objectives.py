@@ -81,6 +81,40 @@ def test_step_against_numpy(objective):
         )
 
 
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_summed_activity_regularization_is_of_the_same_rank(run_eagerly):
+    inputs = keras.Input((5,))
+    layer = kd.DyLoRADense(
+        3, rank=RANK, alpha=ALPHA, activity_regularizer="l2"
+    )
+    model = kd.DyLoRAModel(
+        inputs,
+        keras.layers.Dropout(0.0)(layer(inputs)),
+        objective="summed",
+        rank_distribution=DISTRIBUTION,
+    )
+    randomize(model)
+    kernel, bias, down, up = backend.snapshot(
+        [layer.kernel, layer.bias, layer.down, layer.up]
+    )
+    x, y = data()
+    total, moved = 0, 0
+    for b, p in PROBABILITIES.items():
+        gate = gate_at(b)
+        z = x @ kernel + bias + (x @ down * gate) @ up
+        total += p * (np.mean((z - y) ** 2) + 0.01 * np.sum(z**2) / len(x))
+        dz = 2 * (z - y) / z.size + 0.02 * z / len(x)
+        moved = moved + p * (x @ down * gate).T @ dz
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=run_eagerly)
+    logs = model.train_on_batch(x, y, return_dict=True)
+    np.testing.assert_allclose(float(logs["loss"]), total, rtol=1e-5)
+    np.testing.assert_allclose(
+        backend.to_numpy(layer.up), up - 0.1 * moved, atol=1e-5
+    )
+    evaluated = model.evaluate(x, y, verbose=0)
+    assert np.isfinite(evaluated)
+
+
 def test_matryoshka_gate_of_the_paper():
     """g_i is the mean over all ranks r of alpha / r where r >= i."""
     probabilities = kd.DyLoRAConfig(rank=RANK, alpha=ALPHA).rank_probabilities

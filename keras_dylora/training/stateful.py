@@ -1,8 +1,11 @@
 """The step of TensorFlow and torch: `train_step(data)` changes variables."""
 
+import contextlib
+
 import keras
 from keras import ops
 
+from keras_dylora._keras import training_argument
 from keras_dylora.training import step
 
 
@@ -30,3 +33,9 @@ def train_step(model, keras_step, data):
 
 def sync(model):
     """Variables are up to date at any time; nothing to do."""
+
+
+@contextlib.contextmanager
+def call(model, x):
+    """Yields predictions of Keras's training step, with their `losses`."""
+    yield model(x, **training_argument(model))

@@ -1,8 +1,12 @@
 """The step of JAX: `train_step(state, data)` returns a new state."""
 
+import contextlib
+
 import keras
 from keras import ops
 
+from keras_dylora._keras import override_losses
+from keras_dylora._keras import training_argument
 from keras_dylora.training import step
 
 
@@ -58,3 +62,25 @@ def sync(model):
     """Writes the state of a running `fit` back to the variables."""
     if getattr(model, "_jax_state", None) is not None:
         model.jax_state_sync()
+
+
+@contextlib.contextmanager
+def call(model, x):
+    """Yields predictions of Keras's training step, with their `losses`.
+
+    Keras's scope around the loss collects none, so this call has its own.
+    """
+    with override_losses(model, []):
+        predictions, states, losses = model.stateless_call(
+            [ops.convert_to_tensor(v) for v in model.trainable_variables],
+            [ops.convert_to_tensor(v) for v in model.non_trainable_variables],
+            x,
+            return_losses=True,
+            **training_argument(model),
+        )
+    for variable, value in zip(
+        model.non_trainable_variables, states, strict=True
+    ):
+        variable.assign(value)
+    with override_losses(model, losses):
+        yield predictions

@@ -11,7 +11,6 @@ import contextlib
 from keras import ops
 
 from keras_dylora import ranks
-from keras_dylora._keras import call_in_training
 from keras_dylora.low_rank import overridden
 
 
@@ -53,10 +52,14 @@ def summing(model):
         model._dylora.summing = False
 
 
-def summed_loss(model, compute_loss, x, y, y_pred, *args, **kwargs):
+def summed_loss(call, model, compute_loss, x, y, y_pred, *args, **kwargs):
     """The sum over ranks b of p(b) times the loss at b (Eq. 2).
 
+    What layers add to it, as activity regularization, is of the same rank.
+
     Args:
+        call: a context manager of the model and `x` that yields predictions;
+            within it, `model.losses` are of that call.
         model: the `DyLoRAModel`.
         compute_loss: the loss of given predictions.
         x: inputs of the model.
@@ -70,14 +73,15 @@ def summed_loss(model, compute_loss, x, y, y_pred, *args, **kwargs):
     """
     state, config = model._dylora, model._dylora.config
     total = 0.0
-    for b, probability in state.probabilities.items():
-        predictions = y_pred
-        if b < config.rank:
+    # The highest first, while `model.losses` are those beside `y_pred`.
+    for b in sorted(state.probabilities, reverse=True):
+        if b == config.rank:
+            loss = compute_loss(x, y, y_pred, *args, **kwargs)
+        else:
             gate = ranks.gate(b, config.rank, config.alpha)
-            with overridden(state.gates, gate):
-                predictions = call_in_training(model, x)
-        loss = compute_loss(x, y, predictions, *args, **kwargs)
-        total = total + probability * loss
+            with overridden(state.gates, gate), call(model, x) as predictions:
+                loss = compute_loss(x, y, predictions, *args, **kwargs)
+        total = total + state.probabilities[b] * loss
     return total
 
 
