@@ -75,7 +75,7 @@ class Attachment:
             ADAPTERS[type(layer)].attach(
                 layer,
                 gate,
-                seed=config.seed + i,
+                seed=(config.seed + i) % 2**31,  # all that JAX and torch take
                 rank=config.rank,
                 min_rank=config.min_rank,
                 alpha=config.alpha,

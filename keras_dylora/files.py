@@ -27,7 +27,12 @@ def new_directory(directory, overwrite, marker):
         ValueError: if the directory exists and may not be replaced.
         OSError: if it can't be written.
     """
-    final = pathlib.Path(directory)
+    final = pathlib.Path(directory).resolve()
+    if pathlib.Path.cwd().is_relative_to(final):
+        raise ValueError(
+            "The directory is renamed into its place, which can't be the "
+            f"working directory or one above. Received: {str(directory)!r}"
+        )
     if final.exists():
         ours = final.is_dir() and (
             (final / marker).exists() or not any(final.iterdir())

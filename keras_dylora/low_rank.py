@@ -289,7 +289,12 @@ class LowRankAdapter:
             )
         bottleneck = self._project_down(inputs, down)
         gate = ops.cast(gate, bottleneck.dtype)
-        if len(gate.shape) == 2:  # one rank for each example
+        if len(gate.shape) == 2:
+            # One rank for each example, of which there may be more here: beam
+            # search folds its beams into the batch.
+            examples = ops.shape(bottleneck)[0]
+            copies = examples // ops.maximum(ops.shape(gate)[0], 1)
+            gate = ops.repeat(gate, copies, axis=0)
             middle = (1,) * (len(bottleneck.shape) - 2)
             gate = ops.reshape(gate, (-1, *middle, self.rank))
         return self._project_up(bottleneck * gate, up)

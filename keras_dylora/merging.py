@@ -1,5 +1,7 @@
 """merge and truncate: one rank made a plain model, or the new maximum."""
 
+import contextlib
+
 import keras
 from keras import ops
 
@@ -11,6 +13,7 @@ from keras_dylora.compiling import compile_as
 from keras_dylora.compiling import uncompiled
 from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.low_rank import RankGate
+from keras_dylora.model import DyLoRAModel
 from keras_dylora.model import restart
 from keras_dylora.model import state_of
 from keras_dylora.quantization import described_as_float
@@ -54,16 +57,24 @@ def merge(model, rank=None):
     rank = ranks.as_rank(
         model.rank if rank is None else rank, 0, state.config.rank
     )
-    if "original_class" not in vars(type(model)):
-        raise ValueError(
-            "Only an enabled model or a functional `DyLoRAModel` has a plain "
-            f"class to merge into. Received: a {type(model).__name__}"
-        )
-    with (
-        uncompiled(model),
-        described_as_float(state.layers),
-        plain(model, state.layers, state.attachment),
-    ):
+    nested = [
+        layer
+        for layer in layer_paths(model).values()
+        if isinstance(layer, DyLoRAModel)
+    ]
+    for cls in map(type, [model, *nested]):
+        if "original_class" not in vars(cls):
+            raise ValueError(
+                "Only an enabled model or a functional `DyLoRAModel` has a "
+                f"plain class to merge into. Received: a {cls.__name__}"
+            )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(described_as_float(state.layers))
+        stack.enter_context(plain(model, state.layers, state.attachment))
+        for inner in nested:
+            stack.enter_context(plain(inner, ()))
+        for each in [model, *nested]:
+            stack.enter_context(uncompiled(each))
         config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:
         config["config"]["preprocessor"] = model.preprocessor

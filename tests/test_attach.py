@@ -364,3 +364,11 @@ def test_what_is_no_built_model(model, error, message):
 def test_disable_needs_an_enabled_model():
     with pytest.raises(ValueError, match="enable_dylora"):
         kd.disable_dylora(functional())
+
+
+def test_any_seed_serves():
+    model = roberta_classifier(dropout=0.1)
+    kd.enable_dylora(model, rank=2, dropout=0.1, seed=2**63 - 1)
+    model.compile("adam", classification_loss())
+    history = model.fit(tokens(), labels(), verbose=0).history
+    assert np.isfinite(history["loss"]).all()

@@ -257,6 +257,26 @@ def test_generate_may_mix_ranks(exported):
         np.testing.assert_array_equal(mixed[i], single[i])
 
 
+def test_beam_search_may_mix_ranks(tmp_path):
+    model = gpt2()
+    model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=3))
+    path = tmp_path / "artifact"
+    export_ranks(model, path, generate_signature=True, verbose=False)
+    inputs = {**prompts(), "end_token_id": np.int32(-1)}
+    rows = np.array([4, 1, 2], "int32")
+    calls = [
+        (path, "generate", {**inputs, "rank": rows}),
+        (path, "generate", {**inputs, "rank": np.int32(2)}),
+        (path, "generate_rank_2", inputs),
+    ]
+    (mixed, scalar, alone), _ = serve(tmp_path / "server", calls)
+    np.testing.assert_array_equal(scalar["token_ids"], alone["token_ids"])
+    for i, b in enumerate(rows):
+        model.set_rank(b)
+        expected = model.generate(prompts(), stop_token_ids=None)["token_ids"]
+        np.testing.assert_array_equal(mixed["token_ids"][i], expected[i])
+
+
 def roberta_text():
     characters = [chr(i) for i in (*range(33, 127), 161, 288)]
     tokens = ["<s>", "<pad>", "</s>", "<mask>", *characters, "Ġg", "oo", "ood"]
@@ -496,6 +516,33 @@ def test_directory_of_another_is_not_touched(tmp_path, overwrite):
     with pytest.raises(ValueError, match="Received"):
         export_ranks(mlp(), tmp_path, overwrite=overwrite)
     assert [x.name for x in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    for path in (".", ".."):
+        with pytest.raises(ValueError, match="working directory"):
+            export_ranks(mlp(), path)
+    assert not any((tmp_path / "below").iterdir())
+
+
+def named_input(structure):
+    inputs = keras.Input((5,), name="my-input")
+    outputs = kd.DyLoRADense(3, rank=2)(inputs)
+    return kd.DyLoRAModel(structure(inputs), outputs)
+
+
+def test_input_name_that_no_argument_can_have(tmp_path):
+    path = tmp_path / "artifact"
+    with pytest.raises(ValueError, match="identifiers. Received: 'my-input'"):
+        export_ranks(named_input(lambda x: {"my-input": x}), path)
+    assert not path.exists()
+    for structure, name in ((lambda x: x, "inputs"), (lambda x: [x], "input_0")):
+        model = named_input(structure)
+        export_ranks(model, path, verbose=False, overwrite=True)
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert set(manifest["signatures"]["serve"]) == {name, "rank"}
 
 
 def test_export_that_exists_is_not_replaced(tmp_path):

@@ -165,6 +165,26 @@ def test_merged_functional_model_needs_no_library(tmp_path):
     )
 
 
+def test_merges_models_within_a_model():
+    inputs = keras.Input((10,))
+    inner = mlp()
+    inner.compile("adam", "mse")
+    outputs = kd.DyLoRADense(2, rank=4, alpha=8)(inner(inputs))
+    model = randomize(kd.DyLoRAModel(inputs, outputs))
+    x, _ = mlp_data()
+    merged = kd.merge(model, rank=2)
+    assert not any(
+        type(layer).__module__.startswith("keras_dylora")
+        for layer in merged._flatten_layers()
+    )
+    assert isinstance(inner, kd.DyLoRAModel) and inner.compiled
+    with model.rank_scope(2):
+        expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(
+        merged.predict(x, verbose=0), expected, rtol=1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "rank", "error", "message"),
     [

@@ -96,19 +96,31 @@ def _own_inputs(model):
     return _from_structure(structure)
 
 
+def _label(spec, default):
+    """The name of a tensor that isn't found by it, where it can be used."""
+    name = getattr(spec, "name", None) or default
+    return name if name.isidentifier() else default
+
+
 def _from_structure(structure):
     if isinstance(structure, dict):
         kind, items = "dict", list(structure.items())
     elif isinstance(structure, (list, tuple)):
         kind = "list"
         items = [
-            (getattr(spec, "name", None) or f"input_{i}", spec)
+            (_label(spec, f"input_{i}"), spec)
             for i, spec in enumerate(structure)
         ]
     else:
         kind = "tensor"
-        items = [(getattr(structure, "name", None) or "inputs", structure)]
-    for _, spec in items:
+        items = [(_label(structure, "inputs"), structure)]
+    for name, spec in items:
+        if not name.isidentifier():
+            raise ValueError(
+                "The names of a model's inputs become those of a signature's "
+                "arguments, and must be Python identifiers. "
+                f"Received: {name!r}"
+            )
         if getattr(spec, "shape", None) is None or not hasattr(spec, "dtype"):
             raise ValueError(
                 "A model's input must be a tensor, or a list or a dict of "
