@@ -84,9 +84,7 @@ def test_step_against_numpy(objective):
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_summed_activity_regularization_is_of_the_same_rank(run_eagerly):
     inputs = keras.Input((5,))
-    layer = kd.DyLoRADense(
-        3, rank=RANK, alpha=ALPHA, activity_regularizer="l2"
-    )
+    layer = kd.DyLoRADense(3, rank=RANK, alpha=ALPHA, activity_regularizer="l2")
     model = kd.DyLoRAModel(
         inputs,
         keras.layers.Dropout(0.0)(layer(inputs)),
