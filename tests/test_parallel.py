@@ -1,0 +1,36 @@
+"""Runs in several processes."""
+
+import os
+
+import pytest
+
+from examples import parallel
+from examples.runs import Results
+
+
+def keep(path, number):
+    cores = len(os.sched_getaffinity(0))
+    Results(path).add({"number": number}, {"cores": cores})
+
+
+def fail(path, number):
+    if number == 1:
+        raise ValueError(f"Received: {number}")
+    keep(path, number)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="cores are given on Linux"
+)
+def test_every_run_is_kept_and_has_a_core(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    parallel.run_all(keep, [(path, n) for n in range(20)], processes=2)
+    results = Results(path)
+    assert all(results.get({"number": n}) == {"cores": 1} for n in range(20))
+
+
+def test_an_error_ends_it(tmp_path):
+    runs = [(tmp_path / "runs.jsonl", n) for n in range(1, 200)]
+    with pytest.raises(ValueError, match="Received: 1"):
+        parallel.run_all(fail, runs, processes=2)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) < 190
