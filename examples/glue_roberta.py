@@ -18,6 +18,8 @@ import pathlib
 
 import keras
 import keras_hub
+import numpy as np
+import tensorflow as tf
 
 import keras_dylora as kd
 from examples.data import NotFetchedError
@@ -86,7 +88,11 @@ SCALES = {
 
 @functools.lru_cache(maxsize=1)
 def tokenized(task, preset, sequence_length):
-    """Dict of split to `(x, y)`, tokenized once for all runs."""
+    """Dict of split to `(x, y)`, tokenized once for all runs.
+
+    In a `tf.data` pipeline, as by `fit`: KerasHub splits Python strings
+    otherwise than RoBERTa's tokenizer does.
+    """
     preprocessor = from_preset(
         keras_hub.models.TextClassifierPreprocessor,
         preset,
@@ -95,12 +101,11 @@ def tokenized(task, preset, sequence_length):
     )
     splits = {}
     for split, (columns, labels) in load(task).items():
-        x = columns if len(columns) > 1 else columns[0]
-        # With labels: KerasHub would take a lone pair for `(x, y)`.
-        x, y = preprocessor(x, y=labels)
-        splits[split] = (
-            keras.tree.map_structure(keras.ops.convert_to_numpy, x),
-            keras.ops.convert_to_numpy(y),
+        x = tuple(columns) if len(columns) > 1 else columns[0]
+        data = tf.data.Dataset.from_tensor_slices((x, labels))
+        batches = data.batch(1000).map(preprocessor).as_numpy_iterator()
+        splits[split] = keras.tree.map_structure(
+            lambda *v: np.concatenate(v), *batches
         )
     return splits
 

@@ -251,7 +251,7 @@ def main(argv=None):
     )
     parser.add_argument("--output", default="results/nlg", type=pathlib.Path)
     parser.add_argument(
-        "--results", default="results/nlg.jsonl", type=pathlib.Path
+        "--results", default="results/runs.jsonl", type=pathlib.Path
     )
     parser.add_argument("--verbose", default=1, type=int)
     args = parser.parse_args(argv)

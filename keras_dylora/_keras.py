@@ -78,6 +78,16 @@ def sublayers(layer):
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
+def own_weights(layer):
+    """The weights of a layer itself, in the order of its file."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def statistics(layer):
+    """The weights of a layer that no gradient trains: moving averages."""
+    return layer._non_trainable_variables
+
+
 def track_for_torch(model):
     """Tells torch of the variables that came or went.
 
@@ -109,6 +119,30 @@ def override_losses(model, losses):
         yield
     finally:
         model._losses_override = before
+
+
+def loss_metrics(model):
+    """The variables of what is logged for each output's loss.
+
+    Keras updates them wherever it computes a loss.
+    """
+    return [] if model._compile_loss is None else model._compile_loss.variables
+
+
+def accumulates(optimizer):
+    """Whether an optimizer updates the weights in some of its steps only."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return inner.gradient_accumulation_steps is not None
+
+
+def ema_momentum(optimizer):
+    """The momentum of an optimizer's moving averages of the weights."""
+    return getattr(optimizer, "inner_optimizer", optimizer).ema_momentum
+
+
+def submodels(model):
+    """A model and all models within it."""
+    return [x for x in model._flatten_layers() if isinstance(x, keras.Model)]
 
 
 def fresh_optimizer(optimizer):

@@ -10,6 +10,7 @@ from safetensors import numpy as safetensors
 from keras_dylora import files
 from keras_dylora import ranks
 from keras_dylora import sidecar
+from keras_dylora._keras import statistics
 from keras_dylora.attach import enable_dylora
 from keras_dylora.attachment import layer_paths
 from keras_dylora.config import DyLoRAConfig
@@ -57,11 +58,23 @@ def head_by_path(model):
     """The variables that are trained besides the adapters, by their path."""
     adapters = {id(v) for x in state_of(model).layers for v in (x.down, x.up)}
     trainable = {id(v) for v in model.trainable_variables}
-    return {
-        path: v
-        for path, v in variable_paths(model).items()
-        if id(v) in trainable - adapters
+    return _by_path(model, trainable - adapters)
+
+
+def statistics_by_path(model):
+    """What training changes in the head without a gradient, by its path."""
+    adapted = {id(layer) for layer in state_of(model).layers}
+    found = {
+        id(v)
+        for layer in layer_paths(model).values()
+        if layer.trainable and id(layer) not in adapted
+        for v in statistics(layer)
     }
+    return _by_path(model, found)
+
+
+def _by_path(model, ids):
+    return {p: v for p, v in variable_paths(model).items() if id(v) in ids}
 
 
 def save_adapter(model, directory, rank=None, overwrite=True):
@@ -98,7 +111,8 @@ def save_adapter(model, directory, rank=None, overwrite=True):
     for path, layer in adapters_by_path(model).items():
         tensors[f"adapter/{path}/down"] = float32_array(layer.down)[:, :rank]
         tensors[f"adapter/{path}/up"] = float32_array(layer.up)[:rank]
-    for path, variable in head_by_path(model).items():
+    head = head_by_path(model) | statistics_by_path(model)
+    for path, variable in head.items():
         tensors[f"head/{path}"] = float32_array(variable)
     tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     attachment = state_of(model).attachment
@@ -106,7 +120,7 @@ def save_adapter(model, directory, rank=None, overwrite=True):
         config.get_config()
     )  # fmt: skip
     described = DyLoRAConfig.from_config(described).truncated(rank)
-    with files.new_directory(directory, overwrite, CONFIG_NAME) as folder:
+    with files.new_directory(directory, overwrite, WEIGHTS_NAME) as folder:
         safetensors.save_file(tensors, folder / WEIGHTS_NAME)
         sidecar.write(folder / CONFIG_NAME, folder / WEIGHTS_NAME, described)
 
@@ -200,6 +214,11 @@ def _expected_shapes(model, config, tensors, enabled):
     if enabled:
         layers = adapters_by_path(model)
         head = head_by_path(model)
+        head |= {
+            path: v
+            for path, v in statistics_by_path(model).items()
+            if f"head/{path}" in tensors
+        }
     else:
         # The file says what to adapt; the model must have it.
         layers = {

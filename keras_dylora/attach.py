@@ -8,6 +8,7 @@ import keras
 
 from keras_dylora import model as model_module
 from keras_dylora.attachment import Attachment
+from keras_dylora.attachment import if_trainable
 from keras_dylora.attachment import layer_paths
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTERS
@@ -71,7 +72,8 @@ def _head(model, paths, config):
     shared = set()
     if config.trainable_layers is not None:
         layers = _select(paths, config.trainable_layers, "trainable_layers")
-    elif isinstance(backbone, keras.Model):
+        return {path: if_trainable(layer) for path, layer in layers.items()}
+    if isinstance(backbone, keras.Model):
         inside = {id(x) for x in layer_paths(backbone).values()}
         inside.add(id(backbone))
         layers = {p: x for p, x in paths.items() if id(x) not in inside}
@@ -214,8 +216,8 @@ def enable_dylora(model, config=None, **overrides):
         attachment.attach()
         model_module.adopt(model, config, attachment)
     except BaseException:
-        attachment.detach()
         model_module.release(model)
+        attachment.detach()
         raise
     return model
 

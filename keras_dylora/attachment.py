@@ -8,6 +8,7 @@ import keras
 from keras_dylora._keras import forget
 from keras_dylora._keras import set_class
 from keras_dylora._keras import sublayers
+from keras_dylora._keras import track_for_torch
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTERS
 from keras_dylora.low_rank import LowRankAdapter
@@ -41,6 +42,18 @@ def layer_paths(model):
 
     visit(model, "")
     return paths
+
+
+def if_trainable(layer):
+    """The variables of a layer that are trained if it isn't frozen."""
+    tree = [layer, *layer_paths(layer).values()]
+    flags = [(x, x.trainable) for x in [*tree, *layer.variables]]
+    layer.trainable = True
+    try:
+        return list(layer.trainable_variables)
+    finally:
+        for item, trainable in flags:
+            item.trainable = trainable
 
 
 class Attachment:
@@ -88,6 +101,7 @@ class Attachment:
     def train(self, variables):
         """Leaves these variables trainable, and nothing else."""
         keep = {id(v) for v in variables}
+        self.model.trainable = True
         for layer in layer_paths(self.model).values():
             layer.trainable = any(id(v) in keep for v in layer.variables)
         for variable in self.model.variables:
@@ -101,6 +115,7 @@ class Attachment:
                 for name in ADAPTER_ATTRIBUTES:
                     layer.__dict__.pop(name, None)
                 set_class(layer, layer.base_class)
+        track_for_torch(self.model)
         self.restore_flags()
 
     def forget_replaced(self):

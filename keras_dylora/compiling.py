@@ -7,6 +7,7 @@ import keras
 
 from keras_dylora._keras import compile_arguments
 from keras_dylora._keras import fresh_optimizer
+from keras_dylora._keras import submodels
 
 
 def compile_as(model, other):
@@ -70,15 +71,32 @@ def uncompiled(model):
 
 
 def reset_functions(model):
-    """Drops the compiled functions of the model as it was."""
-    for name in ("train", "test", "predict", "generate"):
-        if getattr(model, f"{name}_function", None) is not None:
-            setattr(model, f"{name}_function", None)
+    """Drops the compiled functions of the model, and of those in it, as they
+    were."""
+    for each in submodels(model):
+        for name in ("train", "test", "predict", "generate"):
+            if getattr(each, f"{name}_function", None) is not None:
+                setattr(each, f"{name}_function", None)
 
 
-def reset_compiled(model):
-    """Drops functions and optimizer state of the model as it was."""
-    reset_functions(model)
+def new_optimizer(model):
+    """The model's optimizer without its state, or `None` if it has none.
+
+    Made before a change of the model: an optimizer may not be able to.
+    """
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer.built:
-        model.optimizer = fresh_optimizer(optimizer)
+    if optimizer is None or not optimizer.built:
+        return None
+    return fresh_optimizer(optimizer)
+
+
+def reset_compiled(model, optimizer):
+    """Drops functions and optimizer state of the model as it was.
+
+    Args:
+        model: the model.
+        optimizer: what `new_optimizer` returned before the change.
+    """
+    reset_functions(model)
+    if optimizer is not None:
+        model.optimizer = optimizer

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import warnings
 
 import keras
 
@@ -149,6 +150,12 @@ class DyLoRAConfig:
 
     def truncated(self, rank):
         """The config of this run's adapters when they are cut to `rank`."""
+        if rank < self.min_rank:
+            warnings.warn(
+                "An adapter should be cut to a rank that it was trained at. "
+                f"Received: rank={rank} with min_rank={self.min_rank}",
+                stacklevel=3,
+            )
         distribution = self.rank_distribution
         if isinstance(distribution, Categorical):
             weights = {

@@ -1,6 +1,7 @@
 """Ranks compared: evaluate_ranks and the RankEvaluation callback."""
 
 import collections.abc
+import importlib.util
 
 import keras
 import numpy as np
@@ -15,7 +16,8 @@ def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
     """Evaluates a model at every rank, with one compiled function.
 
     Inputs that the model preprocesses (raw strings) are preprocessed once,
-    not once a rank.
+    not once a rank, and as its `fit` does. A metric with several values, such
+    as one F1 score for each class, is reported as `f1_score_0`, ….
 
     Args:
         model: an enabled, compiled model.
@@ -53,10 +55,9 @@ def _chosen(model, ranks):
     config = state_of(model).config
     if ranks is None:
         return list(range(1, config.rank + 1))
-    ranks = list(ranks)
-    if not ranks:
+    chosen = set(rank_functions.as_ranks(ranks, 0, config.rank))
+    if not chosen:
         raise ValueError("`ranks` must name a rank. Received: ranks=[]")
-    chosen = {rank_functions.as_rank(b, 0, config.rank) for b in ranks}
     return sorted(chosen)
 
 
@@ -76,16 +77,10 @@ class _Data:
         if self.preprocessed and hasattr(x, "cardinality"):
             x = x.map(model.preprocess_samples).cache()
         elif self.preprocessed:
-            targets = (y, self.kwargs.pop("sample_weight", None))
-            # A list is one array, as in `fit`, and not a structure of many.
-            y, sample_weight = (
-                np.asarray(v) if isinstance(v, list) else v for v in targets
+            sample_weight = self.kwargs.pop("sample_weight", None)
+            x, y, self.kwargs["sample_weight"] = _preprocessed(
+                model, x, y, sample_weight
             )
-            batch = model.preprocess_samples(x, y, sample_weight)
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
-                keras.tree.map_structure(_numpy, batch)
-            )
-            self.kwargs["sample_weight"] = sample_weight
         self.x, self.y = x, y
 
     def report(self, model, ranks, verbose):
@@ -98,7 +93,7 @@ class _Data:
         cls = keras.Model if self.preprocessed else type(model)
         for done, b in enumerate(ranks, start=1):
             with model.rank_scope(b):
-                metrics[b] = cls.evaluate(
+                found = cls.evaluate(
                     model,
                     self.x,
                     self.y,
@@ -106,6 +101,7 @@ class _Data:
                     return_dict=True,
                     **self.kwargs,
                 )
+            metrics[b] = _scalars(found)
             if verbose != 0:
                 bar.update(done)
         return RankReport(metrics, min_rank=config.min_rank)
@@ -119,10 +115,59 @@ def _is_empty(x):
     return hasattr(x, "__len__") and len(x) == 0
 
 
+def _preprocessed(model, x, y, sample_weight):
+    """`x, y, sample_weight` as arrays, as KerasHub feeds them to its models.
+
+    That is in a `tf.data` pipeline, or on Python strings where Grain is
+    installed. Its tokenizers split some strings otherwise in one than in the
+    other.
+    """
+    # A list is one array, as in `fit`, and not a structure of many.
+    y, sample_weight = (
+        np.asarray(v) if isinstance(v, list) else v for v in (y, sample_weight)
+    )
+    if importlib.util.find_spec("grain"):
+        x = keras.tree.map_structure(_python_strings, x)
+        batches = [model.preprocess_samples(x, y, sample_weight)]
+    else:
+        import tensorflow as tf
+
+        examples = keras.tree.map_structure(
+            lambda v: ops.convert_to_numpy(v) if ops.is_tensor(v) else v,
+            keras.utils.pack_x_y_sample_weight(x, y, sample_weight),
+        )
+        batches = (
+            tf.data.Dataset.from_tensor_slices(examples)
+            .batch(256)
+            .map(model.preprocess_samples)
+        )
+    batches = [keras.tree.map_structure(_numpy, batch) for batch in batches]
+    return keras.utils.unpack_x_y_sample_weight(
+        keras.tree.map_structure(lambda *v: np.concatenate(v), *batches)
+    )
+
+
+def _python_strings(x):
+    strings = isinstance(x, np.ndarray) and x.dtype.kind in "OSU"
+    return x.tolist() if strings else x
+
+
 def _numpy(x):
-    if hasattr(x, "numpy"):  # a TensorFlow tensor, whatever the backend
-        return x.numpy()
-    return ops.convert_to_numpy(x)
+    if ops.is_tensor(x) or not hasattr(x, "numpy"):
+        return ops.convert_to_numpy(x)
+    return x.numpy()  # a TensorFlow tensor, whatever the backend
+
+
+def _scalars(metrics):
+    """The metrics, with one entry for each value of those that have many."""
+    found = {}
+    for name, value in metrics.items():
+        values = np.ravel(value)
+        if np.ndim(value) == 0:
+            found[name] = float(value)
+        else:
+            found |= {f"{name}_{i}": float(v) for i, v in enumerate(values)}
+    return found
 
 
 class RankEvaluation(keras.callbacks.Callback):
@@ -130,7 +175,8 @@ class RankEvaluation(keras.callbacks.Callback):
 
     They go into the logs as `val_rank4_accuracy`, …, and so into `History`
     and every callback that comes later in the list, such as `CSVLogger`,
-    `TensorBoard` or `EarlyStopping`.
+    `TensorBoard` or `EarlyStopping`. `CSVLogger` has the columns of the first
+    epoch, so it needs `every=1`.
 
     Args:
         data: `(x, y)`, `(x, y, sample_weight)` or a dataset, as

@@ -24,7 +24,8 @@ def new_directory(directory, overwrite, marker):
         nothing of it behind.
 
     Raises:
-        ValueError: if the directory exists and may not be replaced.
+        ValueError: if the directory exists and may not be replaced, or is the
+            working directory or above it.
         OSError: if it can't be written.
     """
     final = pathlib.Path(directory).resolve()
@@ -53,16 +54,15 @@ def new_directory(directory, overwrite, marker):
         fresh = pathlib.Path(parent, "new")
         fresh.mkdir()
         yield fresh
-        if final.exists():
-            old = pathlib.Path(parent, "old")
-            os.replace(final, old)
-            try:
-                os.replace(fresh, final)
-            except OSError:
-                os.replace(old, final)
-                raise
-        else:
+        old = pathlib.Path(parent, "old")
+        try:
+            if final.exists():
+                os.replace(final, old)
             os.replace(fresh, final)
+        except BaseException:
+            if old.exists() and not final.exists():
+                os.replace(old, final)
+            raise
     finally:
         shutil.rmtree(parent, ignore_errors=True)
 

@@ -10,6 +10,7 @@ from keras_dylora._keras import settle_dtype_policies
 from keras_dylora.attachment import layer_paths
 from keras_dylora.attachment import plain
 from keras_dylora.compiling import compile_as
+from keras_dylora.compiling import new_optimizer
 from keras_dylora.compiling import uncompiled
 from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.low_rank import RankGate
@@ -138,9 +139,10 @@ def truncate(model, rank):
     rank = ranks.as_rank(rank, 1, state.config.rank)
     active_rank = min(model.rank, rank)
     config = state.config.truncated(rank)
+    optimizer = new_optimizer(model)
     gates = {id(g): RankGate(rank, g.alpha) for g in state.gates}
     for layer in state.layers:
         layer.truncate(rank, config.min_rank, gates[id(layer._gate)])
-    restart(model, config)
+    restart(model, config, optimizer)
     model.set_rank(active_rank)
     return model

@@ -9,14 +9,17 @@ from keras import ops
 from keras_dylora import training
 from keras_dylora._keras import cover_quantize
 from keras_dylora._keras import forget
+from keras_dylora._keras import own_weights
 from keras_dylora._keras import portable
 from keras_dylora._keras import set_class
 from keras_dylora._keras import settle_dtype_policies
+from keras_dylora._keras import submodels
 from keras_dylora._keras import track_for_torch
 from keras_dylora._keras import uncover_quantize
 from keras_dylora.attachment import Attachment
 from keras_dylora.attachment import plain
 from keras_dylora.compiling import compile_from
+from keras_dylora.compiling import new_optimizer
 from keras_dylora.compiling import reset_compiled
 from keras_dylora.compiling import reset_functions
 from keras_dylora.compiling import uncompiled
@@ -26,6 +29,7 @@ from keras_dylora.state import DyLoRAState
 from keras_dylora.state import adapters
 
 FORMAT_VERSION = 1
+RANDOM_STATE = "random_state_"
 
 
 def state_of(model):
@@ -56,6 +60,7 @@ def attachment_of(model):
 def adopt(model, config, attachment=None, dylora_class=None):
     """Makes a live model a `DyLoRAModel` without copying anything."""
     dylora_class = dylora_class or DyLoRAModel
+    optimizer = new_optimizer(model)
     set_class(model, _combined_class(dylora_class, type(model)))
     uncover_quantize(model)
     settle_dtype_policies(model)
@@ -64,23 +69,35 @@ def adopt(model, config, attachment=None, dylora_class=None):
         model, "_dylora", DyLoRAState(model, config, layers, attachment)
     )
     track_for_torch(model)
-    reset_compiled(model)
+    for inner in submodels(model)[1:]:
+        if hasattr(inner, "save_to_preset"):  # a backbone
+            inner.__dict__["save_to_preset"] = model.save_to_preset
+    reset_compiled(model, optimizer)
 
 
 def release(model):
     """Undoes `adopt`; does nothing to a model that isn't adopted."""
-    state = model.__dict__.pop("_dylora", None)
+    adopted = "_dylora" in model.__dict__
+    optimizer = new_optimizer(model) if adopted else None
+    model.__dict__.pop("_dylora", None)
     forget(model, "_ranks_drawn", "_open_columns")
+    for inner in submodels(model)[1:]:
+        inner.__dict__.pop("save_to_preset", None)
     if isinstance(model, DyLoRAModel):
         set_class(model, type(model).original_class)
         cover_quantize(model)
-    if state is not None:
-        track_for_torch(model)
-        reset_compiled(model)
+    if adopted:
+        reset_compiled(model, optimizer)
 
 
-def restart(model, config):
-    """Gives a model a new config, at the same place of its rank sequence."""
+def restart(model, config, optimizer):
+    """Gives a model a new config, at the same place of its rank sequence.
+
+    Args:
+        model: a `DyLoRAModel`.
+        config: `DyLoRAConfig`.
+        optimizer: as `new_optimizer` makes one.
+    """
     old = state_of(model)
     drawn = ops.convert_to_numpy(model._ranks_drawn)
     forget(model, "_ranks_drawn", "_open_columns")
@@ -90,7 +107,7 @@ def restart(model, config):
     object.__setattr__(model, "_dylora", state)
     model._ranks_drawn.assign(drawn)
     track_for_torch(model)
-    reset_compiled(model)
+    reset_compiled(model, optimizer)
 
 
 @functools.cache
@@ -281,7 +298,12 @@ class DyLoRAModel(keras.Model):
         layers = adapters(self)
         if layers and all(layer.built for layer in layers):
             self.start_training()
-        return super().make_train_function(force)
+        before = self.train_function
+        function = super().make_train_function(force)
+        if self.train_function is not before:
+            function = training.guarded(self, self.train_function)
+            self.train_function = function
+        return function
 
     def start_training(self):
         """Makes what a step needs beside the layers, once they are built."""
@@ -332,7 +354,7 @@ class DyLoRAModel(keras.Model):
         keras_quantize = self.__dict__.get("_keras_quantize")
         try:
             quantize_base(
-                keras_quantize or super().quantize,
+                self, keras_quantize or super().quantize,
                 state.layers, mode, config, filters, **kwargs,
             )  # fmt: skip
         finally:
@@ -341,7 +363,7 @@ class DyLoRAModel(keras.Model):
             track_for_torch(self)
             reset_functions(self)
 
-    def save_to_preset(self, preset_dir):
+    def save_to_preset(self, preset_dir, **kwargs):
         """Raises a `ValueError`: a KerasHub preset can't hold adapters."""
         raise ValueError(
             "A preset holds a plain model. Use `merge(model, rank)` and save "
@@ -376,11 +398,22 @@ class DyLoRAModel(keras.Model):
                 "The file holds no DyLoRA state. Load the weights of a base "
                 f"model before you enable DyLoRA. Received: {self.name}"
             )
+        stored = {k: store[k] for k in store.keys()}
         random_state = self._random_state()
-        own = {k: store[k] for k in store.keys() if k not in random_state}
-        super().load_own_variables(own)
-        for name, variable in random_state.items():
-            variable.assign(store[name])
+        values = {
+            k: stored.pop(k) for k in list(stored) if k.startswith(RANDOM_STATE)
+        }
+        # The open columns of the frozen mode, the last of a model's own.
+        count = len(own_weights(self))
+        if self._dylora.config.frozen:
+            stored.setdefault(f"{count - 1}", self._open_columns)
+        else:
+            stored.pop(f"{count}", None)
+        super().load_own_variables(stored)
+        if values.keys() == random_state.keys():
+            for name, variable in random_state.items():
+                variable.assign(values[name])
+        # Else with another dropout: its random numbers start anew, as Keras's.
 
     def _random_state(self):
         """States of the layers' seed generators, which Keras doesn't save.
@@ -390,7 +423,7 @@ class DyLoRAModel(keras.Model):
         skip = {id(w) for w in super().weights}
         skip |= {id(gate.variable) for gate in self._dylora.gates}
         states = [v for v in self.variables if id(v) not in skip]
-        return {f"random_state_{i}": v for i, v in enumerate(states)}
+        return {f"{RANDOM_STATE}{i}": v for i, v in enumerate(states)}
 
     def get_compile_config(self):
         config = portable(super().get_compile_config())

@@ -7,15 +7,19 @@ import keras
 import numpy as np
 
 from keras_dylora.attachment import base_layers
+from keras_dylora.attachment import layer_paths
 from keras_dylora.low_rank import float32_array
 
 MODES = ("int8", "int4")
 
 
-def quantize_base(keras_quantize, layers, mode, config, filters, **kwargs):
+def quantize_base(
+    model, keras_quantize, layers, mode, config, filters, **kwargs
+):
     """Lets Keras quantize a model, whose adapters stay as they are.
 
     Args:
+        model: the model.
         keras_quantize: the `quantize` method that Keras has for the model.
         layers: the adapted layers of the model.
         mode: str or `None`. As in `keras.Model.quantize`, like what follows.
@@ -25,7 +29,7 @@ def quantize_base(keras_quantize, layers, mode, config, filters, **kwargs):
 
     Raises:
         TypeError: if `filters` is something else.
-        ValueError: if the mode isn't one of `MODES`.
+        ValueError: if the mode isn't one of `MODES` or a layer is quantized.
     """
     wanted = getattr(config, "mode", None) if mode is None else mode
     if wanted not in MODES:
@@ -46,6 +50,17 @@ def quantize_base(keras_quantize, layers, mode, config, filters, **kwargs):
 
     # Keras quantizes layers that are exactly its own.
     with base_layers(layers):
+        quantized = [
+            layer.name
+            for layer in layer_paths(model).values()
+            if getattr(layer, "quantization_mode", None) is not None
+            and frozen_and_chosen(layer)
+        ]
+        if quantized:  # Keras would stop there, half-way.
+            raise ValueError(
+                "A layer can be quantized once. Received: quantized layers "
+                f"{quantized}"
+            )
         keras_quantize(mode, config=config, filters=frozen_and_chosen, **kwargs)
 
 

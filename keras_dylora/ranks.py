@@ -29,6 +29,15 @@ def as_rank(value, low, high, name="rank"):
     return int(value)
 
 
+def as_ranks(values, low, high):
+    """Returns `values` as a list of `int`, or raises if one isn't a rank."""
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(
+            f"`ranks` must be a list of integers. Received: ranks={values!r}"
+        )
+    return [as_rank(b, low, high) for b in values]
+
+
 def gate(active_rank, rank, alpha):
     """The gate of Eq. 7: `alpha / b` for the first `b` entries, then zeros.
 

@@ -47,9 +47,10 @@ class RankReport:
     """
 
     def __init__(self, metrics, min_rank=1):
+        by_rank = {int(b): values for b, values in metrics.items()}
         self.metrics = {
-            int(b): {name: float(v) for name, v in values.items()}
-            for b, values in sorted(metrics.items())
+            b: {name: float(v) for name, v in by_rank[b].items()}
+            for b in sorted(by_rank)
         }
         self.min_rank = min_rank
 
@@ -182,10 +183,15 @@ class RankReport:
         """The report as JSON, also written to `path` if one is given.
 
         Returns:
-            str: `{"min_rank": 1, "metrics": {"1": {"accuracy": …}, …}}`.
+            str: `{"min_rank": 1, "metrics": {"1": {"accuracy": …}, …}}`. A
+            value that isn't finite is `null`.
         """
+        metrics = {
+            b: {k: v if math.isfinite(v) else None for k, v in values.items()}
+            for b, values in self.metrics.items()
+        }
         text = json.dumps(
-            {"min_rank": self.min_rank, "metrics": self.metrics}, indent=2
+            {"min_rank": self.min_rank, "metrics": metrics}, indent=2
         )
         if path is not None:
             _write(path, lambda beside: beside.write(text.encode()))
@@ -226,7 +232,7 @@ class RankReport:
             )
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for label, report in {"DyLoRA": self, **(others or {})}.items():
+        for label, report in [("DyLoRA", self), *(others or {}).items()]:
             values = report.values(metric)
             (line,) = axes.plot(
                 report.ranks, values, marker="o", mfc="white", label=label

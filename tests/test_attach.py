@@ -372,3 +372,72 @@ def test_any_seed_serves():
     model.compile("adam", classification_loss())
     history = model.fit(tokens(), labels(), verbose=0).history
     assert np.isfinite(history["loss"]).all()
+
+
+def test_what_was_frozen_before_is_trained():
+    backbone = roberta_backbone()
+    backbone.trainable = False
+    kd.enable_dylora(backbone, rank=2)
+    assert len(backbone.trainable_variables) == 8  # two layers' query, value
+    kd.disable_dylora(backbone)
+    assert not backbone.trainable and not backbone.trainable_variables
+
+    model = roberta_classifier()
+    model.backbone.trainable = False
+    kd.enable_dylora(
+        model, rank=2, trainable_layers=["logits", "embeddings_layer_norm"]
+    )
+    trained = {v.path for v in model.trainable_variables}
+    assert any("embeddings_layer_norm" in path for path in trained)
+    assert len(trained) == 8 + 2 + 2
+
+
+def test_backbone_functions_are_those_of_the_change():
+    model = randomize(roberta_classifier())
+    x = tokens()
+    before = model.backbone.predict(x, verbose=0)
+    randomize_adapters(kd.enable_dylora(model, rank=2))
+    during = model.backbone.predict(x, verbose=0)
+    assert np.abs(during - before).max() > 1e-3
+    kd.disable_dylora(model)
+    after = model.backbone.predict(x, verbose=0)
+    np.testing.assert_array_equal(after, before)
+
+
+def test_a_backbone_within_saves_no_preset(tmp_path):
+    model = kd.enable_dylora(roberta_classifier(), rank=2)
+    for each in (model, model.backbone):
+        with pytest.raises(ValueError, match="merge.*Received"):
+            each.save_to_preset(tmp_path / "preset", max_shard_size=1)
+    kd.disable_dylora(model)
+    model.backbone.save_to_preset(tmp_path / "preset")
+    assert (tmp_path / "preset" / "model.weights.h5").exists()
+
+
+class Unmakeable(keras.optimizers.SGD):
+    """An optimizer that no config makes again."""
+
+    def __init__(self):
+        super().__init__(0.1)
+
+
+def test_an_optimizer_that_cannot_be_made_anew():
+    model = roberta_classifier()
+    kd.enable_dylora(model, rank=4)
+    model.compile(Unmakeable(), classification_loss())
+    x, y = tokens(), labels()
+    model.fit(x, y, verbose=0)
+    before = model.predict(x, verbose=0)
+    for change in (kd.disable_dylora, lambda m: kd.truncate(m, 2)):
+        with pytest.raises(TypeError):
+            change(model)
+        assert model.dylora_config.rank == model.rank == 4
+        np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    model.fit(x, y, verbose=0)
+    plain = roberta_classifier()
+    plain.compile(Unmakeable(), classification_loss())
+    plain.fit(x, y, verbose=0)
+    with pytest.raises(TypeError):
+        kd.enable_dylora(plain)
+    assert not isinstance(plain, kd.DyLoRAModel)
+    plain.fit(x, y, verbose=0)

@@ -3,6 +3,7 @@
 import csv
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from tests.models import classification_loss
 from tests.models import labels
 from tests.models import mlp
 from tests.models import mlp_data
+from tests.models import randomize
 from tests.models import randomize_adapters
 from tests.models import roberta_classifier
 from tests.models import tokens
@@ -162,6 +164,7 @@ def test_callback_does_not_disturb_training():
         ({"ranks": [-1]}, ValueError, "rank=-1"),
         ({"ranks": [1.0]}, TypeError, "integer"),
         ({"ranks": []}, ValueError, "`ranks`"),
+        ({"ranks": 4}, TypeError, "list of integers. Received: ranks=4"),
     ],
 )
 def test_bad_ranks(arguments, error, message):
@@ -180,3 +183,51 @@ def test_bad_data():
     with pytest.raises(ValueError, match="`every`"):
         kd.RankEvaluation((x, y), every=0)
     assert model.rank == 4
+
+
+def byte_pair_classifier():
+    """Raw strings in which KerasHub's two ways to split differ."""
+    alphabet = [*"abcdefghijklmnopqrstuvwxyz0123456789-", "Ġ"]
+    merges = ["1 9", "19 9", "199 9", "Ġ i", "Ġi n"]
+    words = [*alphabet, *(m.replace(" ", "") for m in merges)]
+    special = ["<s>", "<pad>", "</s>", "<mask>"]
+    tokenizer = keras_hub.models.RobertaTokenizer(
+        {word: i for i, word in enumerate([*special, *words])}, merges
+    )
+    preprocessor = keras_hub.models.RobertaTextClassifierPreprocessor(
+        tokenizer, sequence_length=12
+    )
+    return roberta_classifier(preprocessor=preprocessor)
+
+
+@pytest.mark.parametrize("kind", ["list", "array"])
+def test_strings_are_split_as_in_evaluate(kind):
+    model = kd.enable_dylora(byte_pair_classifier(), rank=2)
+    randomize_adapters(randomize(model))
+    model.compile("adam", classification_loss())
+    texts = ["made in 1999", "in-1999 a", "b 1999", "1999 in 1999"]
+    texts = np.array(texts) if kind == "array" else texts
+    y = np.array([0, 1, 0, 1])
+    report = kd.evaluate_ranks(model, texts, y, verbose=0)
+    for rank in (1, 2):
+        with model.rank_scope(rank):
+            expected = model.evaluate(texts, y, verbose=0, return_dict=True)
+        assert report.metrics[rank] == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_of_several_values():
+    model = randomize_adapters(mlp())
+    model.compile("adam", "mse", metrics=[keras.metrics.F1Score()])
+    x, _ = mlp_data()
+    y = np.eye(3, dtype="float32")[np.arange(len(x)) % 3]
+    report = kd.evaluate_ranks(model, x, y, verbose=0)
+    names = ["f1_score_0", "f1_score_1", "f1_score_2", "loss"]
+    assert report.metric_names == names
+    with model.rank_scope(2):
+        expected = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert [report.metrics[2][name] for name in names[:3]] == pytest.approx(
+        list(expected["f1_score"])
+    )
+    callback = kd.RankEvaluation((x, y), ranks=[2])
+    history = model.fit(x, y, verbose=0, callbacks=[callback]).history
+    assert "val_rank2_f1_score_2" in history

@@ -198,3 +198,20 @@ def test_saved_with_the_model(objective, tmp_path):
 def test_frozen_needs_a_drawn_rank(objective):
     with pytest.raises(ValueError, match="objective='sampled'.*Received"):
         kd.DyLoRAConfig(objective=objective, frozen=True)
+
+
+def test_summed_losses_of_outputs_are_of_the_highest_rank():
+    inputs = keras.Input((5,))
+    common = {"rank": RANK, "alpha": ALPHA}
+    outputs = {
+        "a": kd.DyLoRADense(3, name="a", **common)(inputs),
+        "b": kd.DyLoRADense(3, name="b", **common)(inputs),
+    }
+    model = randomize(kd.DyLoRAModel(inputs, outputs, objective="summed"))
+    model.compile(keras.optimizers.SGD(0.0), {"a": "mse", "b": "mse"})
+    x, y = data()
+    logs = model.train_on_batch(x, {"a": y, "b": y}, return_dict=True)
+    expected = model.test_on_batch(x, {"a": y, "b": y}, return_dict=True)
+    for name in ("a_loss", "b_loss"):
+        assert logs[name] == pytest.approx(float(expected[name]), rel=1e-5)
+    assert logs["loss"] != pytest.approx(float(expected["loss"]), rel=1e-3)

@@ -340,3 +340,13 @@ def test_a_quantized_head_is_warned_of():
     model.quantize("int8")
     with pytest.warns(UserWarning, match="Received: .*'head'"):
         enable(model)
+
+
+def test_quantizing_twice_changes_nothing():
+    model = quantized("int8", order="never")
+    model.quantize("int8", filters="value")
+    before = [layer.quantization_mode for layer in model.dylora_layers]
+    with pytest.raises(ValueError, match="once. Received.*'value'"):
+        model.quantize("int8")
+    after = [layer.quantization_mode for layer in model.dylora_layers]
+    assert before == after and None in after

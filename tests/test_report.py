@@ -102,3 +102,21 @@ def test_bad_arguments(call, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         call(report(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_of_json_are_in_order():
+    text = report({b: b / 20 for b in range(1, 17)}).to_json()
+    again = kd.RankReport(**json.loads(text))
+    assert again.ranks == list(range(1, 17))
+
+
+def test_json_has_no_nan():
+    text = report({1: float("nan"), 2: 0.5}).to_json()
+    values = json.loads(text, parse_constant=pytest.fail)["metrics"]
+    assert values["1"]["accuracy"] is None and values["2"]["accuracy"] == 0.5
+
+
+def test_plot_keeps_its_own_curve():
+    figure = report().plot(others={"DyLoRA": report({1: 0.1, 4: 0.2})})
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert labels.count("DyLoRA") == 2

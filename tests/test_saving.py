@@ -1,6 +1,7 @@
 """Files: .keras, .weights.h5, adapters; fresh processes, other backends."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -389,3 +390,93 @@ def test_save_adapter_needs_an_enabled_model(tmp_path):
     with pytest.raises(ValueError, match="enable_dylora"):
         kd.save_adapter(roberta_classifier(), tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_across_dropout_and_mode(tmp_path):
+    """Keras loads across dropout rates; the rank sequence goes on too."""
+
+    def enabled(**kwargs):
+        return kd.enable_dylora(roberta_classifier(), rank=4, **kwargs)
+
+    saved = randomize_adapters(enabled(dropout=0.1))
+    saved.compile("adam", classification_loss())
+    saved.fit(tokens(), labels(), verbose=0)
+    saved.save_weights(tmp_path / "w.weights.h5")
+    for other in (enabled(), enabled(frozen=True, dropout=0.1)):
+        other.load_weights(tmp_path / "w.weights.h5")
+        np.testing.assert_allclose(
+            other.predict(tokens(), verbose=0),
+            saved.predict(tokens(), verbose=0),
+            atol=1e-6,
+        )
+        drawn = (int(backend.to_numpy(m._ranks_drawn)) for m in (saved, other))
+        assert len(set(drawn)) == 1
+
+
+def test_adapter_holds_moving_statistics(tmp_path):
+    def normalized():
+        inputs = keras.Input((10,), name="x")
+        x = keras.layers.Dense(8, name="query")(inputs)
+        x = keras.layers.BatchNormalization(name="norm")(x)
+        return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+    model = randomize(normalized())
+    model.get_layer("norm").moving_variance.assign(np.full(8, 2.0))
+    base = backend.snapshot(model.weights)
+    kd.enable_dylora(
+        model,
+        rank=2,
+        target_layers="query",
+        trainable_layers=["norm", "head"],
+    )
+    model.compile("adam", "mse")
+    x, y = mlp_data()
+    model.fit(x, y, epochs=3, verbose=0)
+    kd.save_adapter(model, tmp_path / "adapter")
+    for enabled in (False, True):
+        fresh = normalized()
+        for weight, value in zip(fresh.weights, base, strict=True):
+            weight.assign(value)
+        if enabled:
+            kd.enable_dylora(fresh, model.dylora_config)
+        kd.load_adapter(fresh, tmp_path / "adapter")
+        np.testing.assert_allclose(
+            fresh.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
+        )
+
+
+def test_save_adapter_leaves_an_adapter_of_peft_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match="that keras_dylora wrote"):
+        kd.save_adapter(kd.enable_dylora(gpt2(), rank=2), tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"theirs"
+
+
+def test_an_interrupted_replacement_keeps_the_old(tmp_path, monkeypatch):
+    model = kd.enable_dylora(gpt2(), rank=2)
+    kd.save_adapter(model, tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "adapter.safetensors").read_bytes()
+    randomize_adapters(model)
+    replace = os.replace
+
+    def interrupted(source, target):
+        if os.path.basename(source) == "new":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kd.save_adapter(model, tmp_path / "adapter")
+    after = (tmp_path / "adapter" / "adapter.safetensors").read_bytes()
+    assert after == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_cutting_below_the_lowest_trained_rank_is_warned_of(tmp_path):
+    model = kd.enable_dylora(gpt2(), rank=4, min_rank=3)
+    kd.save_adapter(model, tmp_path / "a", rank=3)
+    with pytest.warns(UserWarning, match="Received: rank=2 with min_rank=3"):
+        kd.save_adapter(model, tmp_path / "b", rank=2)
+    with pytest.warns(UserWarning, match="Received: rank=1 with min_rank=3"):
+        kd.truncate(model, 1)

@@ -63,7 +63,7 @@ def watch(model):
     return adapters + [
         pair
         for pair in slots(model)
-        if not pair[0].name.endswith("gradient_accumulator")
+        if not pair[0].name.endswith(("gradient_accumulator", "_average"))
     ]
 
 
@@ -283,3 +283,65 @@ def test_a_callback_may_set_the_rank_between_steps():
     np.testing.assert_allclose(
         inference, model.predict(x, verbose=0), atol=1e-6
     )
+
+
+def test_frozen_moving_averages_are_of_all_columns():
+    """A held column's average is that of its value, not of zero."""
+    model = randomize_adapters(mlp(frozen=True))
+    model.compile(
+        keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.9), "mse"
+    )
+    adapters = [v for x in model.dylora_layers for v in (x.down, x.up)]
+    x, y = mlp_data()
+    averages = None
+    for _ in range(12):
+        model.train_on_batch(x, y)
+        values = backend.snapshot(adapters)
+        if averages is None:
+            averages = values
+        averages = [
+            0.9 * a + 0.1 * v for a, v in zip(averages, values, strict=True)
+        ]
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    for a, b in zip(averages, backend.snapshot(adapters), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_frozen_after_overflows_changes_one_column_only():
+    keras.config.set_dtype_policy("mixed_float16")
+    model = randomize_adapters(mlp(frozen=True))
+    model.compile(
+        keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.AdamW(0.01, weight_decay=0.1),
+            initial_scale=2.0**22,
+        ),
+        "mse",
+    )
+    model.optimizer.build(model.trainable_variables)
+    watched = watch(model)
+    x, y = mlp_data()
+    changes = []
+    for _ in range(20):
+        before = backend.snapshot([v for v, _ in watched])
+        logs = model.train_on_batch(x, y, return_dict=True)
+        changed = changed_ranks(model, watched, before)
+        assert changed <= {int(logs["rank"])}
+        changes.append(bool(changed))
+    assert not changes[0] and changes[-1], "overflows first, then updates"
+
+
+@pytest.mark.skipif(
+    backend.NAME == "jax", reason="JAX raises no error in a compiled step"
+)
+def test_a_step_that_fails_leaves_the_rank_of_inference():
+    model = kd.enable_dylora(roberta_classifier(num_layers=1), rank=8, seed=3)
+    randomize_adapters(model)
+    model.compile(keras.optimizers.SGD(0.0), classification_loss())
+    x, y = tokens(), labels()
+    before = model.predict(x, verbose=0)
+    for _ in range(3):
+        with pytest.raises(Exception, match="(?i)label|target|class"):
+            model.fit(x, y + 2, verbose=0)
+    model.fit(x, y, verbose=0)
+    assert model.rank == 8
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, atol=1e-6)

@@ -1,7 +1,6 @@
 """export_ranks: checks the arguments, then writes, verifies and describes."""
 
 import importlib.util
-import numbers
 
 import keras
 
@@ -148,16 +147,7 @@ def _write(model, folder, plan, on_step):
 def _check_ranks(ranks, config):
     if ranks is None:
         return tuple(range(config.min_rank, config.rank + 1))
-    if isinstance(ranks, (str, bytes, numbers.Number)) or not hasattr(
-        ranks, "__iter__"
-    ):
-        raise TypeError(
-            f"`ranks` must be a list of integers. Received: ranks={ranks!r}"
-        )
-    checked = [
-        ranks_module.as_rank(b, 1, config.rank, "a rank in `ranks`")
-        for b in ranks
-    ]
+    checked = ranks_module.as_ranks(ranks, 1, config.rank)
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(
             "`ranks` must name at least one rank, and each once. "
@@ -201,16 +191,23 @@ def _check_model(model, plan):
             "The shared layout adds an input `rank`. Received: a model that "
             "has an input of this name"
         )
-    if plan.text and getattr(model, "preprocessor", None) is None:
+    preprocessor = getattr(model, "preprocessor", None)
+    if plan.text and getattr(preprocessor, "tokenizer", None) is None:
         raise ValueError(
-            "`preprocessing=True` needs a model with a `preprocessor`. "
-            f"Received: {model.name}, which has none"
+            "`preprocessing=True` needs a model whose `preprocessor` has a "
+            f"`tokenizer`. Received: {model.name} with "
+            f"preprocessor={preprocessor!r}"
         )
-    if plan.generate and getattr(model, "sampler", None) is None:
+    names = {spec.name for spec in plan.inputs.specs}
+    if plan.generate and (
+        getattr(model, "sampler", None) is None
+        or names != {"token_ids", "padding_mask"}
+    ):
         raise ValueError(
             "`generate_signature=True` needs a KerasHub `CausalLM` that is "
-            "compiled with a `sampler`. "
-            f"Received: {model.name}, a {type(model).__name__} without one"
+            "compiled with a `sampler` and takes `token_ids` and "
+            f"`padding_mask`. Received: {model.name}, a "
+            f"{type(model).__name__} of inputs {sorted(names)}"
         )
 
 

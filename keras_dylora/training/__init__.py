@@ -13,13 +13,15 @@ from keras_dylora.training import step
 match keras.backend.backend():
     case "jax":
         from keras_dylora.training.stateless import call
+        from keras_dylora.training.stateless import guarded
         from keras_dylora.training.stateless import sync
         from keras_dylora.training.stateless import train_step
     case _:
         from keras_dylora.training.stateful import call
+        from keras_dylora.training.stateful import guarded
         from keras_dylora.training.stateful import sync
         from keras_dylora.training.stateful import train_step
 
 summed_loss = functools.partial(step.summed_loss, call)
 
-__all__ = ["summed_loss", "sync", "train_step"]
+__all__ = ["guarded", "summed_loss", "sync", "train_step"]

@@ -31,6 +31,25 @@ def train_step(model, keras_step, data):
     return {**logs, **drawn}
 
 
+def guarded(model, function):
+    """A train function that leaves the inference rank behind if it fails.
+
+    A TensorFlow graph stops at the operation that fails, before it puts the
+    gates back.
+    """
+
+    def train_function(iterator):
+        try:
+            return function(iterator)
+        except BaseException:
+            if hasattr(model, "_dylora"):
+                for gate in model._dylora.gates:
+                    gate.set_rank(gate.active_rank)
+            raise
+
+    return train_function
+
+
 def sync(model):
     """Variables are up to date at any time; nothing to do."""
 

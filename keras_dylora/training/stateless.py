@@ -58,6 +58,11 @@ def _values(scope, model):
     )
 
 
+def guarded(model, function):
+    """A step that fails changes no variable; `function` as it is."""
+    return function
+
+
 def sync(model):
     """Writes the state of a running `fit` back to the variables."""
     if getattr(model, "_jax_state", None) is not None:

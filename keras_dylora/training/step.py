@@ -11,7 +11,12 @@ import contextlib
 from keras import ops
 
 from keras_dylora import ranks
+from keras_dylora._keras import accumulates
+from keras_dylora._keras import ema_momentum
+from keras_dylora._keras import loss_metrics
 from keras_dylora.low_rank import overridden
+
+AVERAGE = "_average"  # how Keras ends the name of a moving average's slot
 
 
 def begin(model):
@@ -33,8 +38,10 @@ def begin(model):
     for layer_gate in state.gates:
         layer_gate.variable.assign(gate)
     if config.frozen:
-        drawn = ops.cast(ranks.column(rank, config.rank), "float32")
-        model._open_columns.assign(ops.maximum(model._open_columns, drawn))
+        opened = ops.cast(ranks.column(rank, config.rank), "float32")
+        if accumulates(model.optimizer):
+            opened = ops.maximum(model._open_columns, opened)
+        model._open_columns.assign(opened)
     return logs
 
 
@@ -43,7 +50,7 @@ def summing(model):
     """Within it, `model.compute_loss` is the loss summed over the ranks.
 
     Keras's own step calls it, so its gradients, loss scaling and metrics (of
-    the highest rank) are Keras's.
+    the highest rank that is trained) are Keras's.
     """
     model._dylora.summing = model._dylora.config.objective == "summed"
     try:
@@ -79,14 +86,30 @@ def summed_loss(call, model, compute_loss, x, y, y_pred, *args, **kwargs):
             loss = compute_loss(x, y, y_pred, *args, **kwargs)
         else:
             gate = ranks.gate(b, config.rank, config.alpha)
-            with overridden(state.gates, gate), call(model, x) as predictions:
+            with (
+                overridden(state.gates, gate),
+                call(model, x) as predictions,
+                kept(loss_metrics(model)),
+            ):
                 loss = compute_loss(x, y, predictions, *args, **kwargs)
         total = total + state.probabilities[b] * loss
     return total
 
 
+@contextlib.contextmanager
+def kept(variables):
+    """Gives variables their values back at the end of a `with` block."""
+    values = [ops.copy(v) for v in variables]
+    yield
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
 def end(model, previous):
     """Puts back what the step may not have changed.
+
+    A moving average of the weights (`use_ema`) is of what they were, in all
+    columns.
 
     With gradient accumulation, an update may change the columns of all ranks
     drawn since the update before.
@@ -98,11 +121,18 @@ def end(model, previous):
     """
     opened = ops.convert_to_tensor(model._open_columns)
     mask = ops.greater(opened, 0)
+    iterations, taken_back = model.optimizer.iterations, {}
     for variable, by_column in _held(model):
         mine = mask if by_column else ops.expand_dims(mask, -1)
         value = ops.convert_to_tensor(variable)
-        variable.assign(ops.where(mine, value, previous[id(variable)]))
-    iterations = model.optimizer.iterations
+        kept = ops.where(mine, value, previous[id(variable)])
+        variable.assign(kept)
+        taken_back[id(variable)] = value - kept
+    for average, owner in _averages(model):
+        # Keras's first average is the value itself.
+        first = ops.equal(previous["iterations"], 0)
+        share = ops.where(first, 1.0, 1.0 - ema_momentum(model.optimizer))
+        average.assign(average - share * taken_back[id(owner)])
     updated = ops.not_equal(iterations, previous["iterations"])
     model._open_columns.assign(ops.where(updated, 0.0, opened))
 
@@ -123,9 +153,19 @@ def _held(model):
         adapters[id(layer.up)] = (layer.up, False)
     held = list(adapters.values())
     for slot, owner in _slots(model.optimizer, model.trainable_variables):
-        if id(owner) in adapters:
+        if id(owner) in adapters and not slot.name.endswith(AVERAGE):
             held.append((slot, adapters[id(owner)][1]))
     return held
+
+
+def _averages(model):
+    """Pairs of the moving average of an adapter's weight and that weight."""
+    adapters = {id(v) for x in model._dylora.layers for v in (x.down, x.up)}
+    return [
+        (slot, owner)
+        for slot, owner in _slots(model.optimizer, model.trainable_variables)
+        if id(owner) in adapters and slot.name.endswith(AVERAGE)
+    ]
 
 
 def _slots(optimizer, variables):
