@@ -126,8 +126,9 @@ def end(model, previous):
         mine = mask if by_column else ops.expand_dims(mask, -1)
         value = ops.convert_to_tensor(variable)
         kept = ops.where(mine, value, previous[id(variable)])
-        variable.assign(kept)
+        # Before: on torch, `value` is the variable's own memory.
         taken_back[id(variable)] = value - kept
+        variable.assign(kept)
     for average, owner in _averages(model):
         # Keras's first average is the value itself.
         first = ops.equal(previous["iterations"], 0)
