@@ -121,20 +121,22 @@ def end(model, previous):
     """
     opened = ops.convert_to_tensor(model._open_columns)
     mask = ops.greater(opened, 0)
-    iterations, taken_back = model.optimizer.iterations, {}
+    averages, taken_back = _averages(model), {}
+    averaged = {id(owner) for _, owner in averages}
     for variable, by_column in _held(model):
         mine = mask if by_column else ops.expand_dims(mask, -1)
         value = ops.convert_to_tensor(variable)
         kept = ops.where(mine, value, previous[id(variable)])
-        # Before: on torch, `value` is the variable's own memory.
-        taken_back[id(variable)] = value - kept
+        if id(variable) in averaged:
+            # Before: on torch, `value` is the variable's own memory.
+            taken_back[id(variable)] = value - kept
         variable.assign(kept)
-    for average, owner in _averages(model):
+    for average, owner in averages:
         # Keras's first average is the value itself.
         first = ops.equal(previous["iterations"], 0)
         share = ops.where(first, 1.0, 1.0 - ema_momentum(model.optimizer))
         average.assign(average - share * taken_back[id(owner)])
-    updated = ops.not_equal(iterations, previous["iterations"])
+    updated = ops.not_equal(model.optimizer.iterations, previous["iterations"])
     model._open_columns.assign(ops.where(updated, 0.0, opened))
 
 
