@@ -126,11 +126,11 @@ def end(model, previous):
     for variable, by_column in _held(model):
         mine = mask if by_column else ops.expand_dims(mask, -1)
         value = ops.convert_to_tensor(variable)
-        kept = ops.where(mine, value, previous[id(variable)])
+        allowed = ops.where(mine, value, previous[id(variable)])
         if id(variable) in averaged:
             # Before: on torch, `value` is the variable's own memory.
-            taken_back[id(variable)] = value - kept
-        variable.assign(kept)
+            taken_back[id(variable)] = value - allowed
+        variable.assign(allowed)
     for average, owner in averages:
         # Keras's first average is the value itself.
         first = ops.equal(previous["iterations"], 0)
