@@ -498,7 +498,7 @@ def report():
         ({"format": "gguf"}, ValueError, "`format` must be one of"),
         ({"format": "onnx"}, ValueError, "needs `layout='merged'`"),
         ({"dtype": "int8"}, ValueError, "`dtype` must be one of"),
-        ({"preprocessing": True}, ValueError, "with a `preprocessor`"),
+        ({"preprocessing": True}, ValueError, "whose `preprocessor` has"),
         ({"generate_signature": True}, ValueError, "with a `sampler`"),
         ({"report": report()}, TypeError, "must be a `RankReport`"),
         ({"input_signature": [1]}, ValueError, "spec with a shape"),
