@@ -46,14 +46,24 @@ def layer_paths(model):
 
 def if_trainable(layer):
     """The variables of a layer that are trained if it isn't frozen."""
-    tree = [layer, *layer_paths(layer).values()]
-    flags = [(x, x.trainable) for x in [*tree, *layer.variables]]
+    flags = _flags(layer)
     layer.trainable = True
     try:
         return list(layer.trainable_variables)
     finally:
-        for item, trainable in flags:
-            item.trainable = trainable
+        _restore(flags)
+
+
+def _flags(layer):
+    """A layer, those below it and their variables, with their `trainable`."""
+    tree = [layer, *layer_paths(layer).values()]
+    # Layers first: setting theirs sets their variables' too.
+    return [(x, x.trainable) for x in [*tree, *layer.variables]]
+
+
+def _restore(flags):
+    for item, trainable in flags:
+        item.trainable = trainable
 
 
 class Attachment:
@@ -73,13 +83,7 @@ class Attachment:
         self.head_paths = list(head)
         self._head_variables = [v for group in head.values() for v in group]
         self.config = config
-        self._original_flags = self.flags()
-
-    def flags(self):
-        """Layers and variables with their `trainable`."""
-        tree = [self.model, *layer_paths(self.model).values()]
-        # Layers first: setting theirs sets their variables' too.
-        return [(x, x.trainable) for x in [*tree, *self.model.variables]]
+        self._original_flags = _flags(model)
 
     def attach(self):
         config = self.config
@@ -129,8 +133,7 @@ class Attachment:
 
     def restore_flags(self):
         """Makes trainable again what was before."""
-        for item, trainable in self._original_flags:
-            item.trainable = trainable
+        _restore(self._original_flags)
 
     def get_config(self):
         config = dataclasses.replace(
@@ -190,7 +193,7 @@ def plain(model, layers, attachment=None):
     the adapters stay where they are.
     """
     cls = type(model)
-    flags = attachment.flags() if attachment else []
+    flags = _flags(model) if attachment else []
     try:
         with base_layers(layers):
             set_class(model, cls.original_class)
@@ -199,8 +202,7 @@ def plain(model, layers, attachment=None):
             yield model
     finally:
         set_class(model, cls)
-        for item, trainable in flags:
-            item.trainable = trainable
+        _restore(flags)
 
 
 ADAPTER_ATTRIBUTES = (

@@ -121,9 +121,9 @@ def end(model, previous):
     """
     opened = ops.convert_to_tensor(model._open_columns)
     mask = ops.greater(opened, 0)
-    averages, taken_back = _averages(model), {}
-    averaged = {id(owner) for _, owner in averages}
-    for variable, by_column in _held(model):
+    held, averages = _held(model)
+    averaged, taken_back = {id(owner) for _, owner in averages}, {}
+    for variable, by_column in held:
         mine = mask if by_column else ops.expand_dims(mask, -1)
         value = ops.convert_to_tensor(variable)
         allowed = ops.where(mine, value, previous[id(variable)])
@@ -144,31 +144,31 @@ def watched(model):
     """The variables whose values before the step `end` needs."""
     if not model._dylora.config.frozen:
         return []
-    return [variable for variable, _ in _held(model)]
+    held, _ = _held(model)
+    return [variable for variable, _ in held]
 
 
 def _held(model):
-    """Adapters and their optimizer slots, each with whether a column (rather
-    than a row) of it belongs to one rank."""
+    """What a frozen step holds, and the moving averages of it.
+
+    Returns:
+        A list of adapters and their optimizer slots, each with whether a
+        column (rather than a row) of it belongs to one rank, and a list of
+        moving averages, each with the adapter that it is of.
+    """
     adapters = {}
     for layer in model._dylora.layers:
         adapters[id(layer.down)] = (layer.down, True)
         adapters[id(layer.up)] = (layer.up, False)
-    held = list(adapters.values())
+    held, averages = list(adapters.values()), []
     for slot, owner in _slots(model.optimizer, model.trainable_variables):
-        if id(owner) in adapters and not slot.name.endswith(AVERAGE):
+        if id(owner) not in adapters:
+            continue
+        if slot.name.endswith(AVERAGE):
+            averages.append((slot, owner))
+        else:
             held.append((slot, adapters[id(owner)][1]))
-    return held
-
-
-def _averages(model):
-    """Pairs of the moving average of an adapter's weight and that weight."""
-    adapters = {id(v) for x in model._dylora.layers for v in (x.down, x.up)}
-    return [
-        (slot, owner)
-        for slot, owner in _slots(model.optimizer, model.trainable_variables)
-        if id(owner) in adapters and slot.name.endswith(AVERAGE)
-    ]
+    return held, averages
 
 
 def _slots(optimizer, variables):
