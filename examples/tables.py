@@ -37,6 +37,7 @@ SMALL = {
 }
 TABLES = (*PAPER, "methods")
 GENERATION = ("6", "9")
+LONG = ("summed", "fine-tune")
 LABELS = {
     "dylora": "DyLoRA",
     "dylora-frozen": "DyLoRA (frozen)",
@@ -448,9 +449,13 @@ def main(argv=None):
     path = args.output / "runs.jsonl"
     try:
         if args.processes > 1:
+            # The longest first, so that no core idles while the last one runs.
             runs = [
                 (path, args.scale, seed, *run)
-                for run in runs_of(args.table, args.scale)
+                for run in sorted(
+                    runs_of(args.table, args.scale),
+                    key=lambda run: run[1] not in LONG,
+                )
                 for seed in glue.SCALES[args.scale].seeds
             ]
             parallel.run_all(run_alone, runs, args.processes)

@@ -71,7 +71,9 @@ def adopt(model, config, attachment=None, dylora_class=None):
     track_for_torch(model)
     for inner in submodels(model)[1:]:
         if hasattr(inner, "save_to_preset"):  # a backbone
-            inner.__dict__["save_to_preset"] = model.save_to_preset
+            # Its own file or preset would have no place for the adapters.
+            for name in ("save", "save_to_preset"):
+                inner.__dict__[name] = functools.partial(_refuse, name)
     reset_compiled(model, optimizer)
 
 
@@ -82,12 +84,22 @@ def release(model):
     model.__dict__.pop("_dylora", None)
     forget(model, "_ranks_drawn", "_open_columns")
     for inner in submodels(model)[1:]:
-        inner.__dict__.pop("save_to_preset", None)
+        for name in ("save", "save_to_preset"):
+            inner.__dict__.pop(name, None)
     if isinstance(model, DyLoRAModel):
         set_class(model, type(model).original_class)
         cover_quantize(model)
     if adopted:
         reset_compiled(model, optimizer)
+
+
+def _refuse(method, path, *args, **kwargs):
+    raise ValueError(
+        "A preset, or a file of the backbone alone, holds a plain model. Use "
+        "`merge(model, rank)` and save that, or `model.save` or "
+        "`save_adapter` of the whole model, which keep the adapters. "
+        f"Received: {method}({str(path)!r}) of an enabled model"
+    )
 
 
 def restart(model, config, optimizer):
@@ -365,11 +377,7 @@ class DyLoRAModel(keras.Model):
 
     def save_to_preset(self, preset_dir, **kwargs):
         """Raises a `ValueError`: a KerasHub preset can't hold adapters."""
-        raise ValueError(
-            "A preset holds a plain model. Use `merge(model, rank)` and save "
-            "that, or `model.save` or `save_adapter`, which keep the adapters. "
-            f"Received: save_to_preset({str(preset_dir)!r}) of an enabled model"
-        )
+        _refuse("save_to_preset", preset_dir)
 
     def __reduce__(self):
         # The class of an enabled model can't be imported. The archive names

@@ -404,14 +404,20 @@ def test_backbone_functions_are_those_of_the_change():
     np.testing.assert_array_equal(after, before)
 
 
-def test_a_backbone_within_saves_no_preset(tmp_path):
+def test_a_backbone_within_is_not_saved_alone(tmp_path):
     model = kd.enable_dylora(roberta_classifier(), rank=2)
     for each in (model, model.backbone):
         with pytest.raises(ValueError, match="merge.*Received"):
             each.save_to_preset(tmp_path / "preset", max_shard_size=1)
+    with pytest.raises(ValueError, match="backbone alone.*Received: save"):
+        model.backbone.save(tmp_path / "backbone.keras")
+    assert not any(tmp_path.iterdir())
+    model.save(tmp_path / "model.keras")
     kd.disable_dylora(model)
     model.backbone.save_to_preset(tmp_path / "preset")
     assert (tmp_path / "preset" / "model.weights.h5").exists()
+    model.backbone.save(tmp_path / "backbone.keras")
+    keras.saving.load_model(tmp_path / "backbone.keras")
 
 
 class Unmakeable(keras.optimizers.SGD):
