@@ -30,6 +30,7 @@ from examples.runs import Results
 from examples.tasks import get_task
 from examples.tasks import load
 from examples.training import WarmupLinear
+from examples.training import dataset
 from examples.training import fit
 
 ADAPTERS = {
@@ -173,11 +174,12 @@ def evaluate(model, task, splits, ranks):
     found = {}
     for split in get_task(task).evaluation:
         x, labels = splits[split]
+        batches = dataset(x, batch_size=100)
         found[split] = {}
         for b in ranks or ["full"]:
             if ranks:
                 model.set_rank(b)
-            outputs = model.predict(x, batch_size=100, verbose=0)
+            outputs = model.predict(batches, verbose=0)
             found[split][str(b)] = {
                 metric.__name__: float(metric(labels, outputs))
                 for metric in get_task(task).metrics

@@ -3,7 +3,7 @@
     python -m examples.tables --table 2 --scale small --processes 2
     python -m examples.tables --table 2
 
-The first takes 45 minutes on two cores, offline; the second is the paper's
+The first takes 40 minutes on two cores, offline; the second is the paper's
 scale. Finished runs are kept in `results/runs.jsonl` and never run again.
 `methods` isn't a table of the paper: it compares the objectives at every rank.
 """

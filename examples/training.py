@@ -37,21 +37,20 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
-def dataset(data, batch_size, seed):
-    """A shuffled, batched `tf.data.Dataset` of arrays or lists of strings.
+def dataset(data, batch_size, seed=None):
+    """A batched `tf.data.Dataset` of arrays or lists of strings.
 
-    KerasHub makes a dataset of them itself, which Keras doesn't shuffle. And
-    TensorFlow tunes a dataset in a thread that sleeps longer and longer: at
-    the end of an epoch `fit` would wait for it, up to half a minute.
+    With a seed it is shuffled: KerasHub makes a dataset of them itself, which
+    Keras doesn't shuffle. And TensorFlow tunes a dataset in a thread that
+    sleeps longer and longer: at the end of an epoch, or of `predict`, Keras
+    would wait for it, up to half a minute.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
-    return (
-        tf.data.Dataset.from_tensor_slices(data)
-        .shuffle(len(data[1]), seed=seed)
-        .batch(batch_size)
-        .with_options(options)
-    )
+    examples = tf.data.Dataset.from_tensor_slices(data)
+    if seed is not None:
+        examples = examples.shuffle(len(examples), seed=seed)
+    return examples.batch(batch_size).with_options(options)
 
 
 def fit(model, data, settings, seed, verbose):
