@@ -84,6 +84,9 @@ def start(name, size):
     def answer(steps):
         import keras_hub  # noqa: F401
 
+        if name == PEFT:
+            import peft  # noqa: F401
+            import transformers  # noqa: F401
         before = peak_memory()
         competitors.make(name, size).seconds(steps)
         peak = peak_memory()

@@ -52,9 +52,10 @@ def _download(archive):
                 [*command, VADER], check=True, capture_output=True, text=True
             )
         except subprocess.CalledProcessError as error:
-            raise RuntimeError(
+            raise NotFetchedError(
                 f"The sentences are in the source distribution of {VADER}, "
-                f"which pip couldn't download: {error.stderr.strip()}"
+                f"which pip must be able to download into {archive.parent}. "
+                f"Received: {(error.stderr.strip().splitlines() or [''])[-1]}"
             ) from error
         (sdist,) = pathlib.Path(folder).iterdir()
         with tarfile.open(sdist) as tar:

@@ -14,6 +14,7 @@ import json
 import pathlib
 
 import keras_dylora as kd
+from examples.data import NotFetchedError
 from examples.presets import MINILM
 from examples.quickstart import classifier
 
@@ -25,7 +26,10 @@ def main(argv=None):
     parser.add_argument("--rank", default=8, type=int)
     args = parser.parse_args(argv)
 
-    model = classifier(MINILM, sequence_length=32)
+    try:
+        model = classifier(MINILM, sequence_length=32)
+    except NotFetchedError as error:
+        parser.exit(2, f"{error}\n")
     if args.adapter:
         kd.load_adapter(model, args.adapter)
     else:

@@ -53,7 +53,8 @@ class Task:
     Args:
         dataset: name of its TFDS dataset. `gem/dart` has lost the borders
             inside a triple and `gem/web_nlg_en` is a later WebNLG, so they
-            can't stand in for `dart` and `web_nlg`.
+            can't stand in for `dart` and `web_nlg`. TFDS has E2E cleaned only
+            (Dušek et al., 2019); the paper's is the original.
         line: function of a table to its line of text.
         splits: splits of the dataset by what they are called here.
     """

@@ -64,7 +64,7 @@ def fit(model, data, settings, seed, verbose):
         verbose: as in `fit`.
 
     Returns:
-        Dict of `seconds`, `steps`, `backend` and `trainable` parameters.
+        Dict of `seconds`, `steps` and `trainable` parameters.
     """
     batches = dataset(data, settings.batch_size, seed)
     start = time.perf_counter()
@@ -77,7 +77,6 @@ def fit(model, data, settings, seed, verbose):
     return {
         "seconds": time.perf_counter() - start,
         "steps": settings.epochs * len(batches),
-        "backend": keras.backend.backend(),
         "trainable": trainable_parameters(model),
     }
 

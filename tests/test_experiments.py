@@ -48,6 +48,14 @@ def test_missing_data_says_what_to_fetch(tmp_path, monkeypatch):
         tasks.load("sst3")
 
 
+def test_missing_sentences_say_what_to_fetch(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(data.NotFetchedError, match="vaderSentiment.*Received"):
+        data.movie_reviews()
+    assert not any(tmp_path.iterdir())
+
+
 def test_quickstart_takes_a_glue_task():
     with tfds.testing.mock_data(num_examples=3):
         (texts, labels), test = data.load("glue/sst2")
@@ -157,6 +165,22 @@ def test_a_run_is_made_once(task, method, tiny, tmp_path):
     again = Results(tmp_path / "runs.jsonl")
     assert glue.run(again, task, method, 1, tiny, verbose=0) == result
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_makes_another_run_is_in_its_key(tiny, tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+    for distribution in ("geometric", "uniform"):
+        glue.run(
+            results, "cola", "matryoshka", 1, tiny,
+            distribution=distribution, verbose=0,
+        )  # fmt: skip
+    runs = (tmp_path / "runs.jsonl").read_text().splitlines()
+    keys = [json.loads(run)["key"] for run in runs]
+    assert [key["distribution"] for key in keys] == ["geometric", "uniform"]
+    assert {key["backend"] for key in keys} == {backend.NAME}
+    # A run of a search is that of a table, which wants it at every rank.
+    found = glue.run(results, "cola", "lora", 1, tiny, rank=4, verbose=0)
+    assert list(found["metrics"]["validation"]) == ["1", "2", "3", "4"]
 
 
 def test_micro_batches_make_one_update(tiny, tmp_path):
