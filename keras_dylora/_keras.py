@@ -33,10 +33,14 @@ def unlocked(layer):
 
 
 def forget(layer, *names):
-    """Deletes attributes that hold variables of a built layer."""
+    """Deletes attributes that hold variables of a built layer.
+
+    Keras itself stops tracking variables, but not seed generators.
+    """
     with unlocked(layer):
         for name in names:
             if hasattr(layer, name):
+                layer._tracker.untrack(getattr(layer, name))
                 delattr(layer, name)
 
 
@@ -138,6 +142,12 @@ def accumulates(optimizer):
 def ema_momentum(optimizer):
     """The momentum of an optimizer's moving averages of the weights."""
     return getattr(optimizer, "inner_optimizer", optimizer).ema_momentum
+
+
+def parts(optimizer):
+    """The optimizers that a `MultiOptimizer` is made of, or just this one."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return getattr(inner, "optimizers", [inner])
 
 
 def submodels(model):

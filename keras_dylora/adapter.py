@@ -55,10 +55,16 @@ def adapters_by_path(model):
 
 
 def head_by_path(model):
-    """The variables that are trained besides the adapters, by their path."""
-    adapters = {id(v) for x in state_of(model).layers for v in (x.down, x.up)}
-    trainable = {id(v) for v in model.trainable_variables}
-    return _by_path(model, trainable - adapters)
+    """The variables that are trained besides the adapters, by their path.
+
+    Those of the head too that are frozen for now.
+    """
+    state = state_of(model)
+    adapters = {id(v) for x in state.layers for v in (x.down, x.up)}
+    trained = {id(v) for v in model.trainable_variables}
+    if state.attachment is not None:
+        trained |= {id(v) for v in state.attachment.trained}
+    return _by_path(model, trained - adapters)
 
 
 def statistics_by_path(model):
@@ -120,7 +126,8 @@ def save_adapter(model, directory, rank=None, overwrite=True):
         config.get_config()
     )  # fmt: skip
     described = DyLoRAConfig.from_config(described).truncated(rank)
-    with files.new_directory(directory, overwrite, WEIGHTS_NAME) as folder:
+    written = files.together(WEIGHTS_NAME, CONFIG_NAME)
+    with files.new_directory(directory, overwrite, written) as folder:
         safetensors.save_file(tensors, folder / WEIGHTS_NAME)
         sidecar.write(folder / CONFIG_NAME, folder / WEIGHTS_NAME, described)
 

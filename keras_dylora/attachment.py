@@ -26,8 +26,9 @@ def layer_paths(model):
     paths, seen = {}, {id(model), id(getattr(model, "preprocessor", None))}
 
     def visit(parent, prefix):
-        children = getattr(parent, "layers", None) or sublayers(parent)
-        for layer in [*children, *sublayers(parent)]:
+        # Other layers may have a `layers` that is something else.
+        ordered = parent.layers if isinstance(parent, keras.Model) else ()
+        for layer in [*ordered, *sublayers(parent)]:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
@@ -104,6 +105,7 @@ class Attachment:
 
     def train(self, variables):
         """Leaves these variables trainable, and nothing else."""
+        self.trained = variables
         keep = {id(v) for v in variables}
         self.model.trainable = True
         for layer in layer_paths(self.model).values():

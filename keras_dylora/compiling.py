@@ -16,13 +16,14 @@ def compile_as(model, other):
     Nothing is serialized, so that a loss function needn't be registered.
     """
     arguments = compile_arguments(other)
-    arguments["optimizer"] = fresh_optimizer(other.optimizer)
+    optimizer = other.optimizer
+    arguments["optimizer"] = optimizer and fresh_optimizer(optimizer)
     for name in ("metrics", "weighted_metrics"):
         arguments[name] = keras.tree.map_structure(
             lambda x: _fresh(x) if isinstance(x, keras.metrics.Metric) else x,
             arguments[name],
         )
-    if not _compile(model, arguments, other.optimizer.built):
+    if not _compile(model, arguments, optimizer and optimizer.built):
         keras.Model.compile_from_config(model, other.get_compile_config())
     if hasattr(other, "sampler"):  # of a KerasHub `CausalLM`
         model.sampler = _fresh(other.sampler)
@@ -59,15 +60,19 @@ def _compile(model, arguments, build_optimizer):
 
 @contextlib.contextmanager
 def uncompiled(model):
-    """Within it, a model is described without what it was compiled with.
+    """Within it, a model, and each in it, is described without what it was
+    compiled with.
 
     That may hold functions and schedules that can't be serialized.
     """
-    compiled, model.compiled = model.compiled, False
+    compiled = [each for each in submodels(model) if each.compiled]
     try:
+        for each in compiled:
+            each.compiled = False
         yield
     finally:
-        model.compiled = compiled
+        for each in compiled:
+            each.compiled = True
 
 
 def reset_functions(model):

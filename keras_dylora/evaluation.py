@@ -10,6 +10,7 @@ from keras import ops
 from keras_dylora import ranks as rank_functions
 from keras_dylora.model import state_of
 from keras_dylora.report import RankReport
+from keras_dylora.state import adapters
 
 
 def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
@@ -207,11 +208,15 @@ class RankEvaluation(keras.callbacks.Callback):
         self.data = data
         self.ranks = ranks
         self.every = rank_functions.as_rank(every, 1, 2**31 - 1, "every")
-        self._ready = None
+        self._ready = self._prepared_for = None
 
     def on_train_begin(self, logs=None):
-        self._chosen = _chosen(self.model, self.ranks)
-        if self._ready is None:
+        model = self.model
+        # On TensorFlow, a subclassed model is built in its first step only.
+        if all(layer.built for layer in adapters(model)):
+            _chosen(model, self.ranks)
+        prepared_for = model, getattr(model, "preprocessor", None)
+        if self._prepared_for != prepared_for:
             data = self.data
             if not isinstance(data, (tuple, list)):
                 data = (data,)
@@ -219,12 +224,14 @@ class RankEvaluation(keras.callbacks.Callback):
             kwargs = {}
             if sample_weight is not None:
                 kwargs["sample_weight"] = sample_weight
-            self._ready = _Data(self.model, x, y, kwargs)
+            self._ready = _Data(model, x, y, kwargs)
+            self._prepared_for = prepared_for
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every:
             return
-        report = self._ready.report(self.model, self._chosen, verbose=0)
+        chosen = _chosen(self.model, self.ranks)
+        report = self._ready.report(self.model, chosen, verbose=0)
         for b, metrics in report.metrics.items():
             for name, value in metrics.items():
                 logs[f"val_rank{b}_{name}"] = value

@@ -10,14 +10,15 @@ import tempfile
 
 
 @contextlib.contextmanager
-def new_directory(directory, overwrite, marker):
+def new_directory(directory, overwrite, written):
     """Writes a directory beside its final place, then renames it.
 
     Args:
         directory: str or path. The final place.
         overwrite: bool. Whether an existing directory may be replaced.
-        marker: str. Name of the file that tells a directory of ours; only
-            such a one, or an empty one, is ever replaced.
+        written: callable. Takes the existing directory, as a `pathlib.Path`,
+            and returns the paths within it of what keras_dylora wrote there.
+            A directory that holds anything else is never replaced.
 
     Yields:
         A `pathlib.Path` to write into. An error or an interruption leaves
@@ -35,13 +36,20 @@ def new_directory(directory, overwrite, marker):
             f"working directory or one above. Received: {str(directory)!r}"
         )
     if final.exists():
-        ours = final.is_dir() and (
-            (final / marker).exists() or not any(final.iterdir())
-        )
-        if not ours:
+        if not final.is_dir():
             raise ValueError(
-                "The target must be new, empty or one that keras_dylora "
-                f"wrote. Received: {str(final)!r}, which holds no {marker}"
+                "The target must be a directory. "
+                f"Received: {str(final)!r}, which is a file"
+            )
+        held = {
+            x.relative_to(final) for x in final.rglob("*") if not x.is_dir()
+        }
+        others = held - {pathlib.Path(path) for path in written(final)}
+        if others:
+            raise ValueError(
+                "The target must be new, empty or hold nothing but what "
+                "keras_dylora wrote, all of which is replaced. "
+                f"Received: {str(final)!r}, which holds {str(min(others))!r}"
             )
         if not overwrite and any(final.iterdir()):
             raise ValueError(
@@ -65,6 +73,15 @@ def new_directory(directory, overwrite, marker):
             raise
     finally:
         shutil.rmtree(parent, ignore_errors=True)
+
+
+def together(marker, *others):
+    """For `new_directory`: files that are there together with the first."""
+
+    def written(directory):
+        return [marker, *others] if (directory / marker).exists() else []
+
+    return written
 
 
 def sha256(path):

@@ -74,12 +74,12 @@ def merge(model, rank=None):
         stack.enter_context(plain(model, state.layers, state.attachment))
         for inner in nested:
             stack.enter_context(plain(inner, ()))
-        for each in [model, *nested]:
-            stack.enter_context(uncompiled(each))
+        stack.enter_context(uncompiled(model))
         config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:
         config["config"]["preprocessor"] = model.preprocessor
-    merged = keras.saving.deserialize_keras_object(config)
+    # Safe: what is revived is the caller's own model, not a file's.
+    merged = keras.saving.deserialize_keras_object(config, safe_mode=False)
     settle_dtype_policies(merged)
     # By position: Keras numbers unnamed layers anew.
     pairs = zip(

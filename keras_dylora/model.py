@@ -30,6 +30,8 @@ from keras_dylora.state import adapters
 
 FORMAT_VERSION = 1
 RANDOM_STATE = "random_state_"
+# What a backbone within an enabled task can't do: it would lose the adapters.
+REFUSED = ("save", "save_to_preset", "export_to_transformers")
 
 
 def state_of(model):
@@ -72,7 +74,7 @@ def adopt(model, config, attachment=None, dylora_class=None):
     for inner in submodels(model)[1:]:
         if hasattr(inner, "save_to_preset"):  # a backbone
             # Its own file or preset would have no place for the adapters.
-            for name in ("save", "save_to_preset"):
+            for name in REFUSED:
                 inner.__dict__[name] = functools.partial(_refuse, name)
     reset_compiled(model, optimizer)
 
@@ -84,7 +86,7 @@ def release(model):
     model.__dict__.pop("_dylora", None)
     forget(model, "_ranks_drawn", "_open_columns")
     for inner in submodels(model)[1:]:
-        for name in ("save", "save_to_preset"):
+        for name in REFUSED:
             inner.__dict__.pop(name, None)
     if isinstance(model, DyLoRAModel):
         set_class(model, type(model).original_class)
@@ -95,9 +97,10 @@ def release(model):
 
 def _refuse(method, path, *args, **kwargs):
     raise ValueError(
-        "A preset, or a file of the backbone alone, holds a plain model. Use "
-        "`merge(model, rank)` and save that, or `model.save` or "
-        "`save_adapter` of the whole model, which keep the adapters. "
+        "A preset, a Transformers export or a file of the backbone alone "
+        "holds a plain model. Use `merge(model, rank)` and save that, or "
+        "`model.save` or `save_adapter` of the whole model, which keep the "
+        "adapters. "
         f"Received: {method}({str(path)!r}) of an enabled model"
     )
 
@@ -320,7 +323,11 @@ class DyLoRAModel(keras.Model):
     def start_training(self):
         """Makes what a step needs beside the layers, once they are built."""
         self._prepare()
-        if self.optimizer is not None and not self.optimizer.built:
+        if self.optimizer is None:
+            return
+        if self._dylora.config.frozen:
+            training.check_frozen(self.optimizer)
+        if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
 
     def train_step(self, *args):
@@ -378,6 +385,13 @@ class DyLoRAModel(keras.Model):
     def save_to_preset(self, preset_dir, **kwargs):
         """Raises a `ValueError`: a KerasHub preset can't hold adapters."""
         _refuse("save_to_preset", preset_dir)
+
+    def export_to_transformers(self, path, **kwargs):
+        """Raises a `ValueError`: use `to_peft`, or export what `merge` gives.
+
+        KerasHub would write the base model, without the adapters.
+        """
+        _refuse("export_to_transformers", path)
 
     def __reduce__(self):
         # The class of an enabled model can't be imported. The archive names

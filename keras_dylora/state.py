@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 
-from keras_dylora._keras import sublayers
 from keras_dylora._keras import unlocked
+from keras_dylora.attachment import layer_paths
 from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.ranks import RankDraw
 
@@ -51,19 +51,5 @@ class DyLoRAState:
 
 def adapters(model):
     """The adapted layers below a model, in forward order."""
-    found, seen = [], set()
-
-    def visit(layer):
-        if id(layer) in seen:
-            return
-        seen.add(id(layer))
-        if isinstance(layer, LowRankAdapter):
-            found.append(layer)
-        for child in [
-            *(getattr(layer, "layers", None) or ()),
-            *sublayers(layer),
-        ]:
-            visit(child)
-
-    visit(model)
-    return found
+    layers = layer_paths(model).values()
+    return [layer for layer in layers if isinstance(layer, LowRankAdapter)]

@@ -405,10 +405,12 @@ def test_backbone_functions_are_those_of_the_change():
 
 
 def test_a_backbone_within_is_not_saved_alone(tmp_path):
-    model = kd.enable_dylora(roberta_classifier(), rank=2)
+    model = kd.enable_dylora(gpt2(), rank=2)
     for each in (model, model.backbone):
         with pytest.raises(ValueError, match="merge.*Received"):
             each.save_to_preset(tmp_path / "preset", max_shard_size=1)
+        with pytest.raises(ValueError, match="Received: export_to_transf"):
+            each.export_to_transformers(tmp_path / "transformers")
     with pytest.raises(ValueError, match="backbone alone.*Received: save"):
         model.backbone.save(tmp_path / "backbone.keras")
     assert not any(tmp_path.iterdir())
@@ -418,6 +420,34 @@ def test_a_backbone_within_is_not_saved_alone(tmp_path):
     assert (tmp_path / "preset" / "model.weights.h5").exists()
     model.backbone.save(tmp_path / "backbone.keras")
     keras.saving.load_model(tmp_path / "backbone.keras")
+
+
+class Stack(keras.layers.Layer):
+    """Its `layers` is a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = 2
+        self.query = keras.layers.Dense(4, name="query")
+
+    def call(self, inputs):
+        for _ in range(self.layers):
+            inputs = self.query(inputs)
+        return inputs
+
+
+def test_takes_a_layer_whose_layers_are_something_else():
+    inputs = keras.Input((4,))
+    model = kd.enable_dylora(keras.Model(inputs, Stack()(inputs)), rank=2)
+    assert [layer.name for layer in model.dylora_layers] == ["query"]
+
+
+def test_dropout_leaves_no_variable_behind():
+    model = roberta_classifier(dropout=0.1)
+    before = model.variables
+    kd.disable_dylora(kd.enable_dylora(model, rank=2, dropout=0.1))
+    assert len(model.variables) == len(before)
+    assert all(a is b for a, b in zip(model.variables, before, strict=True))
 
 
 class Unmakeable(keras.optimizers.SGD):

@@ -142,6 +142,37 @@ def test_callback_logs_every_rank(tmp_path):
         assert "val_rank4_mae" in next(csv.reader(file))
 
 
+def test_callback_of_two_models_prepares_for_each():
+    data = np.array(TEXTS), labels(4)
+    callback = kd.RankEvaluation(data, ranks=[2])
+    for length in (12, 3):
+        model = randomize(text_classifier())
+        model.preprocessor.sequence_length = length
+        kd.enable_dylora(model, rank=2)
+        model.compile(keras.optimizers.SGD(0.0), classification_loss())
+        history = model.fit(*data, callbacks=[callback], verbose=0).history
+        expected = model.evaluate(*data, verbose=0, return_dict=True)["loss"]
+        assert history["val_rank2_loss"] == pytest.approx([expected], rel=1e-5)
+
+
+class BuiltInFit(kd.DyLoRAModel):
+    def __init__(self):
+        super().__init__()
+        self.dense = kd.DyLoRADense(3, rank=2)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def test_callback_of_a_model_that_fit_builds():
+    x, y = mlp_data()
+    model = BuiltInFit()
+    model.compile("adam", "mse")
+    callback = kd.RankEvaluation((x, y))
+    history = model.fit(x, y, callbacks=[callback], verbose=0).history
+    assert len(history["val_rank1_loss"]) == 1
+
+
 def test_callback_does_not_disturb_training():
     x, y = mlp_data()
     results = []

@@ -18,6 +18,8 @@ import pytest
 
 import keras_dylora as kd
 from keras_dylora.export import export_ranks
+from keras_dylora.export.plan import Inputs
+from keras_dylora.export.rebuild import custom_modules
 from keras_dylora.files import sha256
 from tests import backend
 from tests.models import VOCABULARY
@@ -553,10 +555,44 @@ def test_input_name_that_no_argument_can_have(tmp_path):
 def test_export_that_exists_is_not_replaced(tmp_path):
     path = tmp_path / "artifact"
     path.mkdir()
-    (path / "manifest.json").write_text("old")
+    manifest = {"versions": {"keras_dylora": "0.1"}, "files": {}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="overwrite=True"):
         export_ranks(mlp(), path)
-    assert (path / "manifest.json").read_text() == "old"
+    assert json.loads((path / "manifest.json").read_text()) == manifest
+
+
+def test_directory_with_a_manifest_of_another_is_not_touched(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(ValueError, match="which holds 'manifest.json'"):
+        export_ranks(mlp(), tmp_path, overwrite=True)
+    assert [x.name for x in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_specs_without_a_dtype_are_of_the_models_own():
+    signature = {
+        name: keras.InputSpec(shape=(None, 6))
+        for name in ("token_ids", "padding_mask")
+    }
+    model = kd.enable_dylora(roberta_classifier(), rank=2)
+    found = Inputs.of(model, signature)
+    assert {x.name: x.dtype for x in found.specs} == {
+        "token_ids": "int32",
+        "padding_mask": "int32",
+    }
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Sampler(keras_hub.samplers.GreedySampler):
+    """One of the user's own."""
+
+
+def test_module_of_a_custom_sampler_is_found():
+    sampler = keras.saving.serialize_keras_object(Sampler())
+    model = kd.enable_dylora(roberta_classifier(), rank=2)
+    assert custom_modules(model, sampler) == [
+        *custom_modules(model), Sampler.__module__,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,22 @@ def test_merges_a_task_that_takes_text(used, tmp_path):
     )
 
 
+def test_merges_what_only_its_maker_may_revive():
+    inputs = keras.Input((10,))
+    x = keras.layers.Dense(6, name="query")(inputs)
+    model = keras.Model(inputs, keras.layers.Lambda(lambda x: 2 * x)(x))
+    kd.enable_dylora(randomize(model), rank=2)
+    randomize_adapters(model)
+    model.compile(optimizer=None, loss="mse", metrics=["mae"])
+    x, _ = mlp_data()
+    merged = kd.merge(model)
+    np.testing.assert_allclose(
+        merged.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-5
+    )
+    assert merged.optimizer is None
+    assert len(merged.evaluate(x, x[:, :6], verbose=0)) == 2
+
+
 class Constant(keras.optimizers.schedules.LearningRateSchedule):
     """As a user may write it: without `get_config`."""
 

@@ -113,6 +113,16 @@ def test_summed_activity_regularization_is_of_the_same_rank(run_eagerly):
     assert np.isfinite(evaluated)
 
 
+def test_summed_metrics_are_of_the_highest_rank_that_is_trained():
+    model = model_of("summed", distribution=kd.Categorical({1: 1, 2: 1}))
+    model.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mae"])
+    x, y = data()
+    logs = model.train_on_batch(x, y, return_dict=True)
+    with model.rank_scope(2):
+        expected = model.test_on_batch(x, y, return_dict=True)
+    assert logs["mae"] == pytest.approx(float(expected["mae"]), rel=1e-5)
+
+
 def test_matryoshka_gate_of_the_paper():
     """g_i is the mean over all ranks r of alpha / r where r >= i."""
     probabilities = kd.DyLoRAConfig(rank=RANK, alpha=ALPHA).rank_probabilities

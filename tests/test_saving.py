@@ -376,6 +376,9 @@ def test_save_adapter_leaves_other_directories_alone(tmp_path):
     kd.save_adapter(model, tmp_path / "adapter", rank=1)
     with pytest.raises(ValueError, match="Received: rank=3"):
         kd.save_adapter(model, tmp_path / "adapter", rank=3)
+    (tmp_path / "adapter" / "report.json").write_text("mine")
+    with pytest.raises(ValueError, match="which holds 'report.json'"):
+        kd.save_adapter(model, tmp_path / "adapter")
     config = json.loads(
         (tmp_path / "adapter" / "adapter_config.json").read_text()
     )
@@ -384,6 +387,21 @@ def test_save_adapter_leaves_other_directories_alone(tmp_path):
         "adapter",
         "notes.txt",
     ]
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_adapter_holds_a_head_that_is_frozen_by_now(reloaded, tmp_path):
+    model = kd.enable_dylora(randomize(roberta_classifier()), rank=2)
+    if reloaded:
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+    model.get_layer("logits").trainable = False
+    kd.save_adapter(model, tmp_path / "adapter")
+    other = kd.load_adapter(roberta_classifier(), tmp_path / "adapter")
+    np.testing.assert_array_equal(
+        backend.to_numpy(other.get_layer("logits").kernel),
+        backend.to_numpy(model.get_layer("logits").kernel),
+    )
 
 
 def test_save_adapter_needs_an_enabled_model(tmp_path):
@@ -448,7 +466,7 @@ def test_adapter_holds_moving_statistics(tmp_path):
 def test_save_adapter_leaves_an_adapter_of_peft_alone(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"theirs")
-    with pytest.raises(ValueError, match="that keras_dylora wrote"):
+    with pytest.raises(ValueError, match="what keras_dylora wrote"):
         kd.save_adapter(kd.enable_dylora(gpt2(), rank=2), tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"theirs"
 

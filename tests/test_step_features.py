@@ -174,6 +174,22 @@ def test_accumulation_averages_the_gradients_of_several_ranks():
         )
 
 
+def test_frozen_with_several_optimizers():
+    def optimizers(**kwargs):
+        one, other = (keras.optimizers.SGD(0.1, **kwargs) for _ in range(2))
+        return keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(one, {"head/.*": other})
+        )
+
+    x, y = mlp_data()
+    model = mlp(frozen=True)
+    model.compile(optimizers(gradient_accumulation_steps=2), "mse")
+    with pytest.raises(ValueError, match="one optimizer. Received"):
+        model.fit(x, y, verbose=0)
+    model.compile(optimizers(), "mse")
+    model.fit(x, y, verbose=0)
+
+
 def test_ema_weights_are_those_after_fit():
     plain, averaged = (
         FEATURES[n].model(frozen=False) for n in ("plain", "ema")

@@ -125,7 +125,7 @@ def export_ranks(
     progress = keras.utils.Progbar(
         plan.steps + bool(verify), verbose=int(bool(verbose)), unit_name="step"
     )
-    with files.new_directory(directory, overwrite, manifest.NAME) as folder:
+    with files.new_directory(directory, overwrite, manifest.written) as folder:
         _write(model, folder, plan, lambda: progress.add(1))
         verified = None
         if verify:

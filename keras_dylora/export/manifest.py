@@ -54,6 +54,15 @@ def write(folder, config, plan, verified, metrics):
     (folder / NAME).write_text(json.dumps(manifest, indent=2))
 
 
+def written(directory):
+    """The paths of what an export wrote into a directory."""
+    path = directory / NAME
+    content = files.read_json(path) if path.exists() else {}
+    if "keras_dylora" not in content.get("versions", {}):
+        return []
+    return [NAME, *content.get("files", ())]
+
+
 def _signatures(plan):
     """Inputs of each signature as `{name: [dtype, shape]}`.
 

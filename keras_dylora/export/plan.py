@@ -55,7 +55,7 @@ class Inputs:
             and (own is None or own.kind != "list")
         ):
             input_signature = input_signature[0]
-        given = _from_structure(input_signature)
+        given = _from_structure(input_signature, own)
         if own is not None and _names(own) != _names(given):
             raise ValueError(
                 "`input_signature` must have the structure of the model's "
@@ -88,9 +88,7 @@ def _own_inputs(model):
         if "input_shape" not in built:
             return None
         structure = keras.tree.map_shape_structure(
-            lambda shape: keras.InputSpec(
-                shape=(None, *shape[1:]), dtype=model.input_dtype
-            ),
+            lambda shape: keras.InputSpec(shape=(None, *shape[1:])),
             built["input_shape"],
         )
     return _from_structure(structure)
@@ -102,7 +100,8 @@ def _label(spec, default):
     return name if name.isidentifier() else default
 
 
-def _from_structure(structure):
+def _from_structure(structure, own=None):
+    """The inputs in a structure of specs; `own` has the dtypes they leave."""
     if isinstance(structure, dict):
         kind, items = "dict", list(structure.items())
     elif isinstance(structure, (list, tuple)):
@@ -127,10 +126,19 @@ def _from_structure(structure):
                 "tensors, each given as a spec with a shape and a dtype. "
                 f"Received: {structure!r}"
             )
+    names = [name for name, _ in items]
+    dtypes = {}
+    if own is not None:
+        labels = [x.name for x in own.specs] if kind == "dict" else names
+        dtypes = dict(zip(labels, [x.dtype for x in own.specs], strict=False))
     return Inputs(
         kind,
         tuple(
-            Input(name, (None, *spec.shape[1:]), _dtype_name(spec.dtype))
+            Input(
+                name,
+                (None, *spec.shape[1:]),
+                _dtype_name(spec.dtype or dtypes.get(name)),
+            )
             for name, spec in items
         ),
     )

@@ -35,14 +35,14 @@ def write(model, folder, plan, on_step):
         OSError: if the artifact can't be written.
         RuntimeError: if the process is ended.
     """
-    modules = custom_modules(model)
+    sampler = None
+    if plan.generate:
+        sampler = keras.saving.serialize_keras_object(model.sampler)
+    modules = custom_modules(model, sampler)
     with tempfile.TemporaryDirectory(prefix="keras_dylora-") as temporary:
         temporary = pathlib.Path(temporary)
         with uncompiled(model):
             model.save(temporary / MODEL_NAME)
-        sampler = None
-        if plan.generate:
-            sampler = keras.saving.serialize_keras_object(model.sampler)
         request = {
             "folder": str(folder),
             "plan": plan.to_json(),
@@ -83,8 +83,12 @@ def _readable(error, model):
     )
 
 
-def custom_modules(model):
+def custom_modules(model, sampler=None):
     """The modules that define the classes and functions of a model.
+
+    Args:
+        model: the model.
+        sampler: what it generates with, serialized, or `None`.
 
     Raises:
         ValueError: if one of them is where no other process can import it.
@@ -92,7 +96,7 @@ def custom_modules(model):
     with uncompiled(model):
         config = keras.saving.serialize_keras_object(model)
     found = {}
-    for item in _serialized(config):
+    for item in _serialized([config, sampler]):
         is_function = item["class_name"] == "function"
         name = item["config" if is_function else "registered_name"]
         source = keras.saving.get_registered_object(name)

@@ -19,6 +19,7 @@ from keras_dylora.interop.layouts import layout_of
 from keras_dylora.interop.peft_files import CONFIG_NAME
 from keras_dylora.interop.peft_files import DYLORA_NAME
 from keras_dylora.interop.peft_files import PREFIX
+from keras_dylora.interop.peft_files import WEIGHTS_NAME
 from keras_dylora.interop.peft_files import peft_config
 from keras_dylora.interop.peft_files import read
 from keras_dylora.interop.peft_files import write
@@ -94,7 +95,8 @@ def to_peft(model, directory, rank=None, overwrite=True):
         DyLoRAConfig.from_config(described).truncated(rank),
         target_layers=list(adapters),
     )
-    with files.new_directory(directory, overwrite, DYLORA_NAME) as folder:
+    written = files.together(DYLORA_NAME, CONFIG_NAME, WEIGHTS_NAME)
+    with files.new_directory(directory, overwrite, written) as folder:
         write(
             folder, tensors, described, peft_config(layout, counts, described)
         )

@@ -22,6 +22,7 @@ match keras.backend.backend():
         from keras_dylora.training.stateful import sync
         from keras_dylora.training.stateful import train_step
 
+check_frozen = step.check_frozen
 summed_loss = functools.partial(step.summed_loss, call)
 
-__all__ = ["guarded", "summed_loss", "sync", "train_step"]
+__all__ = ["check_frozen", "guarded", "summed_loss", "sync", "train_step"]

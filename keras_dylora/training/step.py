@@ -14,6 +14,7 @@ from keras_dylora import ranks
 from keras_dylora._keras import accumulates
 from keras_dylora._keras import ema_momentum
 from keras_dylora._keras import loss_metrics
+from keras_dylora._keras import parts
 from keras_dylora.low_rank import overridden
 
 AVERAGE = "_average"  # how Keras ends the name of a moving average's slot
@@ -27,7 +28,7 @@ def begin(model):
         one is drawn.
     """
     state, config = model._dylora, model._dylora.config
-    logs, rank = {}, config.rank
+    logs, rank = {}, max(state.probabilities)
     if config.objective == "sampled":
         rank = logs["rank"] = state.draw(model._ranks_drawn)
         model._ranks_drawn.assign(model._ranks_drawn + 1)
@@ -79,10 +80,10 @@ def summed_loss(call, model, compute_loss, x, y, y_pred, *args, **kwargs):
         A scalar tensor.
     """
     state, config = model._dylora, model._dylora.config
-    total = 0.0
+    total, highest = 0.0, max(state.probabilities)
     # The highest first, while `model.losses` are those beside `y_pred`.
     for b in sorted(state.probabilities, reverse=True):
-        if b == config.rank:
+        if b == highest:
             loss = compute_loss(x, y, y_pred, *args, **kwargs)
         else:
             gate = ranks.gate(b, config.rank, config.alpha)
@@ -103,6 +104,19 @@ def kept(variables):
     yield
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def check_frozen(optimizer):
+    """Raises a `ValueError` for an optimizer that can't be held."""
+    optimizers = parts(optimizer)
+    if len(optimizers) > 1 and any(
+        accumulates(each) or each.use_ema for each in optimizers
+    ):
+        raise ValueError(
+            "Frozen mode can't tell when a part of a `MultiOptimizer` updates "
+            "the weights, if it accumulates gradients or keeps averages. Use "
+            f"one optimizer. Received: {optimizer!r}"
+        )
 
 
 def end(model, previous):
