@@ -344,7 +344,8 @@ def test_verified_export_with_a_manifest(tmp_path):
     metrics = {b: {"accuracy": b / 10} for b in RANKS}
     path = tmp_path / "new" / "artifact"
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text("old")
+    old = {"versions": {"keras_dylora": "0.1"}}
+    (path / "manifest.json").write_text(json.dumps(old))
     export_ranks(
         model,
         path,
