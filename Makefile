@@ -9,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 BACKENDS := tensorflow jax torch
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-parity lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,10 +20,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(RUN) -m examples.quickstart
 
-# One process for each backend, two at a time: they trace and compile more than
-# they compute. Then the backends against each other.
+# One process for each backend, and one for the backends against each other, two
+# at a time: they trace and compile more than they compute.
 test: $(VENV)/installed lint
-	$(MAKE) --jobs 2 --keep-going --output-sync=line $(BACKENDS:%=test-%)
+	$(MAKE) --jobs 2 --keep-going --output-sync=line \
+		$(BACKENDS:%=test-%) test-parity
+
+test-parity: $(VENV)/installed
 	$(RUN) -m pytest --quiet tests/test_parity.py
 
 test-%: $(VENV)/installed
