@@ -19,7 +19,6 @@ import pathlib
 import keras
 import keras_hub
 import numpy as np
-import tensorflow as tf
 
 import keras_dylora as kd
 from examples.data import NotFetchedError
@@ -106,10 +105,9 @@ def tokenized(task, preset, sequence_length):
     splits = {}
     for split, (columns, labels) in load(task).items():
         x = tuple(columns) if len(columns) > 1 else columns[0]
-        data = tf.data.Dataset.from_tensor_slices((x, labels))
-        batches = data.batch(1000).map(preprocessor).as_numpy_iterator()
+        batches = dataset((x, labels), batch_size=1000).map(preprocessor)
         splits[split] = keras.tree.map_structure(
-            lambda *v: np.concatenate(v), *batches
+            lambda *v: np.concatenate(v), *batches.as_numpy_iterator()
         )
     return splits
 

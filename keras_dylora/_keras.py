@@ -135,19 +135,23 @@ def loss_metrics(model):
 
 def accumulates(optimizer):
     """Whether an optimizer updates the weights in some of its steps only."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return inner.gradient_accumulation_steps is not None
+    return _inner(optimizer).gradient_accumulation_steps is not None
 
 
 def ema_momentum(optimizer):
     """The momentum of an optimizer's moving averages of the weights."""
-    return getattr(optimizer, "inner_optimizer", optimizer).ema_momentum
+    return _inner(optimizer).ema_momentum
 
 
 def parts(optimizer):
     """The optimizers that a `MultiOptimizer` is made of, or just this one."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner = _inner(optimizer)
     return getattr(inner, "optimizers", [inner])
+
+
+def _inner(optimizer):
+    """The optimizer that a `LossScaleOptimizer` wraps, or just this one."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def submodels(model):

@@ -13,12 +13,11 @@ from keras_dylora import sidecar
 from keras_dylora._keras import statistics
 from keras_dylora.attach import enable_dylora
 from keras_dylora.attachment import layer_paths
-from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTERS
-from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.low_rank import float32_array
 from keras_dylora.model import DyLoRAModel
 from keras_dylora.model import state_of
+from keras_dylora.state import adapters_by_path
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -45,38 +44,32 @@ def variable_paths(model):
     return taken
 
 
-def adapters_by_path(model):
-    """The adapted layers of a model by their path."""
-    return {
-        path: layer
-        for path, layer in layer_paths(model).items()
-        if isinstance(layer, LowRankAdapter)
-    }
-
-
 def head_by_path(model):
-    """The variables that are trained besides the adapters, by their path.
-
-    Those of the head too that are frozen for now.
-    """
-    state = state_of(model)
-    adapters = {id(v) for x in state.layers for v in (x.down, x.up)}
-    trained = {id(v) for v in model.trainable_variables}
-    if state.attachment is not None:
-        trained |= {id(v) for v in state.attachment.trained}
-    return _by_path(model, trained - adapters)
+    """The variables that are trained besides the adapters, by their path."""
+    layers = state_of(model).layers
+    adapters = {id(v) for x in layers for v in (x.down, x.up)}
+    return _by_path(model, _trained(model) - adapters)
 
 
 def statistics_by_path(model):
     """What training changes in the head without a gradient, by its path."""
     adapted = {id(layer) for layer in state_of(model).layers}
+    trained = _trained(model)
     found = {
         id(v)
         for layer in layer_paths(model).values()
-        if layer.trainable and id(layer) not in adapted
+        if id(layer) not in adapted
+        and (layer.trainable or any(id(v) in trained for v in layer.weights))
         for v in statistics(layer)
     }
     return _by_path(model, found)
+
+
+def _trained(model):
+    """Ids of the variables that are trained, or were and are frozen by now."""
+    attachment = state_of(model).attachment
+    trained = [] if attachment is None else attachment.trained
+    return {id(v) for v in [*model.trainable_variables, *trained]}
 
 
 def _by_path(model, ids):
@@ -122,10 +115,8 @@ def save_adapter(model, directory, rank=None, overwrite=True):
         tensors[f"head/{path}"] = float32_array(variable)
     tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     attachment = state_of(model).attachment
-    described = attachment.get_config()["config"] if attachment else (
-        config.get_config()
-    )  # fmt: skip
-    described = DyLoRAConfig.from_config(described).truncated(rank)
+    described = attachment.named_config if attachment else config
+    described = described.truncated(rank)
     written = files.together(WEIGHTS_NAME, CONFIG_NAME)
     with files.new_directory(directory, overwrite, written) as folder:
         safetensors.save_file(tensors, folder / WEIGHTS_NAME)
@@ -186,7 +177,7 @@ def load_adapter(model, directory):
             if key.startswith("adapter/") and key.endswith("/down")
         ]
         enable_dylora(model, config, target_layers=targets)
-    variables = {f"head/{path}": v for path, v in variable_paths(model).items()}
+    variables = {f"head/{path}": v for path, v in weights.items()}
     for path, layer in adapters_by_path(model).items():
         variables[f"adapter/{path}/down"] = layer.down
         variables[f"adapter/{path}/up"] = layer.up

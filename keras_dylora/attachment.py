@@ -82,7 +82,7 @@ class Attachment:
         self.model = model
         self.layers = layers
         self.head_paths = list(head)
-        self._head_variables = [v for group in head.values() for v in group]
+        self.trained = [v for group in head.values() for v in group]
         self.config = config
         self._original_flags = _flags(model)
 
@@ -101,7 +101,7 @@ class Attachment:
                 dropout=config.dropout,
             )
         adapters = [v for x in self.layers.values() for v in (x.down, x.up)]
-        self.train([*self._head_variables, *adapters])
+        self.train([*self.trained, *adapters])
 
     def train(self, variables):
         """Leaves these variables trainable, and nothing else."""
@@ -137,8 +137,10 @@ class Attachment:
         """Makes trainable again what was before."""
         _restore(self._original_flags)
 
-    def get_config(self):
-        config = dataclasses.replace(
+    @property
+    def named_config(self):
+        """The `DyLoRAConfig`, with paths of layers in place of callables."""
+        return dataclasses.replace(
             self.config,
             **{
                 name: paths
@@ -149,10 +151,12 @@ class Attachment:
                 if callable(getattr(self.config, name))
             },
         )
+
+    def get_config(self):
         # Positions, since Keras numbers unnamed layers anew in each process.
         order = [id(x) for x in layer_paths(self.model).values()]
         return {
-            "config": config.get_config(),
+            "config": self.named_config.get_config(),
             "layers": [order.index(id(x)) for x in self.layers.values()],
         }
 

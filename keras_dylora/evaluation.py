@@ -10,7 +10,6 @@ from keras import ops
 from keras_dylora import ranks as rank_functions
 from keras_dylora.model import state_of
 from keras_dylora.report import RankReport
-from keras_dylora.state import adapters
 
 
 def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
@@ -213,7 +212,7 @@ class RankEvaluation(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         model = self.model
         # On TensorFlow, a subclassed model is built in its first step only.
-        if all(layer.built for layer in adapters(model)):
+        if model.built:
             _chosen(model, self.ranks)
         prepared_for = model, getattr(model, "preprocessor", None)
         if self._prepared_for != prepared_for:

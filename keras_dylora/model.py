@@ -95,7 +95,8 @@ def release(model):
         reset_compiled(model, optimizer)
 
 
-def _refuse(method, path, *args, **kwargs):
+def _refuse(method, *args, **kwargs):
+    path, *_ = *args, *kwargs.values(), None
     raise ValueError(
         "A preset, a Transformers export or a file of the backbone alone "
         "holds a plain model. Use `merge(model, rank)` and save that, or "

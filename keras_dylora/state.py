@@ -51,5 +51,13 @@ class DyLoRAState:
 
 def adapters(model):
     """The adapted layers below a model, in forward order."""
-    layers = layer_paths(model).values()
-    return [layer for layer in layers if isinstance(layer, LowRankAdapter)]
+    return list(adapters_by_path(model).values())
+
+
+def adapters_by_path(model):
+    """The adapted layers of a model by their path."""
+    return {
+        path: layer
+        for path, layer in layer_paths(model).items()
+        if isinstance(layer, LowRankAdapter)
+    }

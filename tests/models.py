@@ -38,6 +38,17 @@ def mlp(frozen=False, rank=4, seed=0, **kwargs):
     return kd.DyLoRAModel(inputs, outputs, seed=seed)
 
 
+class BuiltLate(kd.DyLoRAModel):
+    """Its layer is made on building, on TensorFlow in its first step."""
+
+    def build(self, input_shape):
+        self.dense = kd.DyLoRADense(3, rank=3)
+        self.dense.build(input_shape)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
 def mlp_data(size=64, seed=0):
     rng = np.random.default_rng(seed)
     return (

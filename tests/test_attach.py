@@ -412,7 +412,7 @@ def test_a_backbone_within_is_not_saved_alone(tmp_path):
         with pytest.raises(ValueError, match="Received: export_to_transf"):
             each.export_to_transformers(tmp_path / "transformers")
     with pytest.raises(ValueError, match="backbone alone.*Received: save"):
-        model.backbone.save(tmp_path / "backbone.keras")
+        model.backbone.save(filepath=tmp_path / "backbone.keras")
     assert not any(tmp_path.iterdir())
     model.save(tmp_path / "model.keras")
     kd.disable_dylora(model)

@@ -9,6 +9,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.models import BuiltLate
 from tests.models import classification_loss
 from tests.models import labels
 from tests.models import mlp
@@ -155,18 +156,9 @@ def test_callback_of_two_models_prepares_for_each():
         assert history["val_rank2_loss"] == pytest.approx([expected], rel=1e-5)
 
 
-class BuiltInFit(kd.DyLoRAModel):
-    def __init__(self):
-        super().__init__()
-        self.dense = kd.DyLoRADense(3, rank=2)
-
-    def call(self, inputs):
-        return self.dense(inputs)
-
-
 def test_callback_of_a_model_that_fit_builds():
     x, y = mlp_data()
-    model = BuiltInFit()
+    model = BuiltLate()
     model.compile("adam", "mse")
     callback = kd.RankEvaluation((x, y))
     history = model.fit(x, y, callbacks=[callback], verbose=0).history

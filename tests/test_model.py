@@ -6,18 +6,10 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.models import BuiltLate
 from tests.models import mlp
 from tests.models import mlp_data
 from tests.models import randomize_adapters
-
-
-class BuiltLate(kd.DyLoRAModel):
-    def build(self, input_shape):
-        self.dense = kd.DyLoRADense(3, rank=3)
-        self.dense.build(input_shape)
-
-    def call(self, inputs):
-        return self.dense(inputs)
 
 
 def test_layers_that_are_made_on_building():

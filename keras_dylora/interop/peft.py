@@ -7,7 +7,6 @@ import numpy as np
 
 from keras_dylora import files
 from keras_dylora import ranks
-from keras_dylora.adapter import adapters_by_path
 from keras_dylora.adapter import check_float_head
 from keras_dylora.adapter import check_shapes
 from keras_dylora.adapter import head_by_path
@@ -28,6 +27,7 @@ from keras_dylora.low_rank import float32_array
 from keras_dylora.model import DyLoRAModel
 from keras_dylora.model import attachment_of
 from keras_dylora.model import state_of
+from keras_dylora.state import adapters_by_path
 
 
 def to_peft(model, directory, rank=None, overwrite=True):
@@ -90,9 +90,8 @@ def to_peft(model, directory, rank=None, overwrite=True):
     variables = variable_paths(model)
     for name, path in layout.head.items():
         tensors[name] = float32_array(variables[path]).T
-    described = attachment_of(model).get_config()["config"]
     described = dataclasses.replace(
-        DyLoRAConfig.from_config(described).truncated(rank),
+        attachment_of(model).named_config.truncated(rank),
         target_layers=list(adapters),
     )
     written = files.together(DYLORA_NAME, CONFIG_NAME, WEIGHTS_NAME)
