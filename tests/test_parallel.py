@@ -1,6 +1,7 @@
 """Runs in several processes."""
 
 import os
+import time
 
 import pytest
 
@@ -16,6 +17,7 @@ def keep(path, number):
 def fail(path, number):
     if number == 1:
         raise ValueError(f"Received: {number}")
+    time.sleep(0.1)
     keep(path, number)
 
 
@@ -30,7 +32,8 @@ def test_every_run_is_kept_and_has_a_core(tmp_path):
 
 
 def test_an_error_ends_it(tmp_path):
-    runs = [(tmp_path / "runs.jsonl", n) for n in range(1, 200)]
+    path = tmp_path / "runs.jsonl"
+    path.touch()
     with pytest.raises(ValueError, match="Received: 1"):
-        parallel.run_all(fail, runs, processes=2)
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) < 190
+        parallel.run_all(fail, [(path, n) for n in range(1, 200)], processes=2)
+    assert len(path.read_text().splitlines()) < 190
