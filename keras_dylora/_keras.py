@@ -1,8 +1,15 @@
-"""The private parts of Keras that this package needs, each with its reason."""
+"""The private parts of Keras that this package needs, each with its reason.
 
+`tests/test_keras_private.py` touches every one of them and says what breaks
+where Keras changes it.
+"""
+
+import collections
 import contextlib
 
 import keras
+
+# Live objects change their class, and built layers their variables.
 
 
 def set_class(instance, cls):
@@ -25,7 +32,7 @@ def unlocked(layer):
     locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
-        with layer._open_name_scope():
+        with keras.name_scope(layer.name, caller=layer):
             yield
     finally:
         if locked:
@@ -33,15 +40,55 @@ def unlocked(layer):
 
 
 def forget(layer, *names):
-    """Deletes attributes that hold variables of a built layer.
+    """Deletes attributes that hold variables or seeds of a built layer.
 
-    Keras itself stops tracking variables, but not seed generators.
+    Past Keras's own deletion of a variable, which doesn't stop tracking seed
+    generators and collects garbage each time: a second for every few of them.
     """
     with unlocked(layer):
         for name in names:
             if hasattr(layer, name):
                 layer._tracker.untrack(getattr(layer, name))
-                delattr(layer, name)
+                super(keras.Layer, layer).__delattr__(name)
+
+
+def track_for_torch(model):
+    """Tells torch of the variables that came or went.
+
+    On torch every layer lists the parameters below it when it is built;
+    `zero_grad` and `to` work on that list. No other backend has one.
+    """
+    for layer in model._flatten_layers():
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()
+
+
+def sublayers(layer):
+    """Direct sublayers in order; Keras has this in public for models only."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def submodels(model):
+    """A model and all models within it."""
+    return [x for x in model._flatten_layers() if isinstance(x, keras.Model)]
+
+
+def own_weights(layer):
+    """The weights of a layer itself, in the order of its file."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def statistics(layer):
+    """The weights of a layer that no gradient trains: moving averages."""
+    return layer._non_trainable_variables
+
+
+def unpickle(archive):
+    """The model in the archive that Keras pickles; revived by its class."""
+    return keras.Model._unpickle_model(archive)
+
+
+# Quantization.
 
 
 def uncover_quantize(model):
@@ -70,46 +117,14 @@ def settle_dtype_policies(model):
     and so can't save the model a second time (Keras 3.15).
     """
     for layer in model._flatten_layers():
-        policies = layer._dtype_policy
+        policies = layer.dtype_policy
         if isinstance(policies, keras.dtype_policies.DTypePolicyMap) and any(
             policy.quantization_mode for policy in policies.values()
         ):
             layer._dtype_policy = policies[layer.path or ""]
 
 
-def sublayers(layer):
-    """Direct sublayers in order; Keras has this in public for models only."""
-    return layer._flatten_layers(include_self=False, recursive=False)
-
-
-def own_weights(layer):
-    """The weights of a layer itself, in the order of its file."""
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
-
-
-def statistics(layer):
-    """The weights of a layer that no gradient trains: moving averages."""
-    return layer._non_trainable_variables
-
-
-def track_for_torch(model):
-    """Tells torch of the variables that came or went.
-
-    On torch every layer lists the parameters below it when it is built;
-    `zero_grad` and `to` work on that list. No other backend has one.
-    """
-    for layer in model._flatten_layers():
-        if hasattr(layer, "_torch_params"):
-            layer._track_variables()
-
-
-def training_argument(model):
-    """Arguments of a call beside the inputs, as in Keras's training step.
-
-    A subclassed model's `call` needn't take `training`; Keras keeps what it
-    found out about that to itself.
-    """
-    return {"training": True} if model._call_has_training_arg else {}
+# Training.
 
 
 @contextlib.contextmanager
@@ -125,38 +140,41 @@ def override_losses(model, losses):
         model._losses_override = before
 
 
-def loss_metrics(model):
-    """The variables of what is logged for each output's loss.
+def optimizer_slots(optimizer, variables):
+    """Pairs of optimizer variable and the model variable it is kept for.
 
-    Keras updates them wherever it computes a loss.
+    Keras names them `{path of the variable}_{name}` and has no other way to
+    tell. Where several variables share a path, theirs are in the same order.
+    Gradient accumulators are left out: they belong to the coming update.
     """
-    return [] if model._compile_loss is None else model._compile_loss.variables
+    owners = collections.defaultdict(list)
+    for variable in variables:
+        owners[variable.path.replace("/", "_") + "_"].append(variable)
+    seen = collections.Counter()
+    for slot in optimizer.variables:
+        if slot.name.endswith("gradient_accumulator"):
+            continue
+        prefixes = [prefix for prefix in owners if slot.name.startswith(prefix)]
+        if prefixes:
+            same_path = owners[max(prefixes, key=len)]
+            yield slot, same_path[seen[slot.name] % len(same_path)]
+            seen[slot.name] += 1
 
 
-def accumulates(optimizer):
-    """Whether an optimizer updates the weights in some of its steps only."""
-    return _inner(optimizer).gradient_accumulation_steps is not None
+def keeps_slots(optimizer):
+    """Whether an optimizer that is built has variables for single weights."""
+    return any(
+        slot.ndim > 0 and not slot.name.endswith("gradient_accumulator")
+        for slot in optimizer.variables
+    )
 
 
-def ema_momentum(optimizer):
-    """The momentum of an optimizer's moving averages of the weights."""
-    return _inner(optimizer).ema_momentum
+# Compiling.
 
 
-def parts(optimizer):
-    """The optimizers that a `MultiOptimizer` is made of, or just this one."""
-    inner = _inner(optimizer)
-    return getattr(inner, "optimizers", [inner])
-
-
-def _inner(optimizer):
-    """The optimizer that a `LossScaleOptimizer` wraps, or just this one."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
-
-
-def submodels(model):
-    """A model and all models within it."""
-    return [x for x in model._flatten_layers() if isinstance(x, keras.Model)]
+def compile_arguments(model):
+    """What a model was compiled with, as live objects."""
+    return dict(model._compile_config.config)
 
 
 def fresh_optimizer(optimizer):
@@ -192,19 +210,14 @@ def fresh_optimizer(optimizer):
     return fresh
 
 
-def compile_arguments(model):
-    """What a model was compiled with, as live objects."""
-    return dict(model._compile_config.config)
-
-
-def portable(compile_config):
+def public_optimizers(compile_config):
     """A compile config in which torch's own optimizers have public names.
 
     On torch, Keras saves its optimizers under private modules of that
     backend, and no other backend can load them (Keras 3.15).
     """
     if isinstance(compile_config, dict):
-        config = {k: portable(v) for k, v in compile_config.items()}
+        config = {k: public_optimizers(v) for k, v in compile_config.items()}
         if str(config.get("module")).startswith(_TORCH_OPTIMIZERS):
             config["module"] = "keras.optimizers"
             config["registered_name"] = None

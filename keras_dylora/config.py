@@ -1,4 +1,4 @@
-"""DyLoRAConfig: every choice that defines a DyLoRA run."""
+"""DyLoRAConfig: every choice of a run; what of them a layer needs."""
 
 import dataclasses
 import math
@@ -7,39 +7,55 @@ import warnings
 
 import keras
 
-from keras_dylora.ranks import Categorical
-from keras_dylora.ranks import RankDistribution
+from keras_dylora.distributions import Categorical
+from keras_dylora.distributions import RankDistribution
+from keras_dylora.distributions import get_distribution
 from keras_dylora.ranks import as_rank
-from keras_dylora.ranks import get_distribution
-
-OBJECTIVES = ("sampled", "summed", "matryoshka")
+from keras_dylora.training.objectives import OBJECTIVES
 
 
-def check_adapter_arguments(rank, min_rank, alpha, frozen, dropout):
-    """Raises if the arguments that layers and configs share are wrong."""
-    as_rank(rank, 1, 2**31 - 1, "rank")
-    as_rank(min_rank, 1, rank, "min_rank")
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, numbers.Real)
-        or not math.isfinite(alpha)
-        or alpha <= 0
-    ):
-        raise ValueError(
-            f"`alpha` must be a positive number. Received: alpha={alpha!r}"
-        )
-    if not isinstance(frozen, bool):
-        raise TypeError(
-            f"`frozen` must be True or False. Received: frozen={frozen!r}"
-        )
-    if (
-        isinstance(dropout, bool)
-        or not isinstance(dropout, numbers.Real)
-        or not 0 <= dropout < 1
-    ):
-        raise ValueError(
-            f"`dropout` must be in [0, 1). Received: dropout={dropout!r}"
-        )
+@dataclasses.dataclass(frozen=True)
+class AdapterArguments:
+    """What layers and configs have in common, checked; see `DyLoRAConfig`."""
+
+    rank: int = 8
+    min_rank: int = 1
+    alpha: float = 16.0
+    frozen: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        rank, alpha, dropout = self.rank, self.alpha, self.dropout
+        as_rank(rank, 1, 2**31 - 1, "rank")
+        as_rank(self.min_rank, 1, rank, "min_rank")
+        if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
+            raise ValueError(
+                f"`alpha` must be a positive number. Received: alpha={alpha!r}"
+            )
+        if not isinstance(self.frozen, bool):
+            raise TypeError(
+                "`frozen` must be True or False. "
+                f"Received: frozen={self.frozen!r}"
+            )
+        if not _is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(
+                f"`dropout` must be in [0, 1). Received: dropout={dropout!r}"
+            )
+        # NumPy's scalars are taken, but JSON and Keras need Python's.
+        for field in dataclasses.fields(self):
+            object.__setattr__(
+                self, field.name, field.type(getattr(self, field.name))
+            )
+
+    @classmethod
+    def of(cls, source):
+        """The arguments that a layer or a config has as attributes."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(source, name) for name in names})
+
+
+def _is_number(x):
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -48,8 +64,9 @@ class DyLoRAConfig:
     """The choices that define a DyLoRA run.
 
     Args:
-        rank: int. The maximum rank, the number of columns of every adapter.
-            Defaults to `8`.
+        rank: int. The maximum rank, the number of columns of every adapter;
+            the rank that a model computes at is `model.rank`. Defaults to
+            `8`.
         min_rank: int. The lowest rank that is trained. `min_rank=rank` gives
             fixed-rank LoRA. Defaults to `1`.
         alpha: float. Rank `b` is scaled by `alpha / b` (Eq. 7). Defaults to
@@ -109,27 +126,23 @@ class DyLoRAConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_adapter_arguments(
-            self.rank, self.min_rank, self.alpha, self.frozen, self.dropout
-        )
+        arguments = dataclasses.asdict(AdapterArguments.of(self))
+        for name, value in arguments.items():
+            object.__setattr__(self, name, value)
         self.distribution.probabilities(self.min_rank, self.rank)
         if self.objective not in OBJECTIVES:
             raise ValueError(
-                f"`objective` must be one of {OBJECTIVES}. "
+                f"`objective` must be one of {tuple(OBJECTIVES)}. "
                 f"Received: objective={self.objective!r}"
             )
-        if self.frozen and self.objective != "sampled":
+        if self.frozen and not OBJECTIVES[self.objective].draws:
             raise ValueError(
                 "`frozen` updates the column of the drawn rank, so it needs "
                 f"`objective='sampled'`. Received: "
                 f"objective={self.objective!r}"
             )
-        as_rank(self.seed, 0, 2**63 - 1, "seed")
-        # NumPy's scalars are taken, but JSON and Keras need Python's.
-        for name in ("rank", "min_rank", "seed"):
-            object.__setattr__(self, name, int(getattr(self, name)))
-        for name in ("alpha", "dropout"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+        seed = as_rank(self.seed, 0, 2**63 - 1, "seed")
+        object.__setattr__(self, "seed", seed)
 
     @property
     def distribution(self):

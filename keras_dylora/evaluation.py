@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import ranks as rank_functions
-from keras_dylora.model import state_of
+from keras_dylora.model import adaptation_of
 from keras_dylora.report import RankReport
 
 
@@ -52,7 +52,7 @@ def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
 
 
 def _chosen(model, ranks):
-    config = state_of(model).config
+    config = adaptation_of(model).config
     if ranks is None:
         return list(range(1, config.rank + 1))
     chosen = set(rank_functions.as_ranks(ranks, 0, config.rank))
@@ -84,7 +84,7 @@ class _Data:
         self.x, self.y = x, y
 
     def report(self, model, ranks, verbose):
-        config = state_of(model).config
+        config = adaptation_of(model).config
         bar = keras.utils.Progbar(
             len(ranks), verbose=int(verbose != 0), unit_name="rank"
         )

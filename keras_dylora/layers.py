@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_dylora.geometry import Geometry
 from keras_dylora.low_rank import LowRankAdapter
 
 
@@ -20,7 +21,8 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
     Args:
         units: int. As in `keras.layers.Dense`, like every argument that isn't
             listed here.
-        rank: int. Maximum rank. Defaults to `8`.
+        rank: int. Maximum rank; the one that the layer computes at is
+            `active_rank`. Defaults to `8`.
         min_rank: int. Lowest rank that a `DyLoRAModel` draws. Defaults to
             `1`.
         alpha: float. Scale: rank `b` is multiplied by `alpha / b`. Defaults
@@ -55,17 +57,12 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
     - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
 
-    base_class = keras.layers.Dense
+    original_class = keras.layers.Dense
 
     @staticmethod
-    def adapter_dims(layer):
-        """Shapes of the input side and the output side of a base layer."""
+    def geometry_of(layer):
         inputs, units = layer.kernel.shape
-        return (inputs,), (units,)
-
-    def _set_geometry(self):
-        self._adapter_dims = self.adapter_dims(self)
-        self._kernel_axes = (0, 1)
+        return Geometry((inputs,), (units,))
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -82,7 +79,8 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
             that isn't listed here. No axis may be in the input, the kernel
             and the output at once.
         output_shape: int or tuple, as in `keras.layers.EinsumDense`.
-        rank: int. Maximum rank. Defaults to `8`.
+        rank: int. Maximum rank; the one that the layer computes at is
+            `active_rank`. Defaults to `8`.
         min_rank: int. Lowest rank that a `DyLoRAModel` draws. Defaults to
             `1`.
         alpha: float. Scale: rank `b` is multiplied by `alpha / b`. Defaults
@@ -117,71 +115,13 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
     - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
 
-    base_class = keras.layers.EinsumDense
-
-    @classmethod
-    def check_base(cls, layer):
-        super().check_base(layer)
-        split_equation(layer.equation)
+    original_class = keras.layers.EinsumDense
 
     @staticmethod
-    def adapter_dims(layer):
-        """Shapes of the input side and the output side of a base layer."""
-        kernel, inputs, outputs, *_ = split_equation(layer.equation)
-        dims = dict(zip(kernel, layer.kernel.shape, strict=True))
-        return (
-            tuple(dims[axis] for axis in inputs),
-            tuple(dims[axis] for axis in outputs),
-        )
-
-    def _set_geometry(self):
-        kernel, inputs, outputs, self._input_order, self._output_order = (
-            split_equation(self.equation)
-        )
-        self._adapter_dims = self.adapter_dims(self)
-        self._kernel_axes = tuple((inputs + outputs).index(a) for a in kernel)
+    def geometry_of(layer):
+        return Geometry.of_equation(layer.equation, layer.kernel.shape)
 
 
-def split_equation(equation):
-    """Splits a dense einsum equation at the bottleneck.
-
-    Args:
-        equation: str, such as `"abc,cde->abde"`.
-
-    Returns:
-        The kernel's axes, its input axes in the order of the input, its
-        output axes in the order of the output, and the equations that put
-        the input axes last in an input, and the output axes back in their
-        places in an output, or `None` where they are there.
-
-    Raises:
-        ValueError: if an axis of the kernel is on both sides or on none.
-    """
-    left, output = equation.replace(" ", "").split("->")
-    source, kernel = left.split(",")
-    contracted = [a for a in source if a in kernel and a not in output]
-    produced = [a for a in output if a in kernel and a not in source]
-    if "." in kernel or sorted(contracted + produced) != sorted(kernel):
-        raise ValueError(
-            "An adapter needs an equation in which every axis of the kernel "
-            "is either summed over or new in the output. "
-            f"Received: equation={equation!r}"
-        )
-    kept = "".join(a for a in source if a not in contracted)
-    inputs, outputs = "".join(contracted), "".join(produced)
-    return (
-        kernel,
-        inputs,
-        outputs,
-        _transposition(source, kept + inputs),
-        _transposition(kept + outputs, output),
-    )
-
-
-def _transposition(old, new):
-    return None if old == new else f"{old}->{new}"
-
-
-ADAPTERS = {
-    adapter.base_class: adapter for adapter in (DyLoRADense, DyLoRAEinsumDense)
+ADAPTED_CLASSES = {
+    cls.original_class: cls for cls in (DyLoRADense, DyLoRAEinsumDense)
 }

@@ -1,76 +1,28 @@
-"""The low-rank part that both layers share, and the gate that they read."""
+"""The low-rank part that both adapted layers share."""
 
-import contextlib
+import dataclasses
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_dylora import _keras
 from keras_dylora import ranks
-from keras_dylora._keras import forget
-from keras_dylora._keras import set_class
-from keras_dylora._keras import unlocked
-from keras_dylora.config import check_adapter_arguments
-
-
-class RankGate:
-    """The gate vector that one or many adapted layers read.
-
-    It lives in a variable, so a new rank neither retraces nor recompiles, and
-    outside of `weights`, as it is state and not something learned.
-
-    Args:
-        rank: int. Length of the gate.
-        alpha: float. Scale of the adapters.
-    """
-
-    def __init__(self, rank, alpha):
-        self.rank = rank
-        self.alpha = alpha
-        self.active_rank = rank
-        self.override = None
-        self.variable = keras.Variable(
-            # Callable, as a layer may be built while JAX traces.
-            lambda shape, dtype: ranks.gate(rank, rank, alpha),
-            shape=(rank,),
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-            aggregation="only_first_replica",
-            name="gate",
-        )
-
-    @property
-    def value(self):
-        """`(rank,)`, or `(batch, rank)` where examples have their own rank."""
-        return self.variable if self.override is None else self.override
-
-    def set_rank(self, rank):
-        self.active_rank = ranks.as_rank(rank, 0, self.rank)
-        self.variable.assign(ranks.gate(rank, self.rank, self.alpha))
-
-
-@contextlib.contextmanager
-def overridden(gates, value):
-    """Within it, the layers read `value` in place of their gates."""
-    for gate in gates:
-        gate.override = value
-    try:
-        yield
-    finally:
-        for gate in gates:
-            gate.override = None
+from keras_dylora.config import AdapterArguments
+from keras_dylora.geometry import Factors
+from keras_dylora.geometry import float32_array
+from keras_dylora.rank_gate import GateRow
+from keras_dylora.rank_gate import RankGate
 
 
 class LowRankAdapter:
     """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
 
-    The concrete class says which matrix its base layer's kernel is.
+    The concrete class says which matrix its base layer's kernel is, as
+    `geometry_of(layer)`.
     """
 
-    base_class = None
-    # Einsum equations, where the axes aren't in the order of the matrix.
-    _input_order = _output_order = None
+    original_class = None
 
     def __init__(
         self,
@@ -91,32 +43,18 @@ class LowRankAdapter:
             )
         super().__init__(*args, **kwargs)
         self._set_adapter_arguments(
-            rank, min_rank, alpha, frozen, dropout, down_initializer,
+            AdapterArguments(rank, min_rank, alpha, frozen, dropout),
+            down_initializer,
             up_initializer,
-        )  # fmt: skip
+        )
 
     def _set_adapter_arguments(
-        self,
-        rank,
-        min_rank,
-        alpha,
-        frozen,
-        dropout,
-        down_initializer,
-        up_initializer,
+        self, arguments, down_initializer=None, up_initializer="zeros"
     ):
-        check_adapter_arguments(rank, min_rank, alpha, frozen, dropout)
-        self.rank = int(rank)
-        self.min_rank = int(min_rank)
-        self.alpha = float(alpha)
-        self.frozen = frozen
-        self.dropout = float(dropout)
-        # The authors' kaiming_uniform(a=sqrt(5)): limits 1 / sqrt(fan_in).
+        for name, value in dataclasses.asdict(arguments).items():
+            setattr(self, name, value)
         self.down_initializer = keras.initializers.get(
-            down_initializer
-            or keras.initializers.VarianceScaling(
-                1 / 3, mode="fan_in", distribution="uniform"
-            )
+            down_initializer or _down_initializer()
         )
         self.up_initializer = keras.initializers.get(up_initializer)
 
@@ -139,67 +77,78 @@ class LowRankAdapter:
                 f"{layer.name} with quantization_mode="
                 f"{layer.quantization_mode}"
             )
+        cls.geometry_of(layer)
 
     @classmethod
-    def attach(cls, layer, gate, seed, **arguments):
-        """Turns a built base layer into this class, in place."""
-        set_class(layer, cls)
-        initializer = keras.initializers.VarianceScaling(
-            1 / 3, mode="fan_in", distribution="uniform", seed=seed
-        )
-        layer._set_adapter_arguments(
-            **arguments, down_initializer=initializer, up_initializer="zeros"
-        )
-        with unlocked(layer):
-            layer._build_adapter(gate, seed)
-        return layer
+    def upgrade(cls, layer, arguments, row, seed):
+        """Turns a built base layer into this class, in place.
+
+        Args:
+            layer: the layer.
+            arguments: `AdapterArguments`.
+            row: `GateRow`.
+            seed: int. Seed of the initial values and of dropout.
+        """
+        _keras.set_class(layer, cls)
+        layer._set_adapter_arguments(arguments, _down_initializer(seed))
+        with _keras.unlocked(layer):
+            layer._build_adapter(row, seed)
+
+    def downgrade(self):
+        """Makes a layer that `upgrade` made its base layer again."""
+        _keras.forget(self, "down", "up", "_dropout_seed")
+        for name in _ATTRIBUTES:
+            self.__dict__.pop(name, None)
+        _keras.set_class(self, self.original_class)
 
     def build(self, input_shape):
         super().build(input_shape)
-        self._build_adapter(RankGate(self.rank, self.alpha), seed=None)
+        row = GateRow(RankGate(1, self.rank, self.alpha))
+        self._build_adapter(row, seed=None)
 
-    def _build_adapter(self, gate, seed):
-        self._set_geometry()
+    def _build_adapter(self, row, seed):
+        self._geometry = self.geometry_of(self)
         self._dropout_seed = (
             keras.random.SeedGenerator(seed) if self.dropout else None
         )
-        self._add_adapter(gate)
+        self._add_adapter(row)
         self._freeze_base()
 
-    def _add_adapter(self, gate):
-        inputs, outputs = self.adapter_dims(self)
+    def _add_adapter(self, row):
+        inputs, outputs = self._geometry.shape
         self.down = self.add_weight(
-            shape=(int(np.prod(inputs)), self.rank),
+            shape=(inputs, self.rank),
             initializer=self.down_initializer,
             dtype="float32",
             name="down",
         )
         self.up = self.add_weight(
-            shape=(self.rank, int(np.prod(outputs))),
+            shape=(self.rank, outputs),
             initializer=self.up_initializer,
             dtype="float32",
             name="up",
         )
-        self._gate = gate
-        self._gate_variable = gate.variable
+        self._gate = row
 
-    def truncate(self, rank, min_rank, gate):
+    def truncate(self, rank, min_rank, row):
         """Cuts `down` and `up` to their first `rank` columns and rows.
 
         Args:
             rank: int in `1..self.rank`. The new maximum rank.
             min_rank: int. The new lowest rank.
-            gate: `RankGate` of the new rank.
+            row: `GateRow` of the new rank.
         """
-        down = float32_array(self.down)[:, :rank]
-        up = float32_array(self.up)[:rank]
+        factors = self.factors(rank)
         trainable = [v.trainable for v in (self.down, self.up)]
-        forget(self, "down", "up", "_gate_variable")
+        _keras.forget(self, "down", "up")
         self.rank, self.min_rank = rank, min_rank
-        with unlocked(self):
-            self._add_adapter(gate)
+        with _keras.unlocked(self):
+            self._add_adapter(row)
         for variable, value, flag in zip(
-            (self.down, self.up), (down, up), trainable, strict=True
+            (self.down, self.up),
+            (factors.down, factors.up),
+            trainable,
+            strict=True,
         ):
             variable.assign(value)
             variable.trainable = flag
@@ -207,11 +156,11 @@ class LowRankAdapter:
     @property
     def trainable(self):
         """Whether the adapter is trainable; the base layer never is."""
-        return self._trainable
+        return super().trainable
 
     @trainable.setter
     def trainable(self, value):
-        keras.layers.Layer.trainable.fset(self, value)
+        keras.Layer.trainable.fset(self, value)
         if hasattr(self, "_gate"):
             self._freeze_base()
 
@@ -220,9 +169,10 @@ class LowRankAdapter:
             variable.trainable = False
 
     @property
-    def weights(self):
-        gate = getattr(self, "_gate_variable", None)
-        return [w for w in super().weights if w is not gate]
+    def variables(self):
+        # As Keras lists the state of a seed generator: here, not in `weights`.
+        gate = [self._gate.gate.variable] if hasattr(self, "_gate") else []
+        return [*super().variables, *gate]
 
     @property
     def base_weights(self):
@@ -232,7 +182,7 @@ class LowRankAdapter:
 
     @property
     def active_rank(self):
-        """int. The rank that the layer computes at."""
+        """int. The rank that the layer computes at; `rank` is the highest."""
         return self._gate.active_rank
 
     def set_rank(self, rank):
@@ -252,7 +202,7 @@ class LowRankAdapter:
                 "A layer must be built before its rank is set. "
                 f"Received: {self.name}, which isn't built"
             )
-        self._gate.set_rank(rank)
+        self._gate.gate.set_rank(rank)
 
     def call(self, inputs, training=None):
         return self._call_adapted(super().call, inputs, training)
@@ -274,7 +224,7 @@ class LowRankAdapter:
         return activation(outputs + self._call_adapter(inputs, training))
 
     def _call_adapter(self, inputs, training):
-        gate = ops.convert_to_tensor(self._gate.value)
+        gate = self._gate.value
         down = ops.cast(self.down, self.compute_dtype)
         up = ops.cast(self.up, self.compute_dtype)
         if self.frozen:
@@ -287,37 +237,22 @@ class LowRankAdapter:
             inputs = keras.random.dropout(
                 inputs, self.dropout, seed=self._dropout_seed
             )
-        bottleneck = self._project_down(inputs, down)
+        rows, kept = self._geometry.rows(inputs)
+        bottleneck = ops.matmul(rows, down)
         gate = ops.cast(gate, bottleneck.dtype)
         if len(gate.shape) == 2:
             # One rank for each example, of which there may be more here: beam
             # search folds its beams into the batch.
-            examples = ops.shape(bottleneck)[0]
-            copies = examples // ops.maximum(ops.shape(gate)[0], 1)
+            copies = ops.shape(rows)[0] // ops.maximum(ops.shape(gate)[0], 1)
             gate = ops.repeat(gate, copies, axis=0)
-            middle = (1,) * (len(bottleneck.shape) - 2)
-            gate = ops.reshape(gate, (-1, *middle, self.rank))
-        return self._project_up(bottleneck * gate, up)
+        update = ops.matmul(bottleneck * gate, up)
+        return self._geometry.back(update, kept)
 
-    # As matrices: with more axes, a layer's gradient takes XLA five times
-    # longer on a CPU.
-
-    def _project_down(self, inputs, down):
-        if self._input_order:
-            inputs = ops.einsum(self._input_order, inputs)
-        dims, _ = self._adapter_dims
-        kept = ops.shape(inputs)[: len(inputs.shape) - len(dims)]
-        rows = ops.reshape(inputs, (-1, down.shape[0]))
-        return ops.reshape(ops.matmul(rows, down), (*kept, self.rank))
-
-    def _project_up(self, bottleneck, up):
-        _, outputs = self._adapter_dims
-        kept = ops.shape(bottleneck)[:-1]
-        rows = ops.matmul(ops.reshape(bottleneck, (-1, self.rank)), up)
-        update = ops.reshape(rows, (*kept, *outputs))
-        if self._output_order:
-            update = ops.einsum(self._output_order, update)
-        return update
+    def factors(self, rank=None):
+        """The adapter as `Factors`, cut to a rank, by default the highest."""
+        rank = self.rank if rank is None else rank
+        down, up = float32_array(self.down), float32_array(self.up)
+        return Factors(down, up, 1.0).cut(rank, self.alpha)
 
     def delta_kernel(self, rank):
         """The adapter's update of the kernel at one rank.
@@ -329,15 +264,7 @@ class LowRankAdapter:
             A float32 NumPy array in the shape of the kernel.
         """
         ranks.as_rank(rank, 0, self.rank)
-        gate = ops.convert_to_numpy(ranks.gate(rank, self.rank, self.alpha))
-        down, up = float32_array(self.down), float32_array(self.up)
-        inputs, outputs = self.adapter_dims(self)
-        delta = np.reshape((down * gate) @ up, (*inputs, *outputs))
-        return self.in_kernel_order(delta)
-
-    def in_kernel_order(self, x):
-        """Transposes an array with input axes, then output axes."""
-        return np.transpose(x, self._kernel_axes)
+        return self._geometry.kernel(self.factors(rank).product())
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -354,7 +281,7 @@ class LowRankAdapter:
         super().load_own_variables(store)
         self.down.assign(store["down"])
         self.up.assign(store["up"])
-        self.set_rank(int(np.asarray(store["active_rank"])))
+        self._gate.set_rank(int(np.asarray(store["active_rank"])))
 
     def _check_load_own_variables(self, store):
         # The base layers count the variables of a plain layer.
@@ -363,11 +290,7 @@ class LowRankAdapter:
     def get_config(self):
         return {
             **super().get_config(),
-            "rank": self.rank,
-            "min_rank": self.min_rank,
-            "alpha": self.alpha,
-            "frozen": self.frozen,
-            "dropout": self.dropout,
+            **dataclasses.asdict(AdapterArguments.of(self)),
             "down_initializer": keras.initializers.serialize(
                 self.down_initializer
             ),
@@ -375,8 +298,21 @@ class LowRankAdapter:
         }
 
 
-def float32_array(variable):
-    return np.asarray(ops.convert_to_numpy(variable), dtype="float32")
+# What `upgrade` gives a layer beside variables.
+_ATTRIBUTES = (
+    *(field.name for field in dataclasses.fields(AdapterArguments)),
+    "down_initializer",
+    "up_initializer",
+    "_geometry",
+    "_gate",
+)
+
+
+def _down_initializer(seed=None):
+    """The authors' kaiming_uniform(a=sqrt(5)): limits 1 / sqrt(fan_in)."""
+    return keras.initializers.VarianceScaling(
+        1 / 3, mode="fan_in", distribution="uniform", seed=seed
+    )
 
 
 def _gradient_where(mask, x):

@@ -1,24 +1,21 @@
 """merge and truncate: one rank made a plain model, or the new maximum."""
 
-import contextlib
-
 import keras
 from keras import ops
 
+from keras_dylora import _keras
 from keras_dylora import ranks
-from keras_dylora._keras import settle_dtype_policies
-from keras_dylora.attachment import layer_paths
-from keras_dylora.attachment import plain
-from keras_dylora.compiling import compile_as
-from keras_dylora.compiling import new_optimizer
-from keras_dylora.compiling import uncompiled
+from keras_dylora.adaptation import as_plain
 from keras_dylora.low_rank import LowRankAdapter
-from keras_dylora.low_rank import RankGate
 from keras_dylora.model import DyLoRAModel
-from keras_dylora.model import restart
-from keras_dylora.model import state_of
-from keras_dylora.quantization import described_as_float
+from keras_dylora.model import adaptation_of
+from keras_dylora.model import reconfigure
+from keras_dylora.paths import layer_paths
 from keras_dylora.quantization import float_kernel
+from keras_dylora.rank_gate import GateRow
+from keras_dylora.rank_gate import RankGate
+from keras_dylora.recompile import compile_as
+from keras_dylora.recompile import new_optimizer
 
 
 def merge(model, rank=None):
@@ -54,33 +51,24 @@ def merge(model, rank=None):
     plain.save("plain.keras")  # needs no keras_dylora to load
     ```
     """
-    state = state_of(model)
+    adaptation = adaptation_of(model)
     rank = ranks.as_rank(
-        model.rank if rank is None else rank, 0, state.config.rank
+        model.rank if rank is None else rank, 0, adaptation.config.rank
     )
-    nested = [
-        layer
-        for layer in layer_paths(model).values()
-        if isinstance(layer, DyLoRAModel)
-    ]
-    for cls in map(type, [model, *nested]):
-        if "original_class" not in vars(cls):
+    for each in _keras.submodels(model):
+        cls = type(each)
+        if issubclass(cls, DyLoRAModel) and "original_class" not in vars(cls):
             raise ValueError(
                 "Only an enabled model or a functional `DyLoRAModel` has a "
                 f"plain class to merge into. Received: a {cls.__name__}"
             )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(described_as_float(state.layers))
-        stack.enter_context(plain(model, state.layers, state.attachment))
-        for inner in nested:
-            stack.enter_context(plain(inner, ()))
-        stack.enter_context(uncompiled(model))
+    with as_plain(model, adaptation, whole=True):
         config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:
         config["config"]["preprocessor"] = model.preprocessor
     # Safe: what is revived is the caller's own model, not a file's.
     merged = keras.saving.deserialize_keras_object(config, safe_mode=False)
-    settle_dtype_policies(merged)
+    _keras.settle_dtype_policies(merged)
     # By position: Keras numbers unnamed layers anew.
     pairs = zip(
         layer_paths(model).values(), layer_paths(merged).values(), strict=True
@@ -135,14 +123,18 @@ def truncate(model, rank):
     clf.fit(texts, labels)
     ```
     """
-    state = state_of(model)
-    rank = ranks.as_rank(rank, 1, state.config.rank)
+    adaptation = adaptation_of(model)
+    rank = ranks.as_rank(rank, 1, adaptation.config.rank)
     active_rank = min(model.rank, rank)
-    config = state.config.truncated(rank)
+    config = adaptation.config.truncated(rank)
     optimizer = new_optimizer(model)
-    gates = {id(g): RankGate(rank, g.alpha) for g in state.gates}
-    for layer in state.layers:
-        layer.truncate(rank, config.min_rank, gates[id(layer._gate)])
-    restart(model, config, optimizer)
+    cut = {
+        id(gate): RankGate(len(gate.active_ranks), rank, gate.alpha)
+        for gate in adaptation.gates
+    }
+    for layer in adaptation.layers.values():
+        row = GateRow(cut[id(layer._gate.gate)], layer._gate.index)
+        layer.truncate(rank, config.min_rank, row)
+    reconfigure(model, config, optimizer)
     model.set_rank(active_rank)
     return model

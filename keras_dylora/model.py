@@ -1,4 +1,8 @@
-"""DyLoRAModel: the Keras model that draws a rank for every training step."""
+"""DyLoRAModel: the Keras model that draws a rank for every training step.
+
+How a live model becomes one and is made its original class again, and what
+its files hold. `docs/live_models.md` says why.
+"""
 
 import contextlib
 import functools
@@ -6,72 +10,48 @@ import functools
 import keras
 from keras import ops
 
+from keras_dylora import _keras
 from keras_dylora import training
-from keras_dylora._keras import cover_quantize
-from keras_dylora._keras import forget
-from keras_dylora._keras import own_weights
-from keras_dylora._keras import portable
-from keras_dylora._keras import set_class
-from keras_dylora._keras import settle_dtype_policies
-from keras_dylora._keras import submodels
-from keras_dylora._keras import track_for_torch
-from keras_dylora._keras import uncover_quantize
-from keras_dylora.attachment import Attachment
-from keras_dylora.attachment import plain
-from keras_dylora.compiling import compile_from
-from keras_dylora.compiling import new_optimizer
-from keras_dylora.compiling import reset_compiled
-from keras_dylora.compiling import reset_functions
-from keras_dylora.compiling import uncompiled
-from keras_dylora.config import DyLoRAConfig
+from keras_dylora.adaptation import Adaptation
+from keras_dylora.adaptation import as_plain
+from keras_dylora.paths import adapted_layers
 from keras_dylora.quantization import quantize_base
-from keras_dylora.state import DyLoRAState
-from keras_dylora.state import adapters
+from keras_dylora.recompile import compile_from
+from keras_dylora.recompile import new_optimizer
+from keras_dylora.recompile import reset_compiled
+from keras_dylora.recompile import reset_functions
 
 FORMAT_VERSION = 1
-RANDOM_STATE = "random_state_"
+SEED_STATE = "random_state_"
 # What a backbone within an enabled task can't do: it would lose the adapters.
 REFUSED = ("save", "save_to_preset", "export_to_transformers")
 
 
-def state_of(model):
-    """The `DyLoRAState` of a model, or a `ValueError`."""
+def adaptation_of(model):
+    """The `Adaptation` of a model, or a `ValueError`."""
     if isinstance(model, DyLoRAModel):
         model._prepare()
-    state = getattr(model, "_dylora", None)
-    if state is None:
+    adaptation = getattr(model, "_dylora", None)
+    if adaptation is None:
         raise ValueError(
             "The model must be enabled with `enable_dylora` or be a "
             "`DyLoRAModel` whose layers are built. "
             f"Received: {model!r} (of type {type(model).__name__})"
         )
-    return state
+    return adaptation
 
 
-def attachment_of(model):
-    """How `enable_dylora` made the model, or a `ValueError`."""
-    attachment = state_of(model).attachment
-    if attachment is None:
-        raise ValueError(
-            "The model must come from `enable_dylora`. Received: "
-            f"{model.name}, which was built from DyLoRA layers"
-        )
-    return attachment
-
-
-def adopt(model, config, attachment=None, dylora_class=None):
+def to_dylora_class(model, adaptation, dylora_class=None):
     """Makes a live model a `DyLoRAModel` without copying anything."""
-    dylora_class = dylora_class or DyLoRAModel
     optimizer = new_optimizer(model)
-    set_class(model, _combined_class(dylora_class, type(model)))
-    uncover_quantize(model)
-    settle_dtype_policies(model)
-    layers = adapters(model)
-    object.__setattr__(
-        model, "_dylora", DyLoRAState(model, config, layers, attachment)
-    )
-    track_for_torch(model)
-    for inner in submodels(model)[1:]:
+    combined = _combined_class(dylora_class or DyLoRAModel, type(model))
+    _keras.set_class(model, combined)
+    _keras.uncover_quantize(model)
+    _keras.settle_dtype_policies(model)
+    adaptation.configure(adaptation.config)
+    object.__setattr__(model, "_dylora", adaptation)
+    _keras.track_for_torch(model)
+    for inner in _keras.submodels(model)[1:]:
         if hasattr(inner, "save_to_preset"):  # a backbone
             # Its own file or preset would have no place for the adapters.
             for name in REFUSED:
@@ -79,19 +59,18 @@ def adopt(model, config, attachment=None, dylora_class=None):
     reset_compiled(model, optimizer)
 
 
-def release(model):
-    """Undoes `adopt`; does nothing to a model that isn't adopted."""
-    adopted = "_dylora" in model.__dict__
-    optimizer = new_optimizer(model) if adopted else None
+def to_original_class(model):
+    """Undoes `to_dylora_class`; does nothing to a model of another class."""
+    enabled = "_dylora" in model.__dict__
+    optimizer = new_optimizer(model) if enabled else None
     model.__dict__.pop("_dylora", None)
-    forget(model, "_ranks_drawn", "_open_columns")
-    for inner in submodels(model)[1:]:
+    for inner in _keras.submodels(model)[1:]:
         for name in REFUSED:
             inner.__dict__.pop(name, None)
     if isinstance(model, DyLoRAModel):
-        set_class(model, type(model).original_class)
-        cover_quantize(model)
-    if adopted:
+        _keras.set_class(model, type(model).original_class)
+        _keras.cover_quantize(model)
+    if enabled:
         reset_compiled(model, optimizer)
 
 
@@ -106,7 +85,7 @@ def _refuse(method, *args, **kwargs):
     )
 
 
-def restart(model, config, optimizer):
+def reconfigure(model, config, optimizer):
     """Gives a model a new config, at the same place of its rank sequence.
 
     Args:
@@ -114,15 +93,10 @@ def restart(model, config, optimizer):
         config: `DyLoRAConfig`.
         optimizer: as `new_optimizer` makes one.
     """
-    old = state_of(model)
-    drawn = ops.convert_to_numpy(model._ranks_drawn)
-    forget(model, "_ranks_drawn", "_open_columns")
-    if old.attachment is not None:
-        old.attachment.config = config
-    state = DyLoRAState(model, config, old.layers, old.attachment)
-    object.__setattr__(model, "_dylora", state)
-    model._ranks_drawn.assign(drawn)
-    track_for_torch(model)
+    adaptation = adaptation_of(model)
+    drawn = int(ops.convert_to_numpy(adaptation.ranks_drawn))
+    adaptation.configure(config, drawn)
+    _keras.track_for_torch(model)
     reset_compiled(model, optimizer)
 
 
@@ -211,7 +185,8 @@ class DyLoRAModel(keras.Model):
         if functional:
             # Left alone, Keras would make `Functional` a base of this very
             # class, and so of every subclassed model.
-            set_class(self, _combined_class(type(self), _functional_class()))
+            combined = _combined_class(type(self), _functional_class())
+            _keras.set_class(self, combined)
         super().__init__(*args, **kwargs)
         options = {
             "rank_distribution": rank_distribution,
@@ -226,39 +201,27 @@ class DyLoRAModel(keras.Model):
         """Takes over the layers of a hand-built model, once they are built."""
         if hasattr(self, "_dylora"):
             return
-        layers = adapters(self)
-        if not layers or not all(layer.built for layer in layers):
-            raise ValueError(
-                "A `DyLoRAModel` needs built `DyLoRADense` or "
-                "`DyLoRAEinsumDense` layers. Received: "
-                f"{[layer.name for layer in layers]} in {self.name}"
-            )
-        shared = {}
-        for name in ("rank", "min_rank", "alpha", "frozen"):
-            values = {getattr(layer, name) for layer in layers}
-            if len(values) > 1:
-                raise ValueError(
-                    f"All layers of a `DyLoRAModel` must have the same "
-                    f"`{name}`. Received: {sorted(values)}"
-                )
-            shared[name] = values.pop()
-        config = DyLoRAConfig(**shared, **self._dylora_options)
-        object.__setattr__(self, "_dylora", DyLoRAState(self, config, layers))
+        adaptation = Adaptation.of_hand_built(self, self._dylora_options)
+        adaptation.configure(adaptation.config)
+        object.__setattr__(self, "_dylora", adaptation)
 
     @property
     def dylora_config(self):
-        """The `DyLoRAConfig` of the model."""
-        return state_of(self).config
+        """The `DyLoRAConfig` of the model; its `rank` is the maximum."""
+        return adaptation_of(self).config
 
     @property
     def dylora_layers(self):
         """The adapted layers, in forward order."""
-        return list(state_of(self).layers)
+        return list(adaptation_of(self).layers.values())
 
     @property
     def rank(self):
-        """int. The rank of inference; training and validation keep it."""
-        return state_of(self).gates[0].active_rank
+        """int. The rank that the model computes at outside of training.
+
+        Training and validation keep it; `dylora_config.rank` is the maximum.
+        """
+        return self.dylora_layers[0].active_rank
 
     def set_rank(self, rank):
         """Sets the rank of `predict`, `evaluate`, `generate` and calls.
@@ -279,8 +242,8 @@ class DyLoRAModel(keras.Model):
         clf.predict(texts)
         ```
         """
-        gates = state_of(self).gates
-        training.sync(self)
+        gates = adaptation_of(self).gates
+        training.write_back(self)
         for gate in gates:
             gate.set_rank(rank)
 
@@ -311,13 +274,13 @@ class DyLoRAModel(keras.Model):
 
     def make_train_function(self, force=False):
         # On TensorFlow, a subclassed model is built in its first step only.
-        layers = adapters(self)
+        layers = adapted_layers(self).values()
         if layers and all(layer.built for layer in layers):
             self.start_training()
         before = self.train_function
         function = super().make_train_function(force)
         if self.train_function is not before:
-            function = training.guarded(self, self.train_function)
+            function = training.restore_rank_on_error(self, self.train_function)
             self.train_function = function
         return function
 
@@ -326,10 +289,10 @@ class DyLoRAModel(keras.Model):
         self._prepare()
         if self.optimizer is None:
             return
-        if self._dylora.config.frozen:
-            training.check_frozen(self.optimizer)
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
+        if self._dylora.config.frozen:
+            training.check_frozen(self)
 
     def train_step(self, *args):
         return training.train_step(self, super().train_step, *args)
@@ -338,8 +301,10 @@ class DyLoRAModel(keras.Model):
         self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs
     ):
         compute = super().compute_loss
-        if hasattr(self, "_dylora") and self._dylora.summing:
-            compute = functools.partial(training.summed_loss, self, compute)
+        if hasattr(self, "_dylora") and self._dylora.training:
+            compute = functools.partial(
+                self._dylora.objective.loss, self, training.forward, compute
+            )
         return compute(x, y, y_pred, sample_weight, **kwargs)
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
@@ -370,17 +335,16 @@ class DyLoRAModel(keras.Model):
         clf.fit(texts, labels)
         ```
         """
-        state = state_of(self)
-        keras_quantize = self.__dict__.get("_keras_quantize")
+        adaptation = adaptation_of(self)
+        quantize = self.__dict__.get("_keras_quantize") or super().quantize
         try:
             quantize_base(
-                self, keras_quantize or super().quantize,
-                state.layers, mode, config, filters, **kwargs,
+                self, quantize, self.dylora_layers, mode, config, filters,
+                **kwargs,
             )  # fmt: skip
         finally:
-            if state.attachment is not None:
-                state.attachment.forget_replaced()
-            track_for_torch(self)
+            adaptation.forget_replaced()
+            _keras.track_for_torch(self)
             reset_functions(self)
 
     def save_to_preset(self, preset_dir, **kwargs):
@@ -398,58 +362,65 @@ class DyLoRAModel(keras.Model):
         # The class of an enabled model can't be imported. The archive names
         # the one that revives it.
         _, arguments = super().__reduce__()
-        return DyLoRAModel._unpickle_model, arguments
+        return _keras.unpickle, arguments
 
     @property
-    def weights(self):
-        own = {
-            id(self.__dict__.get(name))
-            for name in ("_ranks_drawn", "_open_columns")
-        }
-        return [w for w in super().weights if id(w) not in own]
+    def variables(self):
+        # As Keras lists the state of a seed generator: here, not in `weights`.
+        state = self._dylora.state if hasattr(self, "_dylora") else []
+        return [*super().variables, *state]
+
+    @property
+    def _ranks_drawn(self):
+        return adaptation_of(self).ranks_drawn
+
+    # In a file, a model's own weights have numbers. The next are of the place
+    # in the rank sequence and, in frozen mode, of the open columns.
 
     def save_own_variables(self, store):
         self._prepare()
         super().save_own_variables(store)
-        for name, variable in self._random_state().items():
+        own = len(_keras.own_weights(self))
+        for i, variable in enumerate(self._dylora.state):
+            store[f"{own + i}"] = variable
+        for name, variable in self._seed_states().items():
             store[name] = variable
 
     def load_own_variables(self, store):
         self._prepare()
-        if not store.keys():
+        stored = {k: store[k] for k in store.keys()}
+        own, states = len(_keras.own_weights(self)), self._seed_states()
+        ranks_drawn = stored.pop(f"{own}", None)
+        if ranks_drawn is None:
             raise ValueError(
                 "The file holds no DyLoRA state. Load the weights of a base "
                 f"model before you enable DyLoRA. Received: {self.name}"
             )
-        stored = {k: store[k] for k in store.keys()}
-        random_state = self._random_state()
-        values = {
-            k: stored.pop(k) for k in list(stored) if k.startswith(RANDOM_STATE)
+        seeds = {
+            k: stored.pop(k) for k in list(stored) if k.startswith(SEED_STATE)
         }
-        # The open columns of the frozen mode, the last of a model's own.
-        count = len(own_weights(self))
-        if self._dylora.config.frozen:
-            stored.setdefault(f"{count - 1}", self._open_columns)
-        else:
-            stored.pop(f"{count}", None)
+        open_columns = stored.pop(f"{own + 1}", None)
         super().load_own_variables(stored)
-        if values.keys() == random_state.keys():
-            for name, variable in random_state.items():
-                variable.assign(values[name])
+        self._dylora.ranks_drawn.assign(ranks_drawn)
+        if open_columns is not None and self._dylora.config.frozen:
+            self._dylora.open_columns.assign(open_columns)
+        if seeds.keys() == states.keys():
+            for name, variable in states.items():
+                variable.assign(seeds[name])
         # Else with another dropout: its random numbers start anew, as Keras's.
 
-    def _random_state(self):
+    def _seed_states(self):
         """States of the layers' seed generators, which Keras doesn't save.
 
         Without them, a run with dropout can't resume where it stopped.
         """
-        skip = {id(w) for w in super().weights}
-        skip |= {id(gate.variable) for gate in self._dylora.gates}
+        skip = [*self.weights, *self._dylora.state]
+        skip = {id(v) for v in skip + [g.variable for g in self._dylora.gates]}
         states = [v for v in self.variables if id(v) not in skip]
-        return {f"{RANDOM_STATE}{i}": v for i, v in enumerate(states)}
+        return {f"{SEED_STATE}{i}": v for i, v in enumerate(states)}
 
     def get_compile_config(self):
-        config = portable(super().get_compile_config())
+        config = _keras.public_optimizers(super().get_compile_config())
         if config and self.optimizer is not None:
             # Keras couldn't load what an optimizer saved before it was built
             # into one that is.
@@ -462,20 +433,14 @@ class DyLoRAModel(keras.Model):
     def get_config(self):
         if not _is_combined(type(self)):
             return super().get_config()
-        state = state_of(self)
-        attachment, trainable = (
-            state.attachment,
-            [w.trainable for w in self.weights],
-        )
-        attached = attachment.layers.values() if attachment else ()
-        with uncompiled(self), plain(self, attached, attachment):
+        adaptation = adaptation_of(self)
+        trainable = [w.trainable for w in self.weights]
+        with as_plain(self, adaptation):
             base = keras.saving.serialize_keras_object(self)
         return {
             "format_version": FORMAT_VERSION,
             "base": base,
-            "dylora": attachment.get_config()
-            if attachment
-            else {"config": state.config.get_config(), "layers": None},
+            "dylora": adaptation.get_config(),
             "trainable": trainable,
         }
 
@@ -492,22 +457,11 @@ class DyLoRAModel(keras.Model):
         model = keras.saving.deserialize_keras_object(
             config["base"], custom_objects
         )
-        attachment = Attachment.from_config(model, config["dylora"])
-        if attachment is not None:
-            attachment.attach()
-        adopt(
-            model,
-            DyLoRAConfig.from_config(config["dylora"]["config"]),
-            attachment,
-            cls,
-        )
-        flags = list(zip(model.weights, config["trainable"], strict=True))
-        if attachment is not None:
-            # Of the layers too: a batch normalization asks for its own.
-            attachment.train([w for w, trainable in flags if trainable])
-            return model
-        for weight, trainable in flags:
-            weight.trainable = trainable
+        adaptation = Adaptation.from_config(model, config["dylora"])
+        adaptation.apply()
+        to_dylora_class(model, adaptation, cls)
+        flags = zip(model.weights, config["trainable"], strict=True)
+        adaptation.train([w for w, trainable in flags if trainable])
         return model
 
 

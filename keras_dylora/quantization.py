@@ -1,14 +1,13 @@
 """Quantized bases: quantizing under the adapters, and back to float."""
 
-import contextlib
 import re
 
 import keras
 import numpy as np
 
-from keras_dylora.attachment import base_layers
-from keras_dylora.attachment import layer_paths
-from keras_dylora.low_rank import float32_array
+from keras_dylora.adaptation import as_original
+from keras_dylora.geometry import float32_array
+from keras_dylora.paths import layer_paths
 
 MODES = ("int8", "int4")
 
@@ -49,7 +48,7 @@ def quantize_base(
         return not trained and chosen(layer)
 
     # Keras quantizes layers that are exactly its own.
-    with base_layers(layers):
+    with as_original(layers):
         quantized = [
             layer.name
             for layer in layer_paths(model).values()
@@ -89,9 +88,8 @@ def float_kernel(layer):
     scale = float32_array(layer.kernel_scale)
     if layer.quantization_mode == "int8":
         # The scale is laid out as the layer's output is.
-        inputs, outputs = layer.adapter_dims(layer)
-        scale = np.reshape(scale, (*(1 for _ in inputs), *outputs))
-        return kernel / layer.in_kernel_order(scale)
+        geometry = layer.geometry_of(layer)
+        return kernel / geometry.kernel(np.reshape(scale, (1, -1)))
     rows = np.reshape(kernel, (-1, scale.shape[-1]))
     if getattr(layer, "kernel_zero", None) is None:
         rows = rows / scale
@@ -99,26 +97,3 @@ def float_kernel(layer):
         group = float32_array(layer.g_idx).astype("int32")
         rows = (rows - float32_array(layer.kernel_zero)[group]) * scale[group]
     return np.reshape(rows, kernel.shape)
-
-
-@contextlib.contextmanager
-def described_as_float(layers):
-    """Within it, configs describe quantized layers as the float ones they
-    were."""
-    changed = []
-    try:
-        for layer in layers:
-            if layer.quantization_mode is None:
-                continue
-            policy = layer.dtype_policy
-            changed.append((layer, policy, layer.quantization_config))
-            computes, stores = policy.compute_dtype, policy.variable_dtype
-            layer.dtype_policy = (
-                stores if computes == stores else f"mixed_{computes}"
-            )
-            layer.quantization_config = None
-        yield
-    finally:
-        for layer, policy, config in changed:
-            layer.dtype_policy = policy
-            layer.quantization_config = config

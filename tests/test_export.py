@@ -18,8 +18,8 @@ import pytest
 
 import keras_dylora as kd
 from keras_dylora.export import export_ranks
+from keras_dylora.export.by_tensorflow import custom_modules
 from keras_dylora.export.plan import Inputs
-from keras_dylora.export.rebuild import custom_modules
 from keras_dylora.files import sha256
 from tests import backend
 from tests.models import VOCABULARY

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
+from keras_dylora.training.objectives import OBJECTIVES
 from tests import backend
 from tests.models import classification_loss
 from tests.models import labels
@@ -125,8 +126,8 @@ def test_summed_metrics_are_of_the_highest_rank_that_is_trained():
 
 def test_matryoshka_gate_of_the_paper():
     """g_i is the mean over all ranks r of alpha / r where r >= i."""
-    probabilities = kd.DyLoRAConfig(rank=RANK, alpha=ALPHA).rank_probabilities
-    gate = kd.ranks.mean_gate(probabilities, RANK, ALPHA)
+    config = kd.DyLoRAConfig(rank=RANK, alpha=ALPHA)
+    gate, _ = OBJECTIVES["matryoshka"](config).gate(None)
     paper = [
         np.mean([ALPHA / r if r >= i else 0 for r in range(1, RANK + 1)])
         for i in range(1, RANK + 1)

@@ -16,8 +16,8 @@ import torch
 import transformers
 
 import keras_dylora as kd
-from keras_dylora.interop import from_peft
-from keras_dylora.interop import to_peft
+from keras_dylora.adapters import from_peft
+from keras_dylora.adapters import to_peft
 from tests import backend
 from tests.models import VOCABULARY
 from tests.models import gpt2

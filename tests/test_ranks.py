@@ -5,6 +5,7 @@ import pytest
 from keras import ops
 
 import keras_dylora as kd
+from keras_dylora import distributions
 from keras_dylora import ranks
 from tests import backend
 
@@ -27,7 +28,7 @@ def oracle(probabilities, min_rank, seed, count):
 
 
 def draw(distribution, min_rank, rank, seed, count):
-    sampler = ranks.RankDraw(distribution, min_rank, rank, seed)
+    sampler = distributions.RankDraw(distribution, min_rank, rank, seed)
     positions = [ops.convert_to_tensor(i) for i in range(count)]
     return [int(sampler(position)) for position in positions]
 

@@ -6,12 +6,12 @@ import keras
 
 from keras_dylora import files
 from keras_dylora import ranks as ranks_module
+from keras_dylora.export import by_tensorflow
 from keras_dylora.export import manifest
-from keras_dylora.export import rebuild
 from keras_dylora.export.plan import Inputs
 from keras_dylora.export.plan import Plan
 from keras_dylora.export.verify import verify as verify_artifact
-from keras_dylora.model import state_of
+from keras_dylora.model import adaptation_of
 
 LAYOUTS = ("shared", "merged")
 FORMATS = ("saved_model", "onnx", "litert")
@@ -109,7 +109,7 @@ def export_ranks(
 
     - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
-    config = state_of(model).config
+    config = adaptation_of(model).config
     plan = Plan(
         ranks=_check_ranks(ranks, config),
         layout=_check_choice("layout", layout, LAYOUTS),
@@ -136,12 +136,12 @@ def export_ranks(
 
 def _write(model, folder, plan, on_step):
     if keras.backend.backend() == "tensorflow":
-        from keras_dylora.export import artifacts
+        from keras_dylora.export import writers
 
-        for _ in artifacts.write(model, folder, plan):
+        for _ in writers.write(model, folder, plan):
             on_step()
     else:
-        rebuild.write(model, folder, plan, on_step)
+        by_tensorflow.write(model, folder, plan, on_step)
 
 
 def _check_ranks(ranks, config):
@@ -165,7 +165,7 @@ def _check_choice(name, value, choices):
 
 
 def _check_model(model, plan):
-    quantized = [x.path for x in state_of(model).layers if x.quantization_mode]
+    quantized = [x.path for x in model.dylora_layers if x.quantization_mode]
     if plan.layout == "merged" and quantized:
         raise ValueError(
             "A quantized kernel can't take a float update; export it with "

@@ -9,11 +9,10 @@ import keras
 import tensorflow as tf
 
 from keras_dylora import ranks
-from keras_dylora.attachment import base_layers
-from keras_dylora.export import stand_ins
+from keras_dylora.adaptation import as_original
+from keras_dylora.export import stored_variables
 from keras_dylora.export.text import Preprocessing
-from keras_dylora.low_rank import overridden
-from keras_dylora.model import state_of
+from keras_dylora.model import adaptation_of
 
 
 def write(model, folder, plan):
@@ -99,32 +98,30 @@ def _endpoints(model, plan):
 
 
 def _write_shared(model, folder, plan):
-    state = state_of(model)
-    rank = state.config.rank
-    stored = stand_ins.create(model.weights, plan.dtype)
+    adaptation = adaptation_of(model)
+    config = adaptation.config
+    stored = stored_variables.create(model.weights, plan.dtype)
     endpoints = _endpoints(model, plan)
     artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
     rank_spec = tf.TensorSpec(None, tf.int32, name="rank")
 
     def traced(endpoint, *gate_shape):
-        return _traced(endpoint, state.gates, stored, gate_shape)
+        return _traced(endpoint, adaptation, stored, gate_shape)
 
-    rows = {x.run: traced(x, None, rank) for x in endpoints}
+    rows = {x.run: traced(x, None, config.rank) for x in endpoints}
     for endpoint in endpoints:
         artifact.add(
             endpoint.name,
-            _at_any_rank(
-                endpoint, rows[endpoint.run], max(plan.ranks), state.config
-            ),
+            _at_any_rank(endpoint, rows[endpoint.run], max(plan.ranks), config),
             {**endpoint.signature, "rank": rank_spec},
         )
         if endpoint.rank_name is None:
             continue
-        run = traced(endpoint, rank)
+        run = traced(endpoint, config.rank)
         for b in plan.ranks:
             artifact.add(
                 f"{endpoint.rank_name}{b}",
-                _at_rank(b, run, state.config),
+                _at_rank(b, run, config),
                 endpoint.signature,
             )
             if endpoint.name == "serve":
@@ -133,11 +130,11 @@ def _write_shared(model, folder, plan):
     yield
 
 
-def _traced(endpoint, gates, stored, gate_shape):
+def _traced(endpoint, adaptation, stored, gate_shape):
     """What an endpoint runs, as a graph that several signatures call."""
 
     def call(tensors, gate):
-        with stand_ins.reading(stored), overridden(gates, gate):
+        with stored_variables.reading(stored), adaptation.overridden(gate):
             return endpoint.run(tensors)
 
     signature = [endpoint.specs, tf.TensorSpec(gate_shape, tf.float32)]
@@ -183,11 +180,11 @@ def _gate_rows(rank, batch, high, config):
 
 
 def _write_merged(model, folder, plan):
-    layers = state_of(model).layers
+    layers = adaptation_of(model).layers.values()
     adapters = {id(v) for x in layers for v in (x.down, x.up)}
     base = [w for w in model.weights if id(w) not in adapters]
     kernels = [layer.kernel for layer in layers]
-    stored = stand_ins.create(base, plan.dtype, copies=kernels)
+    stored = stored_variables.create(base, plan.dtype, copies=kernels)
     endpoints = _endpoints(model, plan)
     artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
     for endpoint in endpoints:
@@ -204,14 +201,14 @@ def _write_merged(model, folder, plan):
 
 def _without_rank(endpoint, layers, stored):
     def serve(**tensors):
-        with stand_ins.reading(stored), base_layers(layers):
+        with stored_variables.reading(stored), as_original(layers):
             return endpoint.run(endpoint.prepare(tensors))
 
     return serve
 
 
 class _Artifact:
-    """Signatures, traced once, and the state that they read.
+    """Signatures, traced once, and the variables and tables that they read.
 
     Args:
         sources: list of objects whose lookup tables may be read.
@@ -229,7 +226,7 @@ class _Artifact:
         # A plain module: a Keras model tracks each variable under two nodes,
         # which `tf.saved_model.save` writes as two copies.
         module = tf.Module()
-        module.parameters, module.tables = self._state()
+        module.parameters, module.tables = self._captured()
         for name, function in self.functions.items():
             setattr(module, name, function)
         signatures = {
@@ -244,7 +241,7 @@ class _Artifact:
                 f"Received: {error.message}"
             ) from error
 
-    def _state(self):
+    def _captured(self):
         """Variables and tables that the functions read, and no others.
 
         The words in the tables of the model's own tokenizer, for one, are

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora.attachment import layer_paths
 from keras_dylora.export import process
 from keras_dylora.export.plan import FILE_NAMES
+from keras_dylora.paths import layer_paths
 
 # The largest difference for outputs up to 1, by the coarsest number format
 # on the way: parameters, computation, or the matrix units of a GPU or TPU.
@@ -117,7 +117,7 @@ def _run(calls, plan):
                 }
             )
         (temporary / "request.json").write_text(json.dumps(request))
-        script = pathlib.Path(__file__).with_name("check.py")
+        script = pathlib.Path(__file__).with_name("run_artifact.py")
         try:
             # -P: this folder's modules must not hide others of their name.
             process.run(["-P", str(script), str(temporary)], temporary)

@@ -1,28 +1,21 @@
 """One training step: Keras's own, between a drawn rank and a masked update.
 
 Keras has two step conventions. `stateful` serves TensorFlow and torch,
-`stateless` serves JAX; what a DyLoRA step does is in `step`.
+`stateless` serves JAX; what a DyLoRA step does is in `step`, what gate and
+loss it has in `objectives`.
 """
-
-import functools
 
 import keras
 
-from keras_dylora.training import step
+from keras_dylora.training.step import check_frozen
 
 match keras.backend.backend():
     case "jax":
-        from keras_dylora.training.stateless import call
-        from keras_dylora.training.stateless import guarded
-        from keras_dylora.training.stateless import sync
-        from keras_dylora.training.stateless import train_step
+        from keras_dylora.training import stateless as skin
     case _:
-        from keras_dylora.training.stateful import call
-        from keras_dylora.training.stateful import guarded
-        from keras_dylora.training.stateful import sync
-        from keras_dylora.training.stateful import train_step
+        from keras_dylora.training import stateful as skin
 
-check_frozen = step.check_frozen
-summed_loss = functools.partial(step.summed_loss, call)
-
-__all__ = ["check_frozen", "guarded", "summed_loss", "sync", "train_step"]
+forward = skin.forward
+restore_rank_on_error = skin.restore_rank_on_error
+train_step = skin.train_step
+write_back = skin.write_back

@@ -5,7 +5,6 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_dylora._keras import training_argument
 from keras_dylora.training import step
 
 
@@ -17,21 +16,21 @@ def train_step(model, keras_step, data):
         model.start_training()
     gates = [gate.variable for gate in model._dylora.gates]
     inference = [ops.copy(gate) for gate in gates]
-    previous = {id(v): ops.copy(v) for v in step.watched(model)}
-    previous["iterations"] = ops.copy(model.optimizer.iterations)
+    before = [ops.copy(variable) for variable, _ in step.masked(model)]
+    iterations = ops.copy(model.optimizer.iterations)
     try:
         drawn = step.begin(model)
-        with step.summing(model):
+        with step.training(model):
             logs = keras_step(data)
     finally:
         for gate, value in zip(gates, inference, strict=True):
             gate.assign(value)
     if model._dylora.config.frozen:
-        step.end(model, previous)
+        step.hold(model, before, iterations)
     return {**logs, **drawn}
 
 
-def guarded(model, function):
+def restore_rank_on_error(model, function):
     """A train function that leaves the inference rank behind if it fails.
 
     A TensorFlow graph stops at the operation that fails, before it puts the
@@ -44,17 +43,17 @@ def guarded(model, function):
         except BaseException:
             if hasattr(model, "_dylora"):
                 for gate in model._dylora.gates:
-                    gate.set_rank(gate.active_rank)
+                    gate.set_ranks(gate.active_ranks)
             raise
 
     return train_function
 
 
-def sync(model):
+def write_back(model):
     """Variables are up to date at any time; nothing to do."""
 
 
 @contextlib.contextmanager
-def call(model, x):
+def forward(model, x):
     """Yields predictions of Keras's training step, with their `losses`."""
-    yield model(x, **training_argument(model))
+    yield model(x, **step.training_argument(model))

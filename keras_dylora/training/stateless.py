@@ -5,32 +5,27 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_dylora._keras import override_losses
-from keras_dylora._keras import training_argument
+from keras_dylora import _keras
 from keras_dylora.training import step
 
 
 def train_step(model, keras_step, state, data):
     """Runs one DyLoRA step on `data`; returns its logs and the new state."""
     trainable, non_trainable, optimizer, metrics = state
+    gates = [gate.variable for gate in model._dylora.gates]
     with _scope(model, trainable, non_trainable, optimizer) as scope:
-        gates = [gate.variable for gate in model._dylora.gates]
         inference = [scope.get_current_value(gate) for gate in gates]
-        previous = {
-            id(v): scope.get_current_value(v) for v in step.watched(model)
-        }
-        previous["iterations"] = ops.convert_to_tensor(
-            model.optimizer.iterations
-        )
+        before = [scope.get_current_value(v) for v, _ in step.masked(model)]
+        iterations = ops.convert_to_tensor(model.optimizer.iterations)
         drawn = step.begin(model)
     state = (trainable, _values(scope, model)[1], optimizer, metrics)
-    with step.summing(model):
+    with step.training(model):
         logs, state = keras_step(state, data)
     with _scope(model, *state[:3]) as scope:
         for gate, value in zip(gates, inference, strict=True):
             gate.assign(value)
         if model._dylora.config.frozen:
-            step.end(model, previous)
+            step.hold(model, before, iterations)
     return {**logs, **drawn}, (*_values(scope, model), state[3])
 
 
@@ -58,34 +53,33 @@ def _values(scope, model):
     )
 
 
-def guarded(model, function):
+def restore_rank_on_error(model, function):
     """A step that fails changes no variable; `function` as it is."""
     return function
 
 
-def sync(model):
+def write_back(model):
     """Writes the state of a running `fit` back to the variables."""
-    if getattr(model, "_jax_state", None) is not None:
-        model.jax_state_sync()
+    model.jax_state_sync()
 
 
 @contextlib.contextmanager
-def call(model, x):
+def forward(model, x):
     """Yields predictions of Keras's training step, with their `losses`.
 
     Keras's scope around the loss collects none, so this call has its own.
     """
-    with override_losses(model, []):
+    with _keras.override_losses(model, []):
         predictions, states, losses = model.stateless_call(
             [ops.convert_to_tensor(v) for v in model.trainable_variables],
             [ops.convert_to_tensor(v) for v in model.non_trainable_variables],
             x,
             return_losses=True,
-            **training_argument(model),
+            **step.training_argument(model),
         )
     for variable, value in zip(
         model.non_trainable_variables, states, strict=True
     ):
         variable.assign(value)
-    with override_losses(model, losses):
+    with _keras.override_losses(model, losses):
         yield predictions

@@ -1,6 +1,6 @@
 """Writes the artifacts of a plan; needs the TensorFlow backend."""
 
-from keras_dylora.export import portable
+from keras_dylora.export import onnx_litert
 from keras_dylora.export import saved_model
 
 
@@ -15,5 +15,5 @@ def write(model, folder, plan):
     Yields:
         `None` after each of the `plan.steps` pieces of work.
     """
-    module = saved_model if plan.format == "saved_model" else portable
+    module = saved_model if plan.format == "saved_model" else onnx_litert
     yield from module.write(model, folder, plan)

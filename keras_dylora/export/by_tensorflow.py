@@ -13,8 +13,8 @@ import tempfile
 
 import keras
 
-from keras_dylora.compiling import uncompiled
 from keras_dylora.export import process
+from keras_dylora.recompile import uncompiled
 
 MODEL_NAME = "model.keras"
 REQUEST_NAME = "request.json"
@@ -56,7 +56,11 @@ def write(model, folder, plan, on_step):
         }
         try:
             process.run(
-                ["-m", "keras_dylora.export.child", str(temporary)],
+                [
+                    "-m",
+                    "keras_dylora.export.by_tensorflow_child",
+                    str(temporary),
+                ],
                 temporary,
                 environment,
                 lambda line: on_step() if line == STEP else None,

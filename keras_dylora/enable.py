@@ -6,13 +6,17 @@ import warnings
 
 import keras
 
-from keras_dylora import model as model_module
-from keras_dylora.attachment import Attachment
-from keras_dylora.attachment import if_trainable
-from keras_dylora.attachment import layer_paths
+from keras_dylora.adaptation import Adaptation
+from keras_dylora.adaptation import restore
+from keras_dylora.adaptation import trainable_flags
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.layers import ADAPTERS
+from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.low_rank import LowRankAdapter
+from keras_dylora.model import DyLoRAModel
+from keras_dylora.model import adaptation_of
+from keras_dylora.model import to_dylora_class
+from keras_dylora.model import to_original_class
+from keras_dylora.paths import layer_paths
 
 QUERY_AND_VALUE = r"(query|value|[qv]_proj)(_dense|_projection)?"
 
@@ -63,40 +67,48 @@ def _listing(paths):
     return f"[{shown}{f', … and {more} more' if more > 0 else ''}]"
 
 
-def _head(model, paths, config):
+def _trained_layers(model, paths, config):
     """The layers that are trained in full, each with the variables that are.
 
-    Weights that a head shares with its backbone (tied embeddings) stay frozen.
+    Weights that a task head shares with its backbone (tied embeddings) stay
+    frozen.
     """
     backbone = getattr(model, "backbone", None)
-    shared = set()
     if config.trainable_layers is not None:
         layers = _select(paths, config.trainable_layers, "trainable_layers")
-        return {path: if_trainable(layer) for path, layer in layers.items()}
-    if isinstance(backbone, keras.Model):
-        inside = {id(x) for x in layer_paths(backbone).values()}
-        inside.add(id(backbone))
-        layers = {p: x for p, x in paths.items() if id(x) not in inside}
-        shared = {id(v) for v in backbone.variables}
-    else:
-        layers = {}
+        return {p: _variables_if_trained(layer) for p, layer in layers.items()}
+    if not isinstance(backbone, keras.Model):
+        return {}
+    inside = {id(x) for x in [backbone, *layer_paths(backbone).values()]}
+    shared = {id(v) for v in backbone.variables}
     return {
         path: [v for v in layer.trainable_variables if id(v) not in shared]
-        for path, layer in layers.items()
+        for path, layer in paths.items()
+        if id(layer) not in inside
     }
+
+
+def _variables_if_trained(layer):
+    """The variables of a layer that are trained if it isn't frozen."""
+    flags = trainable_flags(layer)
+    layer.trainable = True
+    try:
+        return list(layer.trainable_variables)
+    finally:
+        restore(flags)
 
 
 def _targets(model, config):
-    """The layers to adapt by path, all checked, and the head."""
+    """The layers to adapt, all checked, and those to train in full."""
     paths = layer_paths(model)
-    head = _head(model, paths, config)
+    trained_layers = _trained_layers(model, paths, config)
     linear = {
         path: layer
         for path, layer in paths.items()
-        if isinstance(layer, tuple(ADAPTERS))
+        if isinstance(layer, tuple(ADAPTED_CLASSES))
     }
-    # A head is trained in full, so it is adapted only if asked for by name.
-    body = {p: x for p, x in linear.items() if p not in head}
+    # What is trained in full is adapted only if asked for by name.
+    body = {p: x for p, x in linear.items() if p not in trained_layers}
     if config.target_layers is None:
         chosen = {
             path: layer
@@ -120,21 +132,23 @@ def _targets(model, config):
                 "A model must be built before it is enabled: call it on data "
                 f"once. Received: a model whose layer {path!r} isn't built"
             )
-        if type(layer) not in ADAPTERS:
+        if type(layer) not in ADAPTED_CLASSES:
             raise ValueError(
                 "Only layers that are exactly `Dense` or `EinsumDense` can "
                 f"be adapted. Received: {path!r}, a {type(layer).__name__}"
             )
         try:
-            ADAPTERS[type(layer)].check_base(layer)
+            ADAPTED_CLASSES[type(layer)].check_base(layer)
         except ValueError as error:
             raise ValueError(f"Layer {path!r}: {error}") from error
-    return chosen, head
+    return chosen, trained_layers
 
 
-def _warn_of_quantized_head(model, head):
+def _warn_of_quantized(model, trained_layers):
     paths = layer_paths(model)
-    quantized = [p for p in head if paths[p].quantization_mode is not None]
+    quantized = [
+        p for p in trained_layers if paths[p].quantization_mode is not None
+    ]
     if quantized:
         warnings.warn(
             "No gradient reaches a quantized kernel, so the layers that are "
@@ -202,22 +216,22 @@ def enable_dylora(model, config=None, **overrides):
     nested = [
         path
         for path, layer in layer_paths(model).items()
-        if isinstance(layer, (LowRankAdapter, model_module.DyLoRAModel))
+        if isinstance(layer, (LowRankAdapter, DyLoRAModel))
     ]
-    if isinstance(model, model_module.DyLoRAModel) or nested:
+    if isinstance(model, DyLoRAModel) or nested:
         raise ValueError(
             "A model can be enabled once. Call `disable_dylora` first. "
             f"Received: {model.name}, with adapters at {_listing(nested)}"
         )
-    layers, head = _targets(model, config)
-    _warn_of_quantized_head(model, head)
-    attachment = Attachment(model, layers, head, config)
+    layers, trained_layers = _targets(model, config)
+    _warn_of_quantized(model, trained_layers)
+    adaptation = Adaptation(model, config, layers, trained_layers)
     try:
-        attachment.attach()
-        model_module.adopt(model, config, attachment)
+        adaptation.apply()
+        to_dylora_class(model, adaptation)
     except BaseException:
-        model_module.release(model)
-        attachment.detach()
+        to_original_class(model)
+        adaptation.undo()
         raise
     return model
 
@@ -243,7 +257,12 @@ def disable_dylora(model):
     keras_dylora.disable_dylora(clf)
     ```
     """
-    attachment = model_module.attachment_of(model)
-    model_module.release(model)
-    attachment.detach()
+    adaptation = adaptation_of(model)
+    if not adaptation.upgraded:
+        raise ValueError(
+            "The model must come from `enable_dylora`. Received: "
+            f"{model.name}, which was built from DyLoRA layers"
+        )
+    to_original_class(model)
+    adaptation.undo()
     return model

@@ -1,4 +1,4 @@
-"""The child process of `rebuild`: `python -m keras_dylora.export.child`."""
+"""The child process of `by_tensorflow`, a `python -m` under TensorFlow."""
 
 import contextlib
 import importlib
@@ -10,29 +10,29 @@ import traceback
 import keras
 import tensorflow as tf
 
-from keras_dylora.export import artifacts
+from keras_dylora.export import by_tensorflow
 from keras_dylora.export import process
-from keras_dylora.export import rebuild
+from keras_dylora.export import writers
 from keras_dylora.export.plan import Plan
 
 
 def main(folder):
     # Tracing needs no GPU, and the parent may hold all of its memory.
     tf.config.set_visible_devices([], "GPU")
-    request = json.loads((folder / rebuild.REQUEST_NAME).read_text())
+    request = json.loads((folder / by_tensorflow.REQUEST_NAME).read_text())
     for name in request["modules"]:
         importlib.import_module(name)
     # The file is the caller's own model, not one from elsewhere.
     model = keras.saving.load_model(
-        folder / rebuild.MODEL_NAME, compile=False, safe_mode=False
+        folder / by_tensorflow.MODEL_NAME, compile=False, safe_mode=False
     )
     if request["sampler"]:
         model.sampler = keras.saving.deserialize_keras_object(
             request["sampler"]
         )
     plan = Plan.from_json(request["plan"])
-    for _ in artifacts.write(model, pathlib.Path(request["folder"]), plan):
-        print(rebuild.STEP, flush=True)
+    for _ in writers.write(model, pathlib.Path(request["folder"]), plan):
+        print(by_tensorflow.STEP, flush=True)
 
 
 if __name__ == "__main__":

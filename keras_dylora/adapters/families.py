@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from keras_dylora.attachment import layer_paths
+from keras_dylora.paths import layer_paths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,7 @@ import inspect
 
 import keras
 
-from keras_dylora._keras import compile_arguments
-from keras_dylora._keras import fresh_optimizer
-from keras_dylora._keras import submodels
+from keras_dylora import _keras
 
 
 def compile_as(model, other):
@@ -15,9 +13,9 @@ def compile_as(model, other):
 
     Nothing is serialized, so that a loss function needn't be registered.
     """
-    arguments = compile_arguments(other)
+    arguments = _keras.compile_arguments(other)
     optimizer = other.optimizer
-    arguments["optimizer"] = optimizer and fresh_optimizer(optimizer)
+    arguments["optimizer"] = optimizer and _keras.fresh_optimizer(optimizer)
     for name in ("metrics", "weighted_metrics"):
         arguments[name] = keras.tree.map_structure(
             lambda x: _fresh(x) if isinstance(x, keras.metrics.Metric) else x,
@@ -65,7 +63,7 @@ def uncompiled(model):
 
     That may hold functions and schedules that can't be serialized.
     """
-    compiled = [each for each in submodels(model) if each.compiled]
+    compiled = [each for each in _keras.submodels(model) if each.compiled]
     try:
         for each in compiled:
             each.compiled = False
@@ -78,7 +76,7 @@ def uncompiled(model):
 def reset_functions(model):
     """Drops the compiled functions of the model, and of those in it, as they
     were."""
-    for each in submodels(model):
+    for each in _keras.submodels(model):
         for name in ("train", "test", "predict", "generate"):
             if getattr(each, f"{name}_function", None) is not None:
                 setattr(each, f"{name}_function", None)
@@ -92,7 +90,7 @@ def new_optimizer(model):
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or not optimizer.built:
         return None
-    return fresh_optimizer(optimizer)
+    return _keras.fresh_optimizer(optimizer)
 
 
 def reset_compiled(model, optimizer):

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 from keras_dylora import files
 from keras_dylora import ranks
-from keras_dylora import sidecar
+from keras_dylora.adapters import metadata
 from keras_dylora.config import DyLoRAConfig
+from keras_dylora.geometry import Factors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -75,6 +76,18 @@ class PeftAdapter:
         if self.config.get("use_rslora"):
             return alpha * math.sqrt(self.rank(module))
         return alpha
+
+    def tensor(self, name):
+        """A tensor by its name less PEFT's prefix."""
+        return self.tensors[f"{PREFIX}{name}"]
+
+    def factors(self, module):
+        """The adapter of a linear layer, as `Factors`."""
+        return Factors(
+            self.tensor(f"{module}.lora_A.weight").T,
+            self.tensor(f"{module}.lora_B.weight").T,
+            self.alpha(module) / self.rank(module),
+        )
 
     def _of(self, module, pattern, default):
         for key, value in (self.config.get(pattern) or {}).items():
@@ -189,7 +202,7 @@ def _dylora_config(folder):
     path = folder / DYLORA_NAME
     if not path.is_file():
         return None
-    config = sidecar.read(
+    config = metadata.read(
         path,
         folder / WEIGHTS_NAME,
         "to_peft",
@@ -215,47 +228,57 @@ def write(folder, tensors, dylora, config):
     arrays = {PREFIX + k: np.ascontiguousarray(v) for k, v in tensors.items()}
     save_file(arrays, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
-    sidecar.write(folder / DYLORA_NAME, folder / WEIGHTS_NAME, dylora)
+    metadata.write(folder / DYLORA_NAME, folder / WEIGHTS_NAME, dylora)
 
 
-def peft_config(layout, counts, dylora):
+def peft_config(layout, fused, dylora):
     """PEFT's configuration.
 
     Args:
         layout: `Layout` of the model.
-        counts: dict of all its linear layers to how many adapters each has.
+        fused: dict of all its linear layers to their `Factors`, or `None`.
         dylora: `DyLoRAConfig`, cut to the rank that is saved.
     """
-    alpha = int(dylora.alpha) if dylora.alpha % 1 == 0 else dylora.alpha
-    adapted = {module: n for module, n in counts.items() if n}
+    # PEFT scales by lora_alpha / r.
+    sizes = {
+        module: (x.rank, _plain_number(x.scale * x.rank))
+        for module, x in fused.items()
+        if x is not None
+    }
     # Patterns for as few layers as possible: not every program reads them.
-    common = collections.Counter(adapted.values()).most_common(1)[0][0]
-    other = {module: n for module, n in adapted.items() if n != common}
+    (rank, alpha), _ = collections.Counter(sizes.values()).most_common(1)[0]
+    other = {k: size for k, size in sizes.items() if size != (rank, alpha)}
     return {
         "peft_type": "LORA",
         "task_type": layout.task_type,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "r": common * dylora.rank,
-        "lora_alpha": common * alpha,
-        "rank_pattern": {k: n * dylora.rank for k, n in other.items()},
-        "alpha_pattern": {k: n * alpha for k, n in other.items()},
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {k: r for k, (r, _) in other.items()},
+        "alpha_pattern": {k: a for k, (_, a) in other.items()},
         "use_rslora": False,
         "lora_dropout": dylora.dropout,
         "bias": "none",
         "fan_in_fan_out": layout.transposed,
-        "target_modules": _target_modules(layout, counts),
+        "target_modules": _target_modules(layout, fused),
         "modules_to_save": sorted({k.split(".")[0] for k in layout.head})
         or None,
     }
 
 
-def _target_modules(layout, counts):
+def _plain_number(x):
+    """A number without the last digits that its arithmetic left behind."""
+    x = float(f"{x:.12g}")
+    return int(x) if x.is_integer() else x
+
+
+def _target_modules(layout, fused):
     """The adapted layers, by a short name where it means no other layer."""
     in_block = collections.Counter(_last(name) for name in layout.linear)
-    plain = {_last(module) for module, n in counts.items() if not n}
+    plain = {_last(module) for module, x in fused.items() if x is None}
     targets = set()
-    for module in (module for module, n in counts.items() if n):
+    for module in (module for module, x in fused.items() if x is not None):
         short = _last(module)
         unique = in_block[short] == 1 and short not in plain
         targets.add(short if unique else module)

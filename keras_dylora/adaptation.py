@@ -1,0 +1,291 @@
+"""Adaptation: all that was done to a model, how it is seen without, undone."""
+
+import contextlib
+import dataclasses
+
+import keras
+import numpy as np
+
+from keras_dylora import _keras
+from keras_dylora import paths
+from keras_dylora.config import AdapterArguments
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.distributions import RankDraw
+from keras_dylora.layers import ADAPTED_CLASSES
+from keras_dylora.rank_gate import GateRow
+from keras_dylora.rank_gate import RankGate
+from keras_dylora.recompile import uncompiled
+from keras_dylora.training.objectives import OBJECTIVES
+
+
+class Adaptation:
+    """All that was done to a model, so that it can be trained and undone.
+
+    A model that is built from adapted layers has one with nothing to undo.
+
+    Args:
+        model: the model, before the change.
+        config: `DyLoRAConfig`.
+        layers: dict of path to the layers to adapt, in forward order. Adapted
+            ones, as in a hand-built model, stay as they are.
+        trained_layers: dict of path to the layers that are trained in full,
+            each with the list of its variables that are.
+    """
+
+    def __init__(self, model, config, layers, trained_layers=()):
+        self.model = model
+        self.layers = layers
+        self.upgraded = [
+            x for x in layers.values() if type(x) in ADAPTED_CLASSES
+        ]
+        self.trained_layers = list(trained_layers)
+        # What is trained besides the adapters, even if it is frozen by now.
+        self.trained = [
+            v for x in self.trained_layers for v in trained_layers[x]
+        ]
+        # What `undo` and `as_plain` make trainable again. None of a hand-built
+        # model's business.
+        self.flags = trainable_flags(model) if self.upgraded else []
+        self.config = config
+
+    @classmethod
+    def of_hand_built(cls, model, options):
+        """That of a model which is built from adapted layers.
+
+        Args:
+            model: the model.
+            options: dict. What a `DyLoRAConfig` has beside its layers'
+                arguments.
+
+        Raises:
+            ValueError: if the layers disagree, aren't built or there is none.
+        """
+        layers = paths.adapted_layers(model)
+        if not layers or not all(layer.built for layer in layers.values()):
+            raise ValueError(
+                "A `DyLoRAModel` needs built `DyLoRADense` or "
+                "`DyLoRAEinsumDense` layers. Received: "
+                f"{[layer.name for layer in layers.values()]} in {model.name}"
+            )
+        shared = {}
+        for name in ("rank", "min_rank", "alpha", "frozen"):
+            values = {getattr(layer, name) for layer in layers.values()}
+            if len(values) > 1:
+                raise ValueError(
+                    f"All layers of a `DyLoRAModel` must have the same "
+                    f"`{name}`. Received: {sorted(values)}"
+                )
+            shared[name] = values.pop()
+        return cls(model, DyLoRAConfig(**shared, **options), layers)
+
+    def apply(self):
+        """Gives the layers their adapters, and freezes all but those."""
+        if not self.upgraded:
+            return
+        config = self.config
+        gate = RankGate(len(self.upgraded), config.rank, config.alpha)
+        for i, layer in enumerate(self.upgraded):
+            ADAPTED_CLASSES[type(layer)].upgrade(
+                layer,
+                AdapterArguments.of(config),
+                GateRow(gate, i),
+                seed=(config.seed + i) % 2**31,  # all that JAX and torch take
+            )
+        adapters = [v for x in self.upgraded for v in (x.down, x.up)]
+        self.train([*self.trained, *adapters])
+
+    def undo(self):
+        """Gives every layer back as it was."""
+        for layer in self.upgraded:
+            if type(layer) not in ADAPTED_CLASSES:
+                layer.downgrade()
+        _keras.track_for_torch(self.model)
+        restore(self.flags)
+
+    def configure(self, config, ranks_drawn=0):
+        """Starts the training of a config, at a place of its rank sequence."""
+        self.config = config
+        self.training = False  # whether a step is being traced or run
+        self.objective = OBJECTIVES[config.objective](config)
+        self.draw = RankDraw(
+            config.distribution, config.min_rank, config.rank, config.seed
+        )
+        state = {
+            "trainable": False,
+            "autocast": False,
+            "aggregation": "only_first_replica",
+        }
+        with keras.name_scope(self.model.name, caller=self.model):
+            # Positions in the rank sequence: how many ranks were drawn.
+            self.ranks_drawn = keras.Variable(
+                ranks_drawn, dtype="int", name="ranks_drawn", **state
+            )
+            self.state = [self.ranks_drawn]
+            if config.frozen:
+                # Columns of the ranks drawn since the last weight update.
+                self.open_columns = keras.Variable(
+                    np.zeros((config.rank,), dtype="float32"),
+                    name="open_columns",
+                    **state,
+                )
+                self.state.append(self.open_columns)
+
+    @property
+    def gates(self):
+        """The `RankGate` of the layers, or that of each hand-built one."""
+        gates = [layer._gate.gate for layer in self.layers.values()]
+        return list({id(gate): gate for gate in gates}.values())
+
+    @contextlib.contextmanager
+    def overridden(self, value):
+        """Within it, the layers read `value` in place of their gates.
+
+        Args:
+            value: float32 tensor `(rank,)`, or `(batch, rank)`.
+        """
+        gates = self.gates
+        for gate in gates:
+            gate.override = value
+        try:
+            yield
+        finally:
+            for gate in gates:
+                gate.override = None
+
+    def train(self, variables):
+        """Leaves these variables trainable, and nothing else."""
+        self.trained = variables
+        keep = {id(v) for v in variables}
+        for item, _ in self.flags:
+            if isinstance(item, keras.Layer):
+                item.trainable = item is self.model or any(
+                    id(v) in keep for v in item.variables
+                )
+        for variable in self.model.variables:
+            variable.trainable = id(variable) in keep
+
+    def forget_replaced(self):
+        """Lets go of the variables that the model no longer has."""
+        current = {id(v) for v in self.model.variables}
+        self.flags = [
+            (item, trainable)
+            for item, trainable in self.flags
+            if isinstance(item, keras.Layer) or id(item) in current
+        ]
+
+    @property
+    def named_config(self):
+        """The `DyLoRAConfig`, with paths of layers in place of callables."""
+        return dataclasses.replace(
+            self.config,
+            **{
+                name: named
+                for name, named in (
+                    ("target_layers", list(self.layers)),
+                    ("trainable_layers", self.trained_layers),
+                )
+                if callable(getattr(self.config, name))
+            },
+        )
+
+    def get_config(self):
+        # Positions, since Keras numbers unnamed layers anew in each process.
+        order = [id(x) for x in paths.layer_paths(self.model).values()]
+        return {
+            "config": self.named_config.get_config(),
+            "layers": [order.index(id(x)) for x in self.upgraded] or None,
+        }
+
+    @classmethod
+    def from_config(cls, model, config):
+        """The same change of a fresh model, not applied yet."""
+        positions = config["layers"]
+        layers = paths.adapted_layers(model)
+        if positions is not None:
+            every = list(paths.layer_paths(model).items())
+            layers = dict(every[i] for i in positions)
+        return cls(model, DyLoRAConfig.from_config(config["config"]), layers)
+
+
+def trainable_flags(layer):
+    """A layer, those below it and their variables, with their `trainable`."""
+    tree = [layer, *paths.layer_paths(layer).values()]
+    # Layers first: setting theirs sets their variables' too.
+    return [(x, x.trainable) for x in [*tree, *layer.variables]]
+
+
+def restore(flags):
+    """Sets what `trainable_flags` gave."""
+    for item, trainable in flags:
+        item.trainable = trainable
+
+
+@contextlib.contextmanager
+def as_original(instances):
+    """Within it, upgraded layers and models are of their original classes.
+
+    The variables of the adapters stay where they are.
+    """
+    classes = [(instance, type(instance)) for instance in instances]
+    try:
+        for instance, cls in classes:
+            _keras.set_class(instance, cls.original_class)
+        yield
+    finally:
+        for instance, cls in classes:
+            _keras.set_class(instance, cls)
+
+
+@contextlib.contextmanager
+def _as_float(layers):
+    """Within it, configs describe quantized layers as what they were."""
+    changed = []
+    try:
+        for layer in layers:
+            if layer.quantization_mode is None:
+                continue
+            policy = layer.dtype_policy
+            changed.append((layer, policy, layer.quantization_config))
+            computes, stores = policy.compute_dtype, policy.variable_dtype
+            layer.dtype_policy = (
+                stores if computes == stores else f"mixed_{computes}"
+            )
+            layer.quantization_config = None
+        yield
+    finally:
+        for layer, policy, config in changed:
+            layer.dtype_policy = policy
+            layer.quantization_config = config
+
+
+@contextlib.contextmanager
+def as_plain(model, adaptation, whole=False):
+    """Within it, Keras describes the model as one without DyLoRA.
+
+    As it was before `enable_dylora`: the classes, what was trainable,
+    uncompiled.
+
+    Args:
+        model: the `DyLoRAModel`.
+        adaptation: its `Adaptation`.
+        whole: bool. Whether what was built by hand is plain too: layers, and
+            models within; and quantized layers are the float ones they were.
+            Defaults to `False`.
+    """
+    instances, layers = [model, *adaptation.upgraded], []
+    if whole:
+        layers = list(adaptation.layers.values())
+        models = _keras.submodels(model)
+        instances = [*(x for x in models if hasattr(x, "original_class"))]
+        instances += layers
+    flags = trainable_flags(model) if adaptation.flags else []
+    try:
+        with (
+            _as_float(layers),
+            uncompiled(model),
+            as_original(instances),
+        ):
+            restore(adaptation.flags)
+            yield
+    finally:
+        restore(flags)

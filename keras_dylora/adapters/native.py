@@ -1,0 +1,115 @@
+"""Our own adapter files: safetensors and JSON, cut to the rank that is kept."""
+
+import pathlib
+
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from keras_dylora import files
+from keras_dylora.adapters import metadata
+from keras_dylora.adapters.weights import AdapterWeights
+from keras_dylora.model import DyLoRAModel
+
+WEIGHTS_NAME = "adapter.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+
+def save_adapter(model, directory, rank=None, overwrite=True):
+    """Saves the adapters, cut to a rank, and the trained head.
+
+    The directory holds `adapter.safetensors`, with
+    `adapter/<layer path>/down`, `adapter/<layer path>/up` and
+    `head/<variable path>` in float32, and `adapter_config.json`. At rank `b`
+    the adapter tensors have `b` columns and rows, so the file is as small as
+    that of an adapter trained at rank `b`.
+
+    Args:
+        model: an enabled model.
+        directory: str or path. Written beside, then renamed.
+        rank: int in `1..config.rank`. Defaults to `None`, the maximum.
+        overwrite: bool. Whether an adapter that is there may be replaced.
+            Defaults to `True`.
+
+    Raises:
+        TypeError: if `rank` isn't an integer.
+        ValueError: if `rank` is out of range, if the model isn't enabled, or
+            if the directory holds something else.
+
+    Example:
+
+    ```python
+    keras_dylora.save_adapter(clf, "adapter/", rank=4)
+    keras_dylora.load_adapter(other_clf, "adapter/")
+    ```
+    """
+    weights = AdapterWeights.of(model)
+    weights = weights.cut(weights.config.rank if rank is None else rank)
+    tensors = {name: x.copy("C") for name, x in weights.tensors().items()}
+    written = files.together(WEIGHTS_NAME, CONFIG_NAME)
+    with files.new_directory(directory, overwrite, written) as folder:
+        safetensors.save_file(tensors, folder / WEIGHTS_NAME)
+        metadata.write(
+            folder / CONFIG_NAME, folder / WEIGHTS_NAME, weights.config
+        )
+
+
+def load_adapter(model, directory):
+    """Loads what `save_adapter` wrote, in place.
+
+    A model that isn't enabled yet is enabled with the configuration of the
+    file. An enabled one must have the same rank, alpha and layers.
+
+    Args:
+        model: a built Keras or KerasHub model.
+        directory: str or path.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: if the files are missing, damaged or from a newer format,
+            or if the rank, alpha, a layer or a shape differs, or if the head
+            of the model is quantized. The message lists what is missing,
+            extra or mis-shaped; the model is unchanged then.
+
+    Example:
+
+    ```python
+    clf = keras_hub.models.RobertaTextClassifier.from_preset(
+        "roberta_base_en", num_classes=2
+    )
+    keras_dylora.load_adapter(clf, "adapter/")
+    ```
+    """
+    config, tensors = _read(directory)
+    if isinstance(model, DyLoRAModel) and (
+        model.dylora_config.alpha != config.alpha
+    ):
+        raise ValueError(
+            "An adapter must have the alpha of the model it is loaded into. "
+            f"Received: alpha={config.alpha} for a model of alpha="
+            f"{model.dylora_config.alpha}"
+        )
+    AdapterWeights.of_tensors(tensors, config).put_on(model)
+    return model
+
+
+def _read(directory):
+    """The config and the tensors of an adapter directory."""
+    folder = pathlib.Path(directory)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"An adapter directory must hold {CONFIG_NAME} and "
+                f"{WEIGHTS_NAME}. Received: {str(folder)!r} without {name}"
+            )
+    config = metadata.read(
+        folder / CONFIG_NAME, folder / WEIGHTS_NAME, "save_adapter"
+    )
+    try:
+        return config, safetensors.load_file(folder / WEIGHTS_NAME)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{WEIGHTS_NAME} must be a safetensors file. "
+            f"Received: {str(folder / WEIGHTS_NAME)!r} ({error})"
+        ) from error

@@ -1,0 +1,290 @@
+"""to_peft and from_peft: adapters in the Hugging Face PEFT format."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+
+from keras_dylora import files
+from keras_dylora.adapters import peft_files
+from keras_dylora.adapters.families import layout_of
+from keras_dylora.adapters.weights import AdapterWeights
+from keras_dylora.adapters.weights import check_shapes
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.geometry import Factors
+
+
+def to_peft(model, directory, rank=None, overwrite=True):
+    """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
+
+    PEFT loads the directory onto the transformers model with the same base
+    weights, and computes what `model` computes at that rank: `lora_alpha / r`
+    is `alpha / rank`. The head of a classifier is in `modules_to_save`. A file
+    of our own, `keras_dylora.json`, tells `from_peft` that the ranks have an
+    order.
+
+    GPT-2's query, key and value are one layer in transformers, so its adapter
+    has the rank of all of theirs together and zeros outside of their blocks.
+    KerasHub's BERT has GELU in its tanh form, so the transformers one needs
+    `hidden_act="gelu_pytorch_tanh"` to agree to the last digits.
+
+    Args:
+        model: an enabled KerasHub `RobertaTextClassifier`,
+            `BertTextClassifier`, `GPT2CausalLM`, `LlamaCausalLM` or
+            `Llama3CausalLM`, or the backbone of one.
+        directory: str or path. Written beside, then renamed.
+        rank: int in `1..config.rank`. Defaults to `None`, the maximum.
+        overwrite: bool. Whether an adapter that is there may be replaced.
+            Defaults to `True`.
+
+    Raises:
+        TypeError: if `rank` isn't an integer.
+        ValueError: if `rank` is out of range, if the model isn't enabled or
+            of another class, if adapters or trained weights have no place in
+            a PEFT adapter, or if the directory holds something else.
+
+    Example:
+
+    ```python
+    keras_dylora.to_peft(clf, "peft/", rank=4)
+
+    base = transformers.RobertaForSequenceClassification.from_pretrained(...)
+    peft.PeftModel.from_pretrained(base, "peft/")
+    ```
+
+    Reference:
+
+    - [PEFT checkpoint format](
+        https://huggingface.co/docs/peft/developer_guides/checkpoint)
+    """
+    weights = AdapterWeights.of(model)
+    layout = layout_of(model)
+    weights = weights.cut(weights.config.rank if rank is None else rank)
+    modules = layout.modules(model)
+    _check_exportable(model, layout, modules, weights)
+    fused = {
+        module: _fuse([weights.layers.get(path) for path in paths])
+        for module, paths in modules.items()
+    }
+    tensors = {}
+    for module, factors in fused.items():
+        if factors is not None:
+            tensors[f"{module}.lora_A.weight"] = factors.down.T
+            tensors[f"{module}.lora_B.weight"] = factors.up.T
+    for name, path in layout.head.items():
+        tensors[name] = weights.trained[path].T
+    described = dataclasses.replace(
+        weights.config, target_layers=list(weights.layers)
+    )
+    config = peft_files.peft_config(layout, fused, described)
+    written = files.together(
+        peft_files.DYLORA_NAME,
+        peft_files.CONFIG_NAME,
+        peft_files.WEIGHTS_NAME,
+    )
+    with files.new_directory(directory, overwrite, written) as folder:
+        peft_files.write(folder, tensors, described, config)
+
+
+def _check_exportable(model, layout, modules, weights):
+    known = {path for paths in modules.values() for path in paths}
+    other = sorted(set(weights.layers) - known)
+    if other:
+        raise ValueError(
+            "A PEFT adapter can adapt the linear layers of the backbone. "
+            f"Received: adapters at {other}"
+        )
+    other = sorted(set(weights.trained) - set(layout.head.values()))
+    if other:
+        raise ValueError(
+            "A PEFT adapter can hold adapters and the task head, and nothing "
+            f"else that is trained. Received: trained weights {other}"
+        )
+    width = model.backbone.hidden_dim if layout.head else None
+    for path in layout.head.values():
+        shape = weights.trained[path].shape
+        if shape[0] != width and len(shape) == 2:
+            raise ValueError(
+                "In transformers, the task head is as wide as the backbone, "
+                f"{width}. Received: {path!r} of shape {shape}"
+            )
+
+
+def _fuse(layers):
+    """One adapter for Keras layers that are one layer in transformers.
+
+    Args:
+        layers: list of `Factors`, `None` where there is no adapter.
+
+    Returns:
+        `Factors`, or `None` if there is no adapter: the columns of all side
+        by side, and a block for each in the rows, with zeros elsewhere.
+    """
+    blocks = [(i, x) for i, x in enumerate(layers) if x is not None]
+    if not blocks:
+        return None
+    _, first = blocks[0]
+    width = first.up.shape[1]
+    rank = sum(x.rank for _, x in blocks)
+    up = np.zeros((rank, len(layers) * width), dtype="float32")
+    start = 0
+    for i, x in blocks:
+        rows = slice(start, start + x.rank)
+        up[rows, i * width : (i + 1) * width] = x.up
+        start += x.rank
+    down = np.concatenate([x.down for _, x in blocks], axis=1)
+    return Factors(down, up, first.scale)
+
+
+def from_peft(model, directory):
+    """Loads a Hugging Face PEFT adapter of plain LoRA kind, in place.
+
+    A model that isn't enabled yet is enabled for the layers of the adapter.
+    What `to_peft` saved comes back as the DyLoRA adapter that it was. Any
+    other adapter is loaded at its one rank, so `min_rank` is `rank`. Its
+    scale is kept at every `alpha` of the model, and the adapter of GPT-2's
+    `c_attn` becomes one each for query, key and value.
+
+    Args:
+        model: a KerasHub `RobertaTextClassifier`, `BertTextClassifier`,
+            `GPT2CausalLM`, `LlamaCausalLM` or `Llama3CausalLM`, or the
+            backbone of one, with the base weights that the adapter is for.
+        directory: str or path, with `adapter_config.json` and
+            `adapter_model.safetensors`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: if a number in the configuration has the wrong type.
+        ValueError: if a file is missing or damaged, if the adapter isn't a
+            plain LoRA or is for other layers, shapes or another rank, or if
+            the model is of another class or its head is quantized. The model
+            is unchanged then.
+
+    Warns:
+        UserWarning: if the ranks of the adapter have no order, as it doesn't
+            come from DyLoRA. Cutting it to a lower rank is meaningless.
+
+    Example:
+
+    ```python
+    clf = keras_hub.models.RobertaTextClassifier.from_preset(
+        "roberta_base_en", num_classes=2
+    )
+    keras_dylora.from_peft(clf, "peft/")
+    ```
+
+    Reference:
+
+    - [PEFT checkpoint format](
+        https://huggingface.co/docs/peft/developer_guides/checkpoint)
+    """
+    weights, ordered = _read(model, directory)
+    if not ordered:
+        warnings.warn(
+            "The ranks of this LoRA adapter have no order, as no "
+            "keras_dylora wrote it: use it at its full rank of "
+            f"{weights.config.rank}. Cutting it to a lower one is meaningless.",
+            stacklevel=2,
+        )
+    weights.put_on(model)
+    return model
+
+
+def _read(model, directory):
+    """The adapter for a model, and whether its ranks have an order."""
+    layout = layout_of(model)
+    adapter = peft_files.read(directory)
+    modules = _adapted(layout.modules(model), adapter)
+    head = _head(layout, adapter)
+    shapes = dict.fromkeys(head)
+    for module in modules:
+        rank = adapter.rank(module)
+        shapes[f"{module}.lora_A.weight"] = (rank, None)
+        shapes[f"{module}.lora_B.weight"] = (None, rank)
+    check_shapes(
+        {f"{peft_files.PREFIX}{name}": x for name, x in shapes.items()},
+        adapter.tensors,
+    )
+    config = _config(modules, adapter)
+    layers = {}
+    for module, paths in modules.items():
+        layers |= _split(adapter.factors(module), paths, adapter.dylora)
+    # In the order of the model, whatever that of the file.
+    trained = {path: adapter.tensor(name).T for name, path in head.items()}
+    return AdapterWeights(layers, trained, config), adapter.dylora is not None
+
+
+def _head(layout, adapter):
+    """The weights of the head that an adapter has, or should have."""
+    if adapter.config.get("modules_to_save") or any(
+        f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
+    ):
+        return layout.head
+    return {}
+
+
+def _adapted(modules, adapter):
+    """The layers that an adapter is for.
+
+    A dict of module name to the paths of its Keras layers, `None` for those
+    without an adapter.
+    """
+    if adapter.dylora is None:
+        return {m: paths for m, paths in modules.items() if adapter.adapts(m)}
+    targets = adapter.dylora.target_layers
+    found = {
+        module: tuple(path if path in targets else None for path in paths)
+        for module, paths in modules.items()
+    }
+    return {module: paths for module, paths in found.items() if any(paths)}
+
+
+def _config(modules, adapter):
+    """The `DyLoRAConfig` that an adapter asks for."""
+    if not modules:
+        raise ValueError(
+            "The adapter must adapt layers of the model. "
+            f"Received: an adapter with tensors {sorted(adapter.tensors)}"
+        )
+    sizes = {m: (adapter.rank(m), adapter.alpha(m)) for m in modules}
+    if adapter.dylora is None:
+        rank, alpha = max(sizes.values())
+        return DyLoRAConfig(
+            rank=rank,
+            min_rank=rank,
+            alpha=alpha,
+            dropout=adapter.config.get("lora_dropout", 0.0),
+        )
+    for module, paths in modules.items():
+        rank = adapter.dylora.rank * (len(paths) - paths.count(None))
+        if sizes[module][0] != rank:
+            raise ValueError(
+                f"{peft_files.CONFIG_NAME} must give the rank that "
+                f"{peft_files.DYLORA_NAME} does. Received: "
+                f"{sizes[module][0]} instead of {rank} for {module}"
+            )
+    return adapter.dylora
+
+
+def _split(fused, paths, dylora):
+    """Undoes `_fuse`; a dict of path to `Factors`.
+
+    What no `_fuse` wrote has no blocks: every part needs the whole `down`.
+    """
+    parts = {}
+    width = fused.up.shape[1] // len(paths)
+    for i, path in enumerate(paths):
+        if path is None:
+            continue
+        rows = slice(None)
+        if dylora is not None:
+            rows = slice(
+                len(parts) * dylora.rank, (len(parts) + 1) * dylora.rank
+            )
+        columns = slice(i * width, (i + 1) * width)
+        parts[path] = Factors(
+            fused.down[:, rows], fused.up[rows, columns], fused.scale
+        )
+    return parts

@@ -1,0 +1,241 @@
+"""AdapterWeights: what stands between a live model and any file of adapters.
+
+In NumPy: of a model, cut to ranks, checked against a model, put on it.
+"""
+
+import dataclasses
+
+import keras
+import numpy as np
+
+from keras_dylora import _keras
+from keras_dylora import ranks as rank_functions
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.enable import enable_dylora
+from keras_dylora.geometry import Factors
+from keras_dylora.geometry import float32_array
+from keras_dylora.layers import ADAPTED_CLASSES
+from keras_dylora.model import DyLoRAModel
+from keras_dylora.model import adaptation_of
+from keras_dylora.paths import layer_paths
+from keras_dylora.paths import weight_paths
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterWeights:
+    """The adapters of a model, and what was trained besides.
+
+    Args:
+        layers: dict of layer path to `Factors`, each with a rank and a scale
+            of its own.
+        trained: dict of path to the float32 array of a weight that was trained
+            in full, or of a moving average beside it.
+        config: `DyLoRAConfig`, whose rank is the highest of the layers'.
+    """
+
+    layers: dict[str, Factors]
+    trained: dict[str, np.ndarray]
+    config: DyLoRAConfig
+
+    @classmethod
+    def of(cls, model):
+        """Those of an enabled model, at its highest rank."""
+        adaptation = adaptation_of(model)
+        trained = trained_weights(model) | _statistics(model)
+        return cls(
+            {p: layer.factors() for p, layer in adaptation.layers.items()},
+            {p: float32_array(v) for p, v in trained.items()},
+            adaptation.named_config,
+        )
+
+    def cut(self, ranks):
+        """The same at lower ranks, and so really smaller.
+
+        Args:
+            ranks: int, or a dict of layer path to int, in `1..config.rank`.
+
+        Returns:
+            `AdapterWeights`.
+
+        Raises:
+            TypeError: if a rank isn't an integer.
+            ValueError: if one is out of range or the paths are others.
+        """
+        ranks = rank_functions.by_layer(ranks, self.layers, self.config.rank)
+        return dataclasses.replace(
+            self,
+            layers={
+                path: factors.cut(ranks[path], self.config.alpha)
+                for path, factors in self.layers.items()
+            },
+            config=self.config.truncated(max(ranks.values())),
+        )
+
+    def check(self, model):
+        """Raises a `ValueError` if the weights don't fit a model.
+
+        An enabled model must have the rank and the layers, any other must
+        have layers that can be adapted so. The message lists what is missing,
+        extra or mis-shaped.
+        """
+        enabled = isinstance(model, DyLoRAModel)
+        if enabled and model.dylora_config.rank != self.config.rank:
+            raise ValueError(
+                "An adapter must have the rank of the model it is loaded into. "
+                f"Received: rank {self.config.rank} for a model of rank "
+                f"{model.dylora_config.rank}"
+            )
+        every = weight_paths(model)
+        if enabled:
+            layers = adaptation_of(model).layers
+            trained = trained_weights(model)
+            trained |= {
+                path: v
+                for path, v in _statistics(model).items()
+                if path in self.trained
+            }
+        else:
+            # The file says what to adapt; the model must have it.
+            layers = {
+                path: layer
+                for path, layer in layer_paths(model).items()
+                if type(layer) in ADAPTED_CLASSES and path in self.layers
+            }
+            trained = {p: v for p, v in every.items() if p in self.trained}
+        shapes = {f"head/{path}": tuple(v.shape) for path, v in trained.items()}
+        for path, layer in layers.items():
+            cls = ADAPTED_CLASSES.get(type(layer), type(layer))
+            inputs, outputs = cls.geometry_of(layer).shape
+            factors = self.layers.get(path)
+            rank = min(factors.rank if factors else 0, self.config.rank)
+            shapes |= tensor_names(path, (inputs, rank), (rank, outputs))
+        check_shapes(shapes, self.tensors())
+        for path in self.trained:
+            if not keras.backend.is_float_dtype(every[path].dtype):
+                raise ValueError(
+                    "What is trained in full must be of floats: quantize the "
+                    "backbone alone, or the model once it is enabled. "
+                    f"Received: {path!r} of dtype {every[path].dtype}"
+                )
+
+    def put_on(self, model):
+        """Gives a model these weights; enables it if it isn't.
+
+        A layer of a lower rank than the model's gets columns of zeros, and
+        where its scale is another one, that goes into its rows.
+        """
+        self.check(model)
+        if not isinstance(model, DyLoRAModel):
+            enable_dylora(model, self.config, target_layers=list(self.layers))
+        config = model.dylora_config
+        scale = rank_functions.scale(config.rank, config.alpha)
+        for path, layer in adaptation_of(model).layers.items():
+            factors = self.layers[path]
+            up = factors.up * np.float32(factors.scale / scale)
+            rest = config.rank - factors.rank
+            layer.down.assign(np.pad(factors.down, ((0, 0), (0, rest))))
+            layer.up.assign(np.pad(up, ((0, rest), (0, 0))))
+        weights = weight_paths(model)
+        for path, value in self.trained.items():
+            weights[path].assign(value)
+
+    def tensors(self):
+        """All arrays by the names that they have in our own files."""
+        named = {f"head/{path}": x for path, x in self.trained.items()}
+        for path, factors in self.layers.items():
+            named |= tensor_names(path, factors.down, factors.up)
+        return named
+
+    @classmethod
+    def of_tensors(cls, tensors, config):
+        """Undoes `tensors`.
+
+        Raises:
+            ValueError: if an adapter has one factor, or two ranks.
+        """
+        ends = {"adapter/": "/down", "head/": ""}
+        paths = {
+            start: [
+                name.removeprefix(start).removesuffix(end)
+                for name in tensors
+                if name.startswith(start) and name.endswith(end)
+            ]
+            for start, end in ends.items()
+        }
+        shapes = {f"head/{path}": None for path in paths["head/"]}
+        for path in paths["adapter/"]:
+            rank = tensors[f"adapter/{path}/down"].shape[-1]
+            shapes |= tensor_names(path, (None, rank), (rank, None))
+        check_shapes(shapes, tensors)
+        layers = {}
+        for path in paths["adapter/"]:
+            down, up = (tensors[name] for name in tensor_names(path, 0, 0))
+            scale = rank_functions.scale(down.shape[1], config.alpha)
+            layers[path] = Factors(down, up, scale)
+        trained = {path: tensors[f"head/{path}"] for path in paths["head/"]}
+        return cls(layers, trained, config)
+
+
+def trained_weights(model):
+    """The weights that are trained besides the adapters, by their path.
+
+    Those that are frozen by now are among them.
+    """
+    adapters = {id(v) for x in model.dylora_layers for v in (x.down, x.up)}
+    ids = _trained_ids(model) - adapters
+    return {p: v for p, v in weight_paths(model).items() if id(v) in ids}
+
+
+def _statistics(model):
+    """What training changes beside them without a gradient, by its path."""
+    adapted = {id(layer) for layer in model.dylora_layers}
+    trained = _trained_ids(model)
+    ids = {
+        id(v)
+        for layer in layer_paths(model).values()
+        if id(layer) not in adapted
+        and (layer.trainable or any(id(v) in trained for v in layer.weights))
+        for v in _keras.statistics(layer)
+    }
+    return {p: v for p, v in weight_paths(model).items() if id(v) in ids}
+
+
+def _trained_ids(model):
+    trained = adaptation_of(model).trained
+    return {id(v) for v in [*model.trainable_variables, *trained]}
+
+
+def tensor_names(path, down, up):
+    """What belongs to the two factors of a layer, by their names in a file."""
+    return {f"adapter/{path}/down": down, f"adapter/{path}/up": up}
+
+
+def check_shapes(shapes, tensors):
+    """Raises a `ValueError` that lists what is missing, extra or mis-shaped.
+
+    Args:
+        shapes: dict of name to the shape that is needed, with `None` for any
+            size, or `None` for any shape.
+        tensors: dict of name to array.
+    """
+    wrong = [f"missing: {name}" for name in shapes if name not in tensors]
+    wrong += [f"extra: {name}" for name in tensors if name not in shapes]
+    wrong += [
+        f"mis-shaped: {name} is {tensors[name].shape}, must be {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and not _fits(tensors[name].shape, shape)
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong[:20])
+        more = f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError(
+            "The adapter must fit the model, tensor by tensor. Received an "
+            f"adapter with\n  {shown}{more}"
+        )
+
+
+def _fits(found, wanted):
+    return wanted is None or (
+        len(found) == len(wanted)
+        and all(b in (None, a) for a, b in zip(found, wanted, strict=True))
+    )

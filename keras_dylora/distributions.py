@@ -1,0 +1,252 @@
+"""The distributions of the training rank, and the seeded draw from them."""
+
+import math
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora.ranks import as_rank
+
+_BITS = 30  # a draw is an integer in [0, 2**30), exact in int32 everywhere
+
+
+class RankDistribution:
+    """Base class of the distributions of the training rank.
+
+    A subclass gives `weights(ranks)`, one non-negative weight for each rank.
+    """
+
+    def weights(self, ranks):
+        raise NotImplementedError
+
+    def probabilities(self, min_rank, rank):
+        """Probabilities of the ranks `min_rank..rank`.
+
+        Args:
+            min_rank: int. The lowest rank that is drawn.
+            rank: int. The highest one.
+
+        Returns:
+            A float64 array of length `rank - min_rank + 1` that sums to one.
+        """
+        weights = np.asarray(
+            self.weights(range(min_rank, rank + 1)), dtype="float64"
+        )
+        return weights / weights.sum()
+
+    def get_config(self):
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def __eq__(self, other):
+        return (
+            type(self) is type(other)
+            and self.get_config() == other.get_config()
+        )
+
+    def __hash__(self):
+        return hash((type(self), repr(self)))
+
+    def __repr__(self):
+        arguments = ", ".join(
+            f"{k}={v!r}" for k, v in self.get_config().items()
+        )
+        return f"{type(self).__name__}({arguments})"
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+class Uniform(RankDistribution):
+    """Every rank in `min_rank..rank` is equally likely.
+
+    Example:
+
+    ```python
+    keras_dylora.Uniform().probabilities(1, 4)  # [0.25, 0.25, 0.25, 0.25]
+    ```
+
+    Reference:
+
+    - [DyLoRA, Algorithm 1 and Table 4](https://arxiv.org/abs/2210.07558)
+    """
+
+    def weights(self, ranks):
+        return [1.0] * len(ranks)
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+class Geometric(RankDistribution):
+    """Low ranks are likelier: `P(b)` is proportional to `(1 - p) ** b`.
+
+    Truncated to `min_rank..rank` and renormalised.
+
+    Args:
+        p: float. The success probability, in `(0, 1)`. Defaults to `0.15`,
+            the paper's.
+
+    Raises:
+        ValueError: if `p` isn't in `(0, 1)`.
+
+    Example:
+
+    ```python
+    keras_dylora.Geometric(0.5).probabilities(1, 2)  # [2 / 3, 1 / 3]
+    ```
+
+    Reference:
+
+    - [DyLoRA, Table 4](https://arxiv.org/abs/2210.07558)
+    """
+
+    def __init__(self, p=0.15):
+        if not isinstance(p, numbers.Real) or not 0.0 < p < 1.0:
+            raise ValueError(f"`p` must be between 0 and 1. Received: p={p!r}")
+        self.p = float(p)
+
+    def weights(self, ranks):
+        return [(1.0 - self.p) ** (b - ranks[0]) for b in ranks]
+
+    def get_config(self):
+        return {"p": self.p}
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+class Categorical(RankDistribution):
+    """A weight for each rank; ranks that aren't named are never drawn.
+
+    Args:
+        weights: dict of int to float. Non-negative weights by rank. They
+            needn't sum to one.
+
+    Raises:
+        TypeError: if a rank isn't an integer.
+        ValueError: if a weight is negative or not finite, if all are zero,
+            or (when a model is enabled) if a rank is outside
+            `min_rank..rank`.
+
+    Example:
+
+    ```python
+    keras_dylora.Categorical({1: 1, 2: 0, 4: 3}).probabilities(1, 4)
+    # [0.25, 0, 0, 0.75]
+    ```
+    """
+
+    def __init__(self, weights):
+        if not isinstance(weights, dict) or not weights:
+            raise TypeError(
+                "`weights` must be a dict of rank to weight. "
+                f"Received: weights={weights!r}"
+            )
+        self.by_rank = {}
+        for b, weight in weights.items():
+            # JSON turns integer keys into strings.
+            b = int(b) if isinstance(b, str) and b.isdecimal() else b
+            b = as_rank(b, 1, 2**31 - 1, "a rank in `weights`")
+            if (
+                not isinstance(weight, numbers.Real)
+                or not math.isfinite(weight)
+                or weight < 0
+            ):
+                raise ValueError(
+                    "Weights must be finite and not negative. "
+                    f"Received: weight {weight!r} for rank {b}"
+                )
+            self.by_rank[b] = float(weight)
+        if not any(self.by_rank.values()):
+            raise ValueError(
+                "At least one weight must be positive. "
+                f"Received: weights={weights!r}"
+            )
+
+    def weights(self, ranks):
+        outside = sorted(set(self.by_rank) - set(ranks))
+        if outside:
+            raise ValueError(
+                f"Ranks of a `Categorical` must be between {ranks[0]} and "
+                f"{ranks[-1]}. Received: weights for {outside}"
+            )
+        return [self.by_rank.get(b, 0.0) for b in ranks]
+
+    def get_config(self):
+        return {"weights": {str(b): w for b, w in self.by_rank.items()}}
+
+
+def get_distribution(identifier):
+    """A `RankDistribution` from its name, its config or itself."""
+    names = {"uniform": Uniform, "geometric": Geometric}
+    if isinstance(identifier, RankDistribution):
+        return identifier
+    if isinstance(identifier, str) and identifier in names:
+        return names[identifier]()
+    if isinstance(identifier, dict) and "class_name" in identifier:
+        return keras.saving.deserialize_keras_object(identifier)
+    raise ValueError(
+        "`rank_distribution` must be one of "
+        f"{sorted(names)} or a `Uniform`, `Geometric` or `Categorical`. "
+        f"Received: rank_distribution={identifier!r}"
+    )
+
+
+class RankDraw:
+    """The sequence of training ranks, a function of a seed and a position.
+
+    The random number is a hash of the position (two rounds of the `lowbias32`
+    integer mixer), so that TensorFlow, JAX and torch, in or out of a compiled
+    step, give the same ranks, and a position is all there is to save.
+
+    Args:
+        distribution: `RankDistribution`.
+        min_rank: int. The lowest rank that is drawn.
+        rank: int. The highest one.
+        seed: int. Another seed gives another sequence.
+    """
+
+    def __init__(self, distribution, min_rank, rank, seed):
+        self.min_rank = min_rank
+        probabilities = distribution.probabilities(min_rank, rank)
+        # Rank min_rank + k is drawn when k of these are <= the random number.
+        thresholds = np.round(np.cumsum(probabilities)[:-1] * 2**_BITS)
+        # Python integers: a NumPy constant breaks the graph of torch.compile.
+        self._thresholds = thresholds.astype("int32").tolist()
+        self._keys = (
+            np.random.SeedSequence(seed)
+            .generate_state(2, dtype="uint32")
+            .view("int32")
+            .tolist()
+        )
+
+    def __call__(self, position):
+        """Draws one rank.
+
+        Args:
+            position: integer scalar tensor. How many ranks were drawn before.
+
+        Returns:
+            An int32 scalar tensor.
+        """
+        x = ops.cast(position, "int32")
+        for key in self._keys:
+            x = _mix(ops.bitwise_xor(x, key))
+        x = _shift(x, 32 - _BITS)
+        thresholds = ops.convert_to_tensor(self._thresholds, dtype="int32")
+        above = ops.greater_equal(x, thresholds)
+        return self.min_rank + ops.sum(ops.cast(above, "int32"))
+
+
+def _shift(x, bits):
+    """Right shift with zero fill: int32 shifts copy the sign bit."""
+    return ops.bitwise_and(ops.right_shift(x, bits), (1 << (32 - bits)) - 1)
+
+
+def _mix(x):
+    """`lowbias32`, an invertible 32-bit mixer; products wrap around."""
+    x = ops.bitwise_xor(x, _shift(x, 16))
+    x = ops.multiply(x, 0x7FEB352D)
+    x = ops.bitwise_xor(x, _shift(x, 15))
+    x = ops.multiply(x, 0x846CA68B - 2**32)
+    return ops.bitwise_xor(x, _shift(x, 16))

@@ -1,0 +1,85 @@
+"""The gates that adapted layers read: one variable, with a row a layer."""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_dylora import ranks
+
+
+class RankGate:
+    """The gates of the adapted layers of a model, a row for each layer.
+
+    They live in one variable, so a new rank, or one for each layer, neither
+    retraces nor recompiles anything. It isn't a weight: it is state and not
+    something learned.
+
+    Args:
+        layers: int. How many layers read it.
+        rank: int. Length of a gate.
+        alpha: float. Scale of the adapters.
+    """
+
+    def __init__(self, layers, rank, alpha):
+        self.rank = rank
+        self.alpha = alpha
+        self.active_ranks = [rank] * layers
+        self.override = None
+        self.variable = keras.Variable(
+            # Callable, as a layer may be built while JAX traces.
+            lambda shape, dtype: ranks.gate([rank] * layers, rank, alpha),
+            shape=(layers, rank),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+            name="gate",
+        )
+
+    def set_rank(self, rank):
+        """Sets one rank for all layers, in `0..rank`."""
+        self.set_ranks([rank] * len(self.active_ranks))
+
+    def set_ranks(self, active_ranks):
+        """Sets the rank of each layer, a list of int in `0..rank`."""
+        self.active_ranks = [
+            ranks.as_rank(b, 0, self.rank) for b in active_ranks
+        ]
+        self.variable.assign(
+            ranks.gate(self.active_ranks, self.rank, self.alpha)
+        )
+
+    def assign(self, row):
+        """Sets the gates of a step, all alike: `(rank,)`."""
+        self.variable.assign(ops.broadcast_to(row, self.variable.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class GateRow:
+    """The row of a `RankGate` that one layer reads."""
+
+    gate: RankGate
+    index: int = 0
+
+    @property
+    def value(self):
+        """`(rank,)`, or `(batch, rank)` where examples have their own rank."""
+        if self.override is not None:
+            return ops.convert_to_tensor(self.override)
+        return ops.convert_to_tensor(self.gate.variable)[self.index]
+
+    @property
+    def override(self):
+        """What all layers read in place of their rows, or `None`."""
+        return self.gate.override
+
+    @property
+    def active_rank(self):
+        return self.gate.active_ranks[self.index]
+
+    def set_rank(self, rank):
+        """Sets the rank of this layer alone."""
+        active_ranks = list(self.gate.active_ranks)
+        active_ranks[self.index] = rank
+        self.gate.set_ranks(active_ranks)

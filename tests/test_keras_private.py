@@ -1,0 +1,278 @@
+"""A canary: every private part of Keras that `_keras.py` touches.
+
+Each test says what breaks in keras_dylora if Keras changes it.
+"""
+
+import inspect
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dylora as kd
+from keras_dylora import _keras
+from tests import backend
+from tests.models import labels
+from tests.models import mlp
+from tests.models import roberta_classifier
+from tests.models import tokens
+
+
+def dense():
+    layer = keras.layers.Dense(3, name="dense")
+    layer.build((None, 2))
+    return layer
+
+
+def compiled():
+    model = roberta_classifier(num_layers=1)
+    model.compile(keras.optimizers.AdamW(0.1), "mse", metrics=["mae"])
+    return model
+
+
+def set_class():
+    layer = dense()
+
+    class Other(keras.layers.Dense):
+        pass
+
+    _keras.set_class(layer, Other)
+    assert type(layer) is Other
+    assert layer(np.ones((1, 2))).shape == (1, 3)
+
+
+def unlocked():
+    layer = dense()
+    with pytest.raises(ValueError):
+        layer.late = keras.Variable(np.zeros(2))
+    with _keras.unlocked(layer):
+        weight = layer.add_weight(shape=(2,), name="late")
+    assert any(w is weight for w in layer.weights)
+    assert weight.path == "dense/late"
+    with pytest.raises(ValueError):
+        layer.later = keras.Variable(np.zeros(2))
+
+
+def forget():
+    layer = dense()
+    before = len(layer.variables)
+    with _keras.unlocked(layer):
+        layer.late = layer.add_weight(shape=(2,), name="late")
+        layer.seed = keras.random.SeedGenerator(1)
+    assert len(layer.variables) == before + 2
+    _keras.forget(layer, "late", "seed", "no_such_name")
+    assert len(layer.variables) == before
+    assert not hasattr(layer, "late") and not hasattr(layer, "seed")
+
+
+def track_for_torch():
+    model = mlp()
+    layer = model.dylora_layers[0]
+    with _keras.unlocked(layer):
+        weight = layer.add_weight(shape=(2,), name="late")
+    _keras.track_for_torch(model)
+    if backend.NAME == "torch":
+        parameters = [id(p) for p in model.parameters()]
+        assert id(weight.value) in parameters
+
+
+def sublayers():
+    model = roberta_classifier(num_layers=1)
+    block = model.backbone.get_layer("transformer_layer_0")
+    names = [layer.name for layer in _keras.sublayers(block)]
+    assert "self_attention_layer" in names
+    assert "query" not in names
+
+
+def submodels():
+    model = roberta_classifier(num_layers=1)
+    assert _keras.submodels(model) == [model, model.backbone]
+
+
+def own_weights():
+    layer = dense()
+    assert [w.name for w in _keras.own_weights(layer)] == ["kernel", "bias"]
+    assert _keras.own_weights(roberta_classifier(num_layers=1)) == []
+
+
+def statistics():
+    layer = keras.layers.BatchNormalization()
+    layer.build((None, 2))
+    names = [w.name for w in _keras.statistics(layer)]
+    assert names == ["moving_mean", "moving_variance"]
+
+
+def unpickle():
+    model = mlp()
+    _, (archive,) = keras.Model.__reduce__(model)
+    again = _keras.unpickle(archive)
+    assert again.dylora_config == model.dylora_config
+
+
+def uncover_quantize():
+    model = roberta_classifier(num_layers=1)
+    wrapped = model.__dict__.get("quantize")
+    _keras.uncover_quantize(model)
+    assert "quantize" not in model.__dict__
+    _keras.cover_quantize(model)
+    assert model.__dict__.get("quantize") is wrapped
+
+
+def settle_dtype_policies():
+    policies = keras.dtype_policies.DTypePolicyMap()
+    layer = keras.layers.Dense(3, dtype=policies, name="dense")
+    model = keras.Sequential([keras.Input((2,)), layer])
+    policies[layer.path] = keras.dtype_policies.QuantizedDTypePolicy(
+        "int8", "float32"
+    )
+    assert layer.dtype_policy is policies
+    _keras.settle_dtype_policies(model)
+    assert layer.dtype_policy.quantization_mode == "int8"
+
+
+def override_losses():
+    model = compiled()
+    loss = keras.ops.ones(())
+    with _keras.override_losses(model, [loss]):
+        assert [float(x) for x in model.losses] == [1.0]
+    assert model.losses == []
+
+
+def optimizer_slots():
+    model = mlp()
+    optimizer = keras.optimizers.AdamW(0.1, gradient_accumulation_steps=2)
+    optimizer.build(model.trainable_variables)
+    found = list(_keras.optimizer_slots(optimizer, model.trainable_variables))
+    count = len(model.trainable_variables)
+    assert len(found) == 2 * count  # momentum and velocity
+    assert len({id(owner) for _, owner in found}) == count
+    assert all(slot.shape == owner.shape for slot, owner in found)
+
+
+def keeps_slots():
+    variables = mlp().trainable_variables
+    for optimizer, keeps in (
+        (keras.optimizers.SGD(0.1), False),
+        (keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), False),
+        (keras.optimizers.SGD(0.1, momentum=0.9), True),
+        (keras.optimizers.Adafactor(0.1), True),
+    ):
+        optimizer.build(variables)
+        assert _keras.keeps_slots(optimizer) == keeps
+
+
+def compile_arguments():
+    model = compiled()
+    arguments = _keras.compile_arguments(model)
+    assert arguments["optimizer"] is model.optimizer
+    assert arguments["loss"] == "mse"
+    assert arguments["metrics"] == ["mae"]
+
+
+def fresh_optimizer():
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.3)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    variables = mlp().trainable_variables
+    optimizer.build(variables)
+    fresh = _keras.fresh_optimizer(
+        keras.optimizers.LossScaleOptimizer(optimizer)
+    ).inner_optimizer
+    assert type(fresh) is type(optimizer) and not fresh.built
+    assert fresh.get_config()["weight_decay"] == 0.3
+    assert fresh._learning_rate is schedule
+    fresh.build(variables)
+    bias = next(v for v in variables if v.name == "bias")
+    assert not fresh._use_weight_decay(bias)
+
+
+def public_optimizers():
+    model = compiled()
+    config = _keras.public_optimizers(model.get_compile_config())
+    assert config["optimizer"]["module"] == "keras.optimizers"
+    assert config["optimizer"]["class_name"] == "AdamW"
+
+
+# What each is for, and so what breaks.
+BREAKS = {
+    set_class: "enable_dylora and disable_dylora, in place",
+    unlocked: "adapters of layers that are built",
+    forget: "disable_dylora and truncate: variables stay behind",
+    track_for_torch: "torch: zero_grad and to() miss the adapters",
+    sublayers: "paths of layers, and so every file",
+    submodels: "functions of a backbone are those of before",
+    own_weights: "files: the place in the rank sequence",
+    statistics: "save_adapter leaves out moving averages",
+    unpickle: "pickle",
+    uncover_quantize: "quantize: the method of the class before",
+    settle_dtype_policies: "quantized presets can't be saved again",
+    override_losses: "JAX: what layers add to a summed loss",
+    optimizer_slots: "frozen mode holds no momentum",
+    keeps_slots: "frozen mode refuses an optimizer without slots",
+    compile_arguments: "merge: compiled as the model is",
+    fresh_optimizer: "enable, disable, truncate and merge of a trained model",
+    public_optimizers: "files of torch on other backends",
+}
+
+
+@pytest.mark.parametrize("touch", BREAKS, ids=lambda touch: touch.__name__)
+def test_canary(touch):
+    try:
+        touch()
+    except Exception as error:
+        raise AssertionError(f"breaks: {BREAKS[touch]}") from error
+
+
+def test_every_private_touch_has_a_canary():
+    functions = {
+        name
+        for name, value in vars(_keras).items()
+        if inspect.isfunction(value) and value.__module__ == _keras.__name__
+    }
+    canaries = {touch.__name__ for touch in BREAKS}
+    assert functions - {"cover_quantize"} == canaries
+
+
+PRIVATE = re.compile(
+    r"\._(tracker|flatten_layers|torch_params|track_variables|trainable"
+    r"|trainable_variables|non_trainable_variables|seed_generators|layers"
+    r"|dtype_policy|losses_override|compile_\w+|jax_\w+|call_has_\w+"
+    r"|learning_rate|open_name_scope|unpickle_model|metrics|loss_tracker)\b"
+)
+
+
+def test_private_keras_is_in_one_file():
+    package = pathlib.Path(kd.__file__).parent
+    found = {
+        f"{path.relative_to(package)}: {match.group()}"
+        for path in package.rglob("*.py")
+        for match in PRIVATE.finditer(path.read_text())
+        if path.name != "_keras.py"
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("base", [keras.layers.Dense, keras.layers.EinsumDense])
+def test_layers_ask_before_they_load(base):
+    """The one private method that an adapted layer overrides.
+
+    Breaks: loading, as Keras counts the variables of a plain layer.
+    """
+
+    class Asked(base):
+        def _check_load_own_variables(self, store):
+            raise InterruptedError
+
+    arguments = ("ab,bc->ac", 3) if base is keras.layers.EinsumDense else (3,)
+    layer = Asked(*arguments)
+    layer.build((None, 2))
+    with pytest.raises(InterruptedError):
+        layer.load_own_variables({"0": np.zeros((2, 3)), "1": np.zeros(3)})
+
+
+def test_train_functions_of_keras_call_the_step():
+    model = kd.enable_dylora(roberta_classifier(num_layers=1), rank=2)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    assert "rank" in model.train_on_batch(tokens(), labels(), return_dict=True)
