@@ -8,8 +8,7 @@ import shutil
 import tempfile
 import time
 
-from benchmarks import competitors
-from benchmarks import table
+from benchmarks import competitors, table
 from examples import markdown
 
 

@@ -1,10 +1,8 @@
 """Peak memory of training, beside what a user could train with instead."""
 
-from benchmarks import competitors
-from benchmarks import table
+from benchmarks import competitors, table
 from benchmarks.competitors import PEFT
-from benchmarks.workers import Worker
-from benchmarks.workers import peak_memory
+from benchmarks.workers import Worker, peak_memory
 from examples import markdown
 
 NAMES = [

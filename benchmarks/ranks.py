@@ -2,8 +2,7 @@
 
 import time
 
-from benchmarks import competitors
-from benchmarks import table
+from benchmarks import competitors, table
 from benchmarks.workers import workers
 from examples import markdown
 

@@ -1,9 +1,7 @@
 """Time of a training step, beside what a user could train with instead."""
 
-from benchmarks import competitors
-from benchmarks import table
-from benchmarks.competitors import FORWARD
-from benchmarks.competitors import PEFT
+from benchmarks import competitors, table
+from benchmarks.competitors import FORWARD, PEFT
 from benchmarks.workers import workers
 from examples import markdown
 

@@ -23,14 +23,10 @@ import numpy as np
 import keras_dylora as kd
 from examples.data import NotFetchedError
 from examples.flop import Flop
-from examples.presets import MINILM
-from examples.presets import from_preset
+from examples.presets import MINILM, from_preset
 from examples.runs import Results
-from examples.tasks import get_task
-from examples.tasks import load
-from examples.training import WarmupLinear
-from examples.training import dataset
-from examples.training import fit
+from examples.tasks import get_task, load
+from examples.training import WarmupLinear, dataset, fit
 
 ADAPTERS = {
     "dylora": {},

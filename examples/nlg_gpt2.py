@@ -24,14 +24,9 @@ import keras_hub
 import numpy as np
 
 import keras_dylora as kd
-from examples import markdown
-from examples import nlg_data
-from examples import nlg_metrics
-from examples import nlg_reviews
+from examples import markdown, nlg_data, nlg_metrics, nlg_reviews
 from examples.data import NotFetchedError
-from examples.nlg_model import compile_model
-from examples.nlg_model import generate
-from examples.nlg_model import perplexity
+from examples.nlg_model import compile_model, generate, perplexity
 from examples.presets import from_preset
 from examples.runs import Results
 from examples.training import fit

@@ -11,8 +11,7 @@ import keras_hub
 import numpy as np
 import tokenizers
 
-from examples import nlg_data
-from examples import nlg_model
+from examples import nlg_data, nlg_model
 from examples.data import vader_corpus
 from examples.training import fit
 

@@ -21,8 +21,7 @@ import keras_hub
 import keras_dylora as kd
 from examples import data
 from examples.data import NotFetchedError
-from examples.presets import MINILM
-from examples.presets import from_preset
+from examples.presets import MINILM, from_preset
 from examples.training import dataset
 
 SENTENCES = [

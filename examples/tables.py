@@ -17,10 +17,7 @@ from matplotlib.figure import Figure
 
 import keras_dylora as kd
 from examples import glue_roberta as glue
-from examples import markdown
-from examples import nlg_gpt2
-from examples import nlg_metrics
-from examples import parallel
+from examples import markdown, nlg_gpt2, nlg_metrics, parallel
 from examples.data import NotFetchedError
 from examples.runs import Results
 

@@ -1,22 +1,13 @@
 """DyLoRA for Keras 3: fine-tune once, use at every rank."""
 
-from keras_dylora.adapters import from_peft
-from keras_dylora.adapters import load_adapter
-from keras_dylora.adapters import save_adapter
-from keras_dylora.adapters import to_peft
+from keras_dylora.adapters import from_peft, load_adapter, save_adapter, to_peft
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.distributions import Categorical
-from keras_dylora.distributions import Geometric
-from keras_dylora.distributions import Uniform
-from keras_dylora.enable import disable_dylora
-from keras_dylora.enable import enable_dylora
-from keras_dylora.evaluation import RankEvaluation
-from keras_dylora.evaluation import evaluate_ranks
+from keras_dylora.distributions import Categorical, Geometric, Uniform
+from keras_dylora.enable import disable_dylora, enable_dylora
+from keras_dylora.evaluation import RankEvaluation, evaluate_ranks
 from keras_dylora.export import export_ranks
-from keras_dylora.layers import DyLoRADense
-from keras_dylora.layers import DyLoRAEinsumDense
-from keras_dylora.merging import merge
-from keras_dylora.merging import truncate
+from keras_dylora.layers import DyLoRADense, DyLoRAEinsumDense
+from keras_dylora.merging import merge, truncate
 from keras_dylora.model import DyLoRAModel
 from keras_dylora.report import RankReport
 from keras_dylora.version import __version__

@@ -6,14 +6,11 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_dylora import _keras
-from keras_dylora import paths
-from keras_dylora.config import AdapterArguments
-from keras_dylora.config import DyLoRAConfig
+from keras_dylora import _keras, paths
+from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.distributions import RankDraw
 from keras_dylora.layers import ADAPTED_CLASSES
-from keras_dylora.rank_gate import GateRow
-from keras_dylora.rank_gate import RankGate
+from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import uncompiled
 from keras_dylora.training.objectives import OBJECTIVES
 

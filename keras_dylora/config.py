@@ -7,9 +7,11 @@ import warnings
 
 import keras
 
-from keras_dylora.distributions import Categorical
-from keras_dylora.distributions import RankDistribution
-from keras_dylora.distributions import get_distribution
+from keras_dylora.distributions import (
+    Categorical,
+    RankDistribution,
+    get_distribution,
+)
 from keras_dylora.ranks import as_rank
 from keras_dylora.training.objectives import OBJECTIVES
 

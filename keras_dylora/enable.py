@@ -6,16 +6,16 @@ import warnings
 
 import keras
 
-from keras_dylora.adaptation import Adaptation
-from keras_dylora.adaptation import restore
-from keras_dylora.adaptation import trainable_flags
+from keras_dylora.adaptation import Adaptation, restore, trainable_flags
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.low_rank import LowRankAdapter
-from keras_dylora.model import DyLoRAModel
-from keras_dylora.model import adaptation_of
-from keras_dylora.model import to_dylora_class
-from keras_dylora.model import to_original_class
+from keras_dylora.model import (
+    DyLoRAModel,
+    adaptation_of,
+    to_dylora_class,
+    to_original_class,
+)
 from keras_dylora.paths import layer_paths
 
 QUERY_AND_VALUE = r"(query|value|[qv]_proj)(_dense|_projection)?"

@@ -79,19 +79,14 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
             that isn't listed here. No axis may be in the input, the kernel
             and the output at once.
         output_shape: int or tuple, as in `keras.layers.EinsumDense`.
-        rank: int. Maximum rank; the one that the layer computes at is
-            `active_rank`. Defaults to `8`.
-        min_rank: int. Lowest rank that a `DyLoRAModel` draws. Defaults to
-            `1`.
-        alpha: float. Scale: rank `b` is multiplied by `alpha / b`. Defaults
-            to `16`.
-        frozen: bool. Whether only column and row `b` get a gradient at rank
-            `b` (Eq. 10). Defaults to `False`.
-        dropout: float in `[0, 1)`. Dropout on the adapter's input. Defaults
-            to `0`.
-        down_initializer: initializer of `down`. Defaults to `None`, uniform
-            within `1 / sqrt(fan_in)`.
-        up_initializer: initializer of `up`. Defaults to `"zeros"`.
+        rank: int. Maximum rank, like what follows as in `DyLoRADense`.
+            Defaults to `8`.
+        min_rank: int. Defaults to `1`.
+        alpha: float. Defaults to `16`.
+        frozen: bool. Defaults to `False`.
+        dropout: float. Defaults to `0`.
+        down_initializer: initializer. Defaults to `None`.
+        up_initializer: initializer. Defaults to `"zeros"`.
 
     Weights: `kernel`, `bias`, `down` (product of the input axes, rank), `up`
     (rank, product of the output axes), the last two in float32.

@@ -6,13 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import _keras
-from keras_dylora import ranks
+from keras_dylora import _keras, ranks
 from keras_dylora.config import AdapterArguments
-from keras_dylora.geometry import Factors
-from keras_dylora.geometry import float32_array
-from keras_dylora.rank_gate import GateRow
-from keras_dylora.rank_gate import RankGate
+from keras_dylora.geometry import Factors, float32_array
+from keras_dylora.rank_gate import GateRow, RankGate
 
 
 class LowRankAdapter:

@@ -3,19 +3,14 @@
 import keras
 from keras import ops
 
-from keras_dylora import _keras
-from keras_dylora import ranks
+from keras_dylora import _keras, ranks
 from keras_dylora.adaptation import as_plain
 from keras_dylora.low_rank import LowRankAdapter
-from keras_dylora.model import DyLoRAModel
-from keras_dylora.model import adaptation_of
-from keras_dylora.model import reconfigure
+from keras_dylora.model import DyLoRAModel, adaptation_of, reconfigure
 from keras_dylora.paths import layer_paths
 from keras_dylora.quantization import float_kernel
-from keras_dylora.rank_gate import GateRow
-from keras_dylora.rank_gate import RankGate
-from keras_dylora.recompile import compile_as
-from keras_dylora.recompile import new_optimizer
+from keras_dylora.rank_gate import GateRow, RankGate
+from keras_dylora.recompile import compile_as, new_optimizer
 
 
 def merge(model, rank=None):

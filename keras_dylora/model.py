@@ -10,16 +10,16 @@ import functools
 import keras
 from keras import ops
 
-from keras_dylora import _keras
-from keras_dylora import training
-from keras_dylora.adaptation import Adaptation
-from keras_dylora.adaptation import as_plain
+from keras_dylora import _keras, training
+from keras_dylora.adaptation import Adaptation, as_plain
 from keras_dylora.paths import adapted_layers
 from keras_dylora.quantization import quantize_base
-from keras_dylora.recompile import compile_from
-from keras_dylora.recompile import new_optimizer
-from keras_dylora.recompile import reset_compiled
-from keras_dylora.recompile import reset_functions
+from keras_dylora.recompile import (
+    compile_from,
+    new_optimizer,
+    reset_compiled,
+    reset_functions,
+)
 
 FORMAT_VERSION = 1
 SEED_STATE = "random_state_"

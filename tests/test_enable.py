@@ -7,14 +7,16 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
-from tests.models import classification_loss
-from tests.models import gpt2
-from tests.models import labels
-from tests.models import randomize
-from tests.models import randomize_adapters
-from tests.models import roberta_backbone
-from tests.models import roberta_classifier
-from tests.models import tokens
+from tests.models import (
+    classification_loss,
+    gpt2,
+    labels,
+    randomize,
+    randomize_adapters,
+    roberta_backbone,
+    roberta_classifier,
+    tokens,
+)
 
 
 def bert_classifier():

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from examples import data
+from examples import data, tables, tasks
 from examples import glue_roberta as glue
-from examples import tables
-from examples import tasks
 from examples.flop import Flop
 from examples.runs import Results
 from examples.training import WarmupLinear

@@ -22,11 +22,13 @@ from keras_dylora.export.by_tensorflow import custom_modules
 from keras_dylora.export.plan import Inputs
 from keras_dylora.files import sha256
 from tests import backend
-from tests.models import VOCABULARY
-from tests.models import mlp
-from tests.models import randomize
-from tests.models import randomize_adapters
-from tests.models import roberta_classifier
+from tests.models import (
+    VOCABULARY,
+    mlp,
+    randomize,
+    randomize_adapters,
+    roberta_classifier,
+)
 from tests.text import text_classifier
 
 RANKS = (1, 2, 3, 4)

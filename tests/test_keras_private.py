@@ -14,10 +14,7 @@ import pytest
 import keras_dylora as kd
 from keras_dylora import _keras
 from tests import backend
-from tests.models import labels
-from tests.models import mlp
-from tests.models import roberta_classifier
-from tests.models import tokens
+from tests.models import labels, mlp, roberta_classifier, tokens
 
 
 def dense():

@@ -7,17 +7,18 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
-from tests.models import classification_loss
-from tests.models import gpt2
-from tests.models import labels
-from tests.models import mlp
-from tests.models import mlp_data
-from tests.models import randomize
-from tests.models import randomize_adapters
-from tests.models import roberta_classifier
-from tests.models import tokens
-from tests.text import TEXTS
-from tests.text import text_classifier
+from tests.models import (
+    classification_loss,
+    gpt2,
+    labels,
+    mlp,
+    mlp_data,
+    randomize,
+    randomize_adapters,
+    roberta_classifier,
+    tokens,
+)
+from tests.text import TEXTS, text_classifier
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 

@@ -6,10 +6,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
-from tests.models import BuiltLate
-from tests.models import mlp
-from tests.models import mlp_data
-from tests.models import randomize_adapters
+from tests.models import BuiltLate, mlp, mlp_data, randomize_adapters
 
 
 def test_layers_that_are_made_on_building():

@@ -12,11 +12,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from examples import nlg_data
-from examples import nlg_gpt2
-from examples import nlg_metrics
-from examples import nlg_model
-from examples import nlg_reviews
+from examples import nlg_data, nlg_gpt2, nlg_metrics, nlg_model, nlg_reviews
 from examples.beam_search import BeamSearch
 from examples.runs import Results
 from tests.backend import to_numpy

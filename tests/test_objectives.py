@@ -7,12 +7,14 @@ import pytest
 import keras_dylora as kd
 from keras_dylora.training.objectives import OBJECTIVES
 from tests import backend
-from tests.models import classification_loss
-from tests.models import labels
-from tests.models import randomize
-from tests.models import randomize_adapters
-from tests.models import roberta_classifier
-from tests.models import tokens
+from tests.models import (
+    classification_loss,
+    labels,
+    randomize,
+    randomize_adapters,
+    roberta_classifier,
+    tokens,
+)
 
 RANK, ALPHA = 4, 8.0
 DISTRIBUTION = kd.Categorical({1: 1, 2: 3, 4: 4})

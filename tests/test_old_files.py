@@ -9,12 +9,14 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
-from tests.models import gpt2
-from tests.models import labels
-from tests.models import mlp_data
-from tests.models import randomize
-from tests.models import roberta_classifier
-from tests.models import tokens
+from tests.models import (
+    gpt2,
+    labels,
+    mlp_data,
+    randomize,
+    roberta_classifier,
+    tokens,
+)
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "v0_1_0"
 CLASSIFIERS = ("sampled", "frozen", "summed", "quantized")

@@ -16,15 +16,16 @@ import torch
 import transformers
 
 import keras_dylora as kd
-from keras_dylora.adapters import from_peft
-from keras_dylora.adapters import to_peft
+from keras_dylora.adapters import from_peft, to_peft
 from tests import backend
-from tests.models import VOCABULARY
-from tests.models import gpt2
-from tests.models import mlp
-from tests.models import randomize_adapters
-from tests.models import roberta_backbone
-from tests.models import roberta_classifier
+from tests.models import (
+    VOCABULARY,
+    gpt2,
+    mlp,
+    randomize_adapters,
+    roberta_backbone,
+    roberta_classifier,
+)
 
 HUB = keras_hub.models
 ENCODER = {

@@ -5,8 +5,7 @@ import pytest
 from keras import ops
 
 import keras_dylora as kd
-from keras_dylora import distributions
-from keras_dylora import ranks
+from keras_dylora import distributions, ranks
 from tests import backend
 
 

@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 
 from tests import backend
-from tests.models import mlp
-from tests.models import mlp_data
-from tests.models import randomize
-from tests.models import randomize_adapters
+from tests.models import mlp, mlp_data, randomize, randomize_adapters
 
 # On TensorFlow, no layer with a `training` argument can be rematerialized as a
 # whole in a compiled step, a plain `Dense` neither (Keras 3.15).

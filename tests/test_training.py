@@ -6,15 +6,17 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
-from tests.models import classification_loss
-from tests.models import gpt2
-from tests.models import labels
-from tests.models import mlp
-from tests.models import mlp_data
-from tests.models import randomize
-from tests.models import randomize_adapters
-from tests.models import roberta_classifier
-from tests.models import tokens
+from tests.models import (
+    classification_loss,
+    gpt2,
+    labels,
+    mlp,
+    mlp_data,
+    randomize,
+    randomize_adapters,
+    roberta_classifier,
+    tokens,
+)
 
 OPTIMIZERS = {
     "sgd-momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),

@@ -8,8 +8,7 @@ import numpy as np
 from keras_dylora import files
 from keras_dylora.adapters import peft_files
 from keras_dylora.adapters.families import layout_of
-from keras_dylora.adapters.weights import AdapterWeights
-from keras_dylora.adapters.weights import check_shapes
+from keras_dylora.adapters.weights import AdapterWeights, check_shapes
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.geometry import Factors
 
@@ -197,7 +196,11 @@ def _read(model, directory):
     layout = layout_of(model)
     adapter = peft_files.read(directory)
     modules = _adapted(layout.modules(model), adapter)
-    head = _head(layout, adapter)
+    # The head may be left out, but as a whole.
+    has_head = adapter.config.get("modules_to_save") or any(
+        f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
+    )
+    head = layout.head if has_head else {}
     shapes = dict.fromkeys(head)
     for module in modules:
         rank = adapter.rank(module)
@@ -208,21 +211,11 @@ def _read(model, directory):
         adapter.tensors,
     )
     config = _config(modules, adapter)
-    layers = {}
+    ordered, layers = adapter.dylora is not None, {}
     for module, paths in modules.items():
-        layers |= _split(adapter.factors(module), paths, adapter.dylora)
-    # In the order of the model, whatever that of the file.
+        layers |= _split(adapter.factors(module), paths, ordered)
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
-    return AdapterWeights(layers, trained, config), adapter.dylora is not None
-
-
-def _head(layout, adapter):
-    """The weights of the head that an adapter has, or should have."""
-    if adapter.config.get("modules_to_save") or any(
-        f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
-    ):
-        return layout.head
-    return {}
+    return AdapterWeights(layers, trained, config), ordered
 
 
 def _adapted(modules, adapter):
@@ -248,41 +241,34 @@ def _config(modules, adapter):
             "The adapter must adapt layers of the model. "
             f"Received: an adapter with tensors {sorted(adapter.tensors)}"
         )
-    sizes = {m: (adapter.rank(m), adapter.alpha(m)) for m in modules}
-    if adapter.dylora is None:
-        rank, alpha = max(sizes.values())
-        return DyLoRAConfig(
-            rank=rank,
-            min_rank=rank,
-            alpha=alpha,
-            dropout=adapter.config.get("lora_dropout", 0.0),
-        )
-    for module, paths in modules.items():
-        rank = adapter.dylora.rank * (len(paths) - paths.count(None))
-        if sizes[module][0] != rank:
-            raise ValueError(
-                f"{peft_files.CONFIG_NAME} must give the rank that "
-                f"{peft_files.DYLORA_NAME} does. Received: "
-                f"{sizes[module][0]} instead of {rank} for {module}"
-            )
-    return adapter.dylora
+    if adapter.dylora is not None:
+        return adapter.dylora
+    rank, alpha = max((adapter.rank(m), adapter.alpha(m)) for m in modules)
+    return DyLoRAConfig(
+        rank=rank,
+        min_rank=rank,
+        alpha=alpha,
+        dropout=adapter.config.get("lora_dropout", 0.0),
+    )
 
 
-def _split(fused, paths, dylora):
+def _split(fused, paths, blocks):
     """Undoes `_fuse`; a dict of path to `Factors`.
 
-    What no `_fuse` wrote has no blocks: every part needs the whole `down`.
+    Args:
+        fused: `Factors`.
+        paths: tuple of the paths of the parts, `None` for those without one.
+        blocks: bool. Whether each part has a block of its own in the rows, as
+            `_fuse` makes them. Else every part needs the whole `down`.
     """
     parts = {}
     width = fused.up.shape[1] // len(paths)
+    rank = fused.rank // (len(paths) - paths.count(None))
     for i, path in enumerate(paths):
         if path is None:
             continue
-        rows = slice(None)
-        if dylora is not None:
-            rows = slice(
-                len(parts) * dylora.rank, (len(parts) + 1) * dylora.rank
-            )
+        start = len(parts) * rank
+        rows = slice(start, start + rank) if blocks else slice(None)
         columns = slice(i * width, (i + 1) * width)
         parts[path] = Factors(
             fused.down[:, rows], fused.up[rows, columns], fused.scale

@@ -12,8 +12,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from keras_dylora import files
-from keras_dylora import ranks
+from keras_dylora import files, ranks
 from keras_dylora.adapters import metadata
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.geometry import Factors

@@ -12,13 +12,10 @@ from keras_dylora import _keras
 from keras_dylora import ranks as rank_functions
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.enable import enable_dylora
-from keras_dylora.geometry import Factors
-from keras_dylora.geometry import float32_array
+from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import ADAPTED_CLASSES
-from keras_dylora.model import DyLoRAModel
-from keras_dylora.model import adaptation_of
-from keras_dylora.paths import layer_paths
-from keras_dylora.paths import weight_paths
+from keras_dylora.model import DyLoRAModel, adaptation_of
+from keras_dylora.paths import layer_paths, weight_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +83,20 @@ class AdapterWeights:
                 f"{model.dylora_config.rank}"
             )
         every = weight_paths(model)
+        # The file says what to adapt, and which averages it holds; the model
+        # must have it.
+        trained = {p: v for p, v in every.items() if p in self.trained}
         if enabled:
             layers = adaptation_of(model).layers
-            trained = trained_weights(model)
-            trained |= {
-                path: v
-                for path, v in _statistics(model).items()
-                if path in self.trained
-            }
+            averages = _statistics(model).keys()
+            trained = {p: v for p, v in trained.items() if p in averages}
+            trained |= trained_weights(model)
         else:
-            # The file says what to adapt; the model must have it.
             layers = {
                 path: layer
                 for path, layer in layer_paths(model).items()
                 if type(layer) in ADAPTED_CLASSES and path in self.layers
             }
-            trained = {p: v for p, v in every.items() if p in self.trained}
         shapes = {f"head/{path}": tuple(v.shape) for path, v in trained.items()}
         for path, layer in layers.items():
             cls = ADAPTED_CLASSES.get(type(layer), type(layer))
@@ -109,7 +104,12 @@ class AdapterWeights:
             factors = self.layers.get(path)
             rank = min(factors.rank if factors else 0, self.config.rank)
             shapes |= tensor_names(path, (inputs, rank), (rank, outputs))
-        check_shapes(shapes, self.tensors())
+        missing = sorted(set(layers) - set(self.layers))
+        extra = sorted(set(self.layers) - set(layers))
+        summary = f"without {missing} and with {extra}, "
+        check_shapes(
+            shapes, self.tensors(), summary if missing or extra else ""
+        )
         for path in self.trained:
             if not keras.backend.is_float_dtype(every[path].dtype):
                 raise ValueError(
@@ -148,32 +148,20 @@ class AdapterWeights:
 
     @classmethod
     def of_tensors(cls, tensors, config):
-        """Undoes `tensors`.
-
-        Raises:
-            ValueError: if an adapter has one factor, or two ranks.
-        """
-        ends = {"adapter/": "/down", "head/": ""}
-        paths = {
-            start: [
-                name.removeprefix(start).removesuffix(end)
-                for name in tensors
-                if name.startswith(start) and name.endswith(end)
-            ]
-            for start, end in ends.items()
-        }
-        shapes = {f"head/{path}": None for path in paths["head/"]}
-        for path in paths["adapter/"]:
-            rank = tensors[f"adapter/{path}/down"].shape[-1]
-            shapes |= tensor_names(path, (None, rank), (rank, None))
-        check_shapes(shapes, tensors)
-        layers = {}
-        for path in paths["adapter/"]:
-            down, up = (tensors[name] for name in tensor_names(path, 0, 0))
-            scale = rank_functions.scale(down.shape[1], config.alpha)
-            layers[path] = Factors(down, up, scale)
-        trained = {path: tensors[f"head/{path}"] for path in paths["head/"]}
-        return cls(layers, trained, config)
+        """Undoes `tensors`; raises a `ValueError` for what is none of them."""
+        layers, trained = {}, {}
+        for name, x in tensors.items():
+            kind, _, path = name.partition("/")
+            path = path.removesuffix("/down")
+            up = tensors.get(f"adapter/{path}/up")
+            if kind == "head":
+                trained[name.removeprefix("head/")] = x
+            elif name == f"adapter/{path}/down" and up is not None:
+                scale = rank_functions.scale(x.shape[-1], config.alpha)
+                layers[path] = Factors(x, up, scale)
+        weights = cls(layers, trained, config)
+        check_shapes(dict.fromkeys(weights.tensors()), tensors)
+        return weights
 
 
 def trained_weights(model):
@@ -210,13 +198,14 @@ def tensor_names(path, down, up):
     return {f"adapter/{path}/down": down, f"adapter/{path}/up": up}
 
 
-def check_shapes(shapes, tensors):
+def check_shapes(shapes, tensors, summary=""):
     """Raises a `ValueError` that lists what is missing, extra or mis-shaped.
 
     Args:
         shapes: dict of name to the shape that is needed, with `None` for any
             size, or `None` for any shape.
         tensors: dict of name to array.
+        summary: str. What the message says of the adapter before the list.
     """
     wrong = [f"missing: {name}" for name in shapes if name not in tensors]
     wrong += [f"extra: {name}" for name in tensors if name not in shapes]
@@ -229,8 +218,8 @@ def check_shapes(shapes, tensors):
         shown = "\n  ".join(wrong[:20])
         more = f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(
-            "The adapter must fit the model, tensor by tensor. Received an "
-            f"adapter with\n  {shown}{more}"
+            "The adapter must fit the model, tensor by tensor. "
+            f"Received: an adapter {summary}with\n  {shown}{more}"
         )
 
 

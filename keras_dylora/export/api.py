@@ -6,10 +6,8 @@ import keras
 
 from keras_dylora import files
 from keras_dylora import ranks as ranks_module
-from keras_dylora.export import by_tensorflow
-from keras_dylora.export import manifest
-from keras_dylora.export.plan import Inputs
-from keras_dylora.export.plan import Plan
+from keras_dylora.export import by_tensorflow, manifest
+from keras_dylora.export.plan import Inputs, Plan
 from keras_dylora.export.verify import verify as verify_artifact
 from keras_dylora.model import adaptation_of
 

@@ -10,9 +10,7 @@ import traceback
 import keras
 import tensorflow as tf
 
-from keras_dylora.export import by_tensorflow
-from keras_dylora.export import process
-from keras_dylora.export import writers
+from keras_dylora.export import by_tensorflow, process, writers
 from keras_dylora.export.plan import Plan
 
 

@@ -1,7 +1,6 @@
 """Writes the artifacts of a plan; needs the TensorFlow backend."""
 
-from keras_dylora.export import onnx_litert
-from keras_dylora.export import saved_model
+from keras_dylora.export import onnx_litert, saved_model
 
 
 def write(model, folder, plan):

@@ -15,8 +15,7 @@ import contextlib
 
 from keras import ops
 
-from keras_dylora import _keras
-from keras_dylora import ranks
+from keras_dylora import _keras, ranks
 
 
 def begin(model):

@@ -12,14 +12,16 @@ import keras
 import numpy as np
 
 import keras_dylora as kd
-from tests.models import classification_loss
-from tests.models import gpt2
-from tests.models import labels
-from tests.models import mlp_data
-from tests.models import randomize
-from tests.models import randomize_adapters
-from tests.models import roberta_classifier
-from tests.models import tokens
+from tests.models import (
+    classification_loss,
+    gpt2,
+    labels,
+    mlp_data,
+    randomize,
+    randomize_adapters,
+    roberta_classifier,
+    tokens,
+)
 
 FOLDER = pathlib.Path(__file__).parent
 NEXT = 6  # steps of training that a file is followed by
