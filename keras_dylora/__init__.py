@@ -13,27 +13,12 @@ from keras_dylora.report import RankReport
 from keras_dylora.version import __version__
 
 __all__ = [
-    "Categorical",
-    "DyLoRAConfig",
-    "DyLoRADense",
-    "DyLoRAEinsumDense",
-    "DyLoRAModel",
-    "Geometric",
-    "RankEvaluation",
-    "RankReport",
-    "Uniform",
-    "__version__",
-    "disable_dylora",
-    "enable_dylora",
-    "evaluate_ranks",
-    "export_ranks",
-    "from_peft",
-    "load_adapter",
-    "merge",
-    "save_adapter",
-    "to_peft",
-    "truncate",
-]
+    "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
+    "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
+    "__version__", "disable_dylora", "enable_dylora", "evaluate_ranks",
+    "export_ranks", "from_peft", "load_adapter", "merge", "save_adapter",
+    "to_peft", "truncate",
+]  # fmt: skip
 
 
 def __dir__():

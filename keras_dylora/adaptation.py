@@ -49,13 +49,8 @@ class Adaptation:
     def of_hand_built(cls, model, options):
         """That of a model which is built from adapted layers.
 
-        Args:
-            model: the model.
-            options: dict. What a `DyLoRAConfig` has beside its layers'
-                arguments.
-
-        Raises:
-            ValueError: if the layers disagree, aren't built or there is none.
+        Raises a `ValueError` if they disagree or aren't built, or if there is
+        none. `options` are fields of the config beside theirs.
         """
         layers = paths.adapted_layers(model)
         if not layers or not all(layer.built for layer in layers.values()):
@@ -135,10 +130,9 @@ class Adaptation:
 
     @contextlib.contextmanager
     def overridden(self, value):
-        """Within it, the layers read `value` in place of their gates.
+        """Within it, the layers read a tensor in place of their gates.
 
-        Args:
-            value: float32 tensor `(rank,)`, or `(batch, rank)`.
+        It is `(rank,)`, or `(batch, rank)` with a gate for each example.
         """
         gates = self.gates
         for gate in gates:

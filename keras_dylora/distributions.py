@@ -97,9 +97,7 @@ class Geometric(RankDistribution):
     keras_dylora.Geometric(0.5).probabilities(1, 2)  # [2 / 3, 1 / 3]
     ```
 
-    Reference:
-
-    - [DyLoRA, Table 4](https://arxiv.org/abs/2210.07558)
+    Reference: [DyLoRA, Table 4](https://arxiv.org/abs/2210.07558)
     """
 
     def __init__(self, p=0.15):

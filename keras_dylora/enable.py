@@ -193,9 +193,7 @@ def enable_dylora(model, config=None, **overrides):
     clf.fit(texts, labels)
     ```
 
-    Reference:
-
-    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
     if not isinstance(model, keras.Model):
         raise TypeError(

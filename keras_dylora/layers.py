@@ -52,9 +52,7 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
     model = keras_dylora.DyLoRAModel(inputs, outputs)
     ```
 
-    Reference:
-
-    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
 
     original_class = keras.layers.Dense
@@ -105,9 +103,7 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
     query(x).shape  # x: (2, 10, 768) -> (2, 10, 12, 64)
     ```
 
-    Reference:
-
-    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
 
     original_class = keras.layers.EinsumDense

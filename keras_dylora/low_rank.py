@@ -80,11 +80,8 @@ class LowRankAdapter:
     def upgrade(cls, layer, arguments, row, seed):
         """Turns a built base layer into this class, in place.
 
-        Args:
-            layer: the layer.
-            arguments: `AdapterArguments`.
-            row: `GateRow`.
-            seed: int. Seed of the initial values and of dropout.
+        With `AdapterArguments`, a `GateRow`, and a seed of the initial values
+        and of dropout.
         """
         _keras.set_class(layer, cls)
         layer._set_adapter_arguments(arguments, _down_initializer(seed))
@@ -128,13 +125,7 @@ class LowRankAdapter:
         self._gate = row
 
     def truncate(self, rank, min_rank, row):
-        """Cuts `down` and `up` to their first `rank` columns and rows.
-
-        Args:
-            rank: int in `1..self.rank`. The new maximum rank.
-            min_rank: int. The new lowest rank.
-            row: `GateRow` of the new rank.
-        """
+        """Cuts `down` and `up` to a new maximum rank, with its `GateRow`."""
         factors = self.factors(rank)
         trainable = [v.trainable for v in (self.down, self.up)]
         _keras.forget(self, "down", "up")
@@ -252,14 +243,7 @@ class LowRankAdapter:
         return Factors(down, up, 1.0).cut(rank, self.alpha)
 
     def delta_kernel(self, rank):
-        """The adapter's update of the kernel at one rank.
-
-        Args:
-            rank: int in `0..self.rank`.
-
-        Returns:
-            A float32 NumPy array in the shape of the kernel.
-        """
+        """The update of the kernel at a rank in `0..self.rank`, in NumPy."""
         ranks.as_rank(rank, 0, self.rank)
         return self._geometry.kernel(self.factors(rank).product())
 

@@ -23,7 +23,7 @@ from keras_dylora.recompile import (
 
 FORMAT_VERSION = 1
 SEED_STATE = "random_state_"
-# What a backbone within an enabled task can't do: it would lose the adapters.
+# What would lose the adapters: the first of a backbone alone.
 REFUSED = ("save", "save_to_preset", "export_to_transformers")
 
 
@@ -51,11 +51,10 @@ def to_dylora_class(model, adaptation, dylora_class=None):
     adaptation.configure(adaptation.config)
     object.__setattr__(model, "_dylora", adaptation)
     _keras.track_for_torch(model)
-    for inner in _keras.submodels(model)[1:]:
-        if hasattr(inner, "save_to_preset"):  # a backbone
-            # Its own file or preset would have no place for the adapters.
-            for name in REFUSED:
-                inner.__dict__[name] = functools.partial(_refuse, name)
+    for each in _keras.submodels(model):
+        if hasattr(each, "save_to_preset"):  # a task or a backbone
+            for name in REFUSED[1:] if each is model else REFUSED:
+                each.__dict__[name] = functools.partial(_refuse, name)
     reset_compiled(model, optimizer)
 
 
@@ -64,9 +63,9 @@ def to_original_class(model):
     enabled = "_dylora" in model.__dict__
     optimizer = new_optimizer(model) if enabled else None
     model.__dict__.pop("_dylora", None)
-    for inner in _keras.submodels(model)[1:]:
+    for each in _keras.submodels(model):
         for name in REFUSED:
-            inner.__dict__.pop(name, None)
+            each.__dict__.pop(name, None)
     if isinstance(model, DyLoRAModel):
         _keras.set_class(model, type(model).original_class)
         _keras.cover_quantize(model)
@@ -88,10 +87,7 @@ def _refuse(method, *args, **kwargs):
 def reconfigure(model, config, optimizer):
     """Gives a model a new config, at the same place of its rank sequence.
 
-    Args:
-        model: a `DyLoRAModel`.
-        config: `DyLoRAConfig`.
-        optimizer: as `new_optimizer` makes one.
+    `optimizer` is what `new_optimizer` made before the change.
     """
     adaptation = adaptation_of(model)
     drawn = int(ops.convert_to_numpy(adaptation.ranks_drawn))
@@ -166,9 +162,7 @@ class DyLoRAModel(keras.Model):
     model.predict(x_test)
     ```
 
-    Reference:
-
-    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
 
     original_class = keras.Model
@@ -315,12 +309,10 @@ class DyLoRAModel(keras.Model):
 
         Args:
             mode: `"int8"` or `"int4"`. Defaults to `None`, that of `config`.
-            config: `keras.quantizers.QuantizationConfig`. Defaults to `None`,
-                Keras's default for the mode.
+            config: as in `keras.Model.quantize`, like what follows. Defaults
+                to `None`, Keras's default for the mode.
             filters: str, list of str, or callable of a layer. Which layers to
-                quantize, as in `keras.Model.quantize`. Defaults to `None`,
-                all.
-            **kwargs: further arguments of `keras.Model.quantize`.
+                quantize. Defaults to `None`, all.
 
         Raises:
             TypeError: if `filters` is something else.
@@ -346,17 +338,6 @@ class DyLoRAModel(keras.Model):
             adaptation.forget_replaced()
             _keras.track_for_torch(self)
             reset_functions(self)
-
-    def save_to_preset(self, preset_dir, **kwargs):
-        """Raises a `ValueError`: a KerasHub preset can't hold adapters."""
-        _refuse("save_to_preset", preset_dir)
-
-    def export_to_transformers(self, path, **kwargs):
-        """Raises a `ValueError`: use `to_peft`, or export what `merge` gives.
-
-        KerasHub would write the base model, without the adapters.
-        """
-        _refuse("export_to_transformers", path)
 
     def __reduce__(self):
         # The class of an enabled model can't be imported. The archive names

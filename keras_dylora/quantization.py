@@ -21,14 +21,7 @@ def quantize_base(
         model: the model.
         keras_quantize: the `quantize` method that Keras has for the model.
         layers: the adapted layers of the model.
-        mode: str or `None`. As in `keras.Model.quantize`, like what follows.
-        config: `keras.quantizers.QuantizationConfig` or `None`.
-        filters: str, list of str, callable or `None`.
-        **kwargs: further arguments of `keras.Model.quantize`.
-
-    Raises:
-        TypeError: if `filters` is something else.
-        ValueError: if the mode isn't one of `MODES` or a layer is quantized.
+        mode: as in `DyLoRAModel.quantize`, like what follows.
     """
     wanted = getattr(config, "mode", None) if mode is None else mode
     if wanted not in MODES:

@@ -35,19 +35,11 @@ def as_ranks(values, low, high):
 
 
 def by_layer(ranks, paths, high):
-    """A rank for each layer, from one for all or a dict of path to rank.
-
-    Args:
-        ranks: int, or dict of layer path to int, in `1..high`.
-        paths: list of str. The paths of all adapted layers.
-        high: int. The highest rank.
-
-    Returns:
-        A dict of path to int, in the order of `paths`.
+    """A dict of path to rank, from one that is for all or a dict like it.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if a rank is out of range or the paths are others.
+        ValueError: if one isn't in `1..high`, or the paths are others.
     """
     if not isinstance(ranks, collections.abc.Mapping):
         return dict.fromkeys(paths, as_rank(ranks, 1, high))

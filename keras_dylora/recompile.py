@@ -96,9 +96,7 @@ def new_optimizer(model):
 def reset_compiled(model, optimizer):
     """Drops functions and optimizer state of the model as it was.
 
-    Args:
-        model: the model.
-        optimizer: what `new_optimizer` returned before the change.
+    `optimizer` is what `new_optimizer` returned before the change.
     """
     reset_functions(model)
     if optimizer is not None:

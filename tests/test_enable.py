@@ -1,5 +1,7 @@
 """enable_dylora and disable_dylora on real models."""
 
+import gc
+
 import keras
 import keras_hub
 import numpy as np
@@ -479,3 +481,18 @@ def test_an_optimizer_that_cannot_be_made_anew():
         kd.enable_dylora(plain)
     assert not isinstance(plain, kd.DyLoRAModel)
     plain.fit(x, y, verbose=0)
+
+
+def test_undoing_collects_no_garbage(monkeypatch):
+    """Keras collects garbage for each variable that a layer deletes."""
+    collections = []
+    monkeypatch.setattr(gc, "collect", lambda *args: collections.append(args))
+    model = kd.enable_dylora(roberta_classifier(), rank=4, dropout=0.1)
+    kd.truncate(model, 2)
+    kd.disable_dylora(model)
+    assert not collections
+    model.compile(Unmakeable(), classification_loss())
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(TypeError):
+        kd.enable_dylora(model, rank=4)
+    assert not collections

@@ -20,6 +20,10 @@ def test_public_names():
     assert all(getattr(kd, name).__doc__ for name in PUBLIC)
 
 
+def test_dir_shows_the_public_names_and_nothing_else():
+    assert set(dir(kd)) == PUBLIC | {"__version__"}
+
+
 def test_importing_loads_neither_keras_hub_nor_another_backend():
     modules = json.loads(
         backend.run_python(

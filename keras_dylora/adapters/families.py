@@ -36,17 +36,8 @@ class Layout:
     head: dict = dataclasses.field(default_factory=dict)
 
     def modules(self, model):
-        """Every linear layer of the twin of a model.
-
-        Args:
-            model: a KerasHub model of this layout.
-
-        Returns:
-            A dict of module name to the paths of its Keras layers.
-
-        Raises:
-            ValueError: if the model has no layer of such a path.
-        """
+        """The linear layers of a model's twin, with the paths of their Keras
+        layers; raises a `ValueError` if the model has no such layer."""
         found = {}
         for i in range(getattr(model, "backbone", model).num_layers):
             for name, layers in self.linear.items():

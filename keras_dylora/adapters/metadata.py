@@ -9,13 +9,7 @@ FORMAT_VERSION = 1
 
 
 def write(path, weights, config):
-    """Writes what `read` returns and checks.
-
-    Args:
-        path: path of the JSON file.
-        weights: path of the file that it describes, already written.
-        config: `DyLoRAConfig` of the adapter.
-    """
+    """Writes the `DyLoRAConfig` beside a file of weights that is written."""
     content = {
         "format_version": FORMAT_VERSION,
         "config": config.get_config(),
@@ -27,15 +21,9 @@ def write(path, weights, config):
 def read(path, weights, writer, advice=""):
     """The `DyLoRAConfig` of an adapter whose weights are as they were written.
 
-    Args:
-        path: path of an existing JSON file.
-        weights: path of the file that it describes.
-        writer: str. The function that writes such files, for the message.
-        advice: str. The way out where the weights are others.
-
-    Raises:
-        ValueError: if the file is damaged or from a newer format, or the
-            weights aren't those that it names.
+    Raises a `ValueError` if the file is damaged or from a newer format, or if
+    the weights aren't those that it names. The message names the function that
+    writes such files, and the way out where the weights are others.
     """
     content = files.read_json(path)
     try:

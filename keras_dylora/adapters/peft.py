@@ -110,14 +110,10 @@ def _check_exportable(model, layout, modules, weights):
 
 
 def _fuse(layers):
-    """One adapter for Keras layers that are one layer in transformers.
+    """The `Factors` of Keras layers that are one layer in transformers.
 
-    Args:
-        layers: list of `Factors`, `None` where there is no adapter.
-
-    Returns:
-        `Factors`, or `None` if there is no adapter: the columns of all side
-        by side, and a block for each in the rows, with zeros elsewhere.
+    The columns of all side by side, and a block for each in the rows, with
+    zeros elsewhere; `None` in place of a layer without an adapter.
     """
     blocks = [(i, x) for i, x in enumerate(layers) if x is not None]
     if not blocks:
@@ -187,7 +183,7 @@ def from_peft(model, directory):
             f"{weights.config.rank}. Cutting it to a lower one is meaningless.",
             stacklevel=2,
         )
-    weights.put_on(model)
+    weights.put_on(model, whole=False)
     return model
 
 
@@ -255,11 +251,7 @@ def _config(modules, adapter):
 def _split(fused, paths, blocks):
     """Undoes `_fuse`; a dict of path to `Factors`.
 
-    Args:
-        fused: `Factors`.
-        paths: tuple of the paths of the parts, `None` for those without one.
-        blocks: bool. Whether each part has a block of its own in the rows, as
-            `_fuse` makes them. Else every part needs the whole `down`.
+    Where no `_fuse` wrote `blocks`, every part needs the whole `down`.
     """
     parts = {}
     width = fused.up.shape[1] // len(paths)

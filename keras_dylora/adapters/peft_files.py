@@ -27,37 +27,19 @@ PREFIX = "base_model.model."
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Keys that leave the arithmetic of an adapter alone, or are handled here.
 _HARMLESS_KEYS = {
-    "alpha_pattern",
-    "auto_mapping",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "rank_pattern",
-    "runtime_config",
-    "target_modules",
-    "use_rslora",
-}
+    "alpha_pattern", "auto_mapping", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "modules_to_save", "rank_pattern",
+    "runtime_config", "target_modules", "use_rslora",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter:
-    """What an adapter directory holds.
-
-    Args:
-        config: dict. PEFT's own configuration.
-        tensors: dict of name to float32 array.
-        dylora: `DyLoRAConfig` of an adapter that `to_peft` wrote, else
-            `None`.
-    """
+    """What an adapter directory holds; `dylora` if `to_peft` wrote it."""
 
     config: dict
-    tensors: dict
+    tensors: dict[str, np.ndarray]
     dylora: DyLoRAConfig | None
 
     def rank(self, module):
@@ -121,17 +103,10 @@ def _names(names, module):
 
 
 def read(directory):
-    """Reads an adapter directory.
+    """The `PeftAdapter` in a directory.
 
-    Args:
-        directory: str or path.
-
-    Returns:
-        A `PeftAdapter`.
-
-    Raises:
-        ValueError: if a file is missing or damaged, or if the adapter is of
-            another kind than plain LoRA.
+    Raises a `ValueError` if a file is missing or damaged, or if the adapter is
+    of another kind than plain LoRA.
     """
     folder = pathlib.Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -216,13 +191,9 @@ def _dylora_config(folder):
 
 
 def write(folder, tensors, dylora, config):
-    """Writes an adapter, and beside it what PEFT has no place for.
+    """Writes tensors, less PEFT's prefix, and PEFT's own configuration.
 
-    Args:
-        folder: path of an existing directory.
-        tensors: dict of name, less PEFT's prefix, to array.
-        dylora: `DyLoRAConfig`.
-        config: dict. PEFT's own configuration.
+    And beside it the `DyLoRAConfig`, which PEFT has no place for.
     """
     arrays = {PREFIX + k: np.ascontiguousarray(v) for k, v in tensors.items()}
     save_file(arrays, folder / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -231,13 +202,7 @@ def write(folder, tensors, dylora, config):
 
 
 def peft_config(layout, fused, dylora):
-    """PEFT's configuration.
-
-    Args:
-        layout: `Layout` of the model.
-        fused: dict of all its linear layers to their `Factors`, or `None`.
-        dylora: `DyLoRAConfig`, cut to the rank that is saved.
-    """
+    """PEFT's configuration, of all linear layers with `Factors` or `None`."""
     # PEFT scales by lora_alpha / r.
     sizes = {
         module: (x.rank, _plain_number(x.scale * x.rank))

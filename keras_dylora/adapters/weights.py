@@ -46,17 +46,9 @@ class AdapterWeights:
         )
 
     def cut(self, ranks):
-        """The same at lower ranks, and so really smaller.
+        """The same at one lower rank, or at one for each layer path.
 
-        Args:
-            ranks: int, or a dict of layer path to int, in `1..config.rank`.
-
-        Returns:
-            `AdapterWeights`.
-
-        Raises:
-            TypeError: if a rank isn't an integer.
-            ValueError: if one is out of range or the paths are others.
+        Really smaller. Raises what `ranks.by_layer` does.
         """
         ranks = rank_functions.by_layer(ranks, self.layers, self.config.rank)
         return dataclasses.replace(
@@ -68,12 +60,13 @@ class AdapterWeights:
             config=self.config.truncated(max(ranks.values())),
         )
 
-    def check(self, model):
+    def check(self, model, whole=True):
         """Raises a `ValueError` if the weights don't fit a model.
 
         An enabled model must have the rank and the layers, any other must
         have layers that can be adapted so. The message lists what is missing,
-        extra or mis-shaped.
+        extra or mis-shaped. If `whole`, what is trained besides must be what
+        an enabled model trains.
         """
         enabled = isinstance(model, DyLoRAModel)
         if enabled and model.dylora_config.rank != self.config.rank:
@@ -88,9 +81,10 @@ class AdapterWeights:
         trained = {p: v for p, v in every.items() if p in self.trained}
         if enabled:
             layers = adaptation_of(model).layers
-            averages = _statistics(model).keys()
-            trained = {p: v for p, v in trained.items() if p in averages}
-            trained |= trained_weights(model)
+            if whole:
+                averages = _statistics(model)
+                trained = {p: v for p, v in trained.items() if p in averages}
+                trained |= trained_weights(model)
         else:
             layers = {
                 path: layer
@@ -118,13 +112,13 @@ class AdapterWeights:
                     f"Received: {path!r} of dtype {every[path].dtype}"
                 )
 
-    def put_on(self, model):
-        """Gives a model these weights; enables it if it isn't.
+    def put_on(self, model, whole=True):
+        """Gives a model these weights, once checked; enables it if it isn't.
 
         A layer of a lower rank than the model's gets columns of zeros, and
         where its scale is another one, that goes into its rows.
         """
-        self.check(model)
+        self.check(model, whole)
         if not isinstance(model, DyLoRAModel):
             enable_dylora(model, self.config, target_layers=list(self.layers))
         config = model.dylora_config

@@ -103,9 +103,7 @@ def export_ranks(
     serve(token_ids=ids, padding_mask=mask, rank=tf.constant([1, 8]))
     ```
 
-    Reference:
-
-    - [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
     config = adaptation_of(model).config
     plan = Plan(

@@ -24,11 +24,7 @@ STEP = "keras_dylora: step"  # the line by which the child tells of one
 def write(model, folder, plan, on_step):
     """Writes the artifacts of a plan from any backend.
 
-    Args:
-        model: an enabled model.
-        folder: `pathlib.Path`. An empty directory.
-        plan: `Plan`.
-        on_step: callable. Called after each of the `plan.steps`.
+    Calls `on_step` after each of the `plan.steps`.
 
     Raises:
         ValueError: if TensorFlow can't rebuild or run the model.
@@ -90,12 +86,8 @@ def _readable(error, model):
 def custom_modules(model, sampler=None):
     """The modules that define the classes and functions of a model.
 
-    Args:
-        model: the model.
-        sampler: what it generates with, serialized, or `None`.
-
-    Raises:
-        ValueError: if one of them is where no other process can import it.
+    Those of its serialized `sampler` are among them. Raises a `ValueError` if
+    one is where no other process can import it.
     """
     with uncompiled(model):
         config = keras.saving.serialize_keras_object(model)

@@ -19,7 +19,7 @@ def write(folder, config, plan, verified, metrics):
         folder: `pathlib.Path`.
         config: `DyLoRAConfig` of the model.
         plan: `Plan`.
-        verified: dict of signature to the largest difference, or `None`.
+        verified: what `verify` returned, or `None`.
         metrics: dict of rank to its metrics, or `None`.
     """
     contents = {

@@ -15,16 +15,7 @@ from keras_dylora.export.plan import FILE_NAMES
 
 
 def write(model, folder, plan):
-    """Writes `rank_1/model.onnx` or `rank_1/model.tflite`, and so on.
-
-    Args:
-        model: an enabled model, on the TensorFlow backend.
-        folder: `pathlib.Path`. An empty directory.
-        plan: `Plan`, with the merged layout.
-
-    Yields:
-        `None` after each rank.
-    """
+    """Writes `rank_1/model.onnx` and so on, as `writers.write`."""
     convert = {"onnx": _to_onnx, "litert": _to_litert}[plan.format]
     with tempfile.TemporaryDirectory(prefix="keras_dylora-") as temporary:
         steps = saved_model.write(model, pathlib.Path(temporary), plan)

@@ -12,13 +12,7 @@ ERROR_NAME = "error.json"
 
 
 class ChildError(Exception):
-    """What ended a child process.
-
-    Args:
-        kind: str. The name of the exception's class.
-        message: str.
-        stderr: str. All that the process wrote.
-    """
+    """What ended a child process; `kind` is the name of an exception."""
 
     def __init__(self, kind, message, stderr):
         super().__init__(f"{kind}: {message}" if message else kind)

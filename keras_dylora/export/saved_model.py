@@ -16,16 +16,7 @@ from keras_dylora.model import adaptation_of
 
 
 def write(model, folder, plan):
-    """Writes the SavedModels of a plan.
-
-    Args:
-        model: an enabled model, on the TensorFlow backend.
-        folder: `pathlib.Path`. An empty directory.
-        plan: `Plan`.
-
-    Yields:
-        `None` after each of the `plan.steps` pieces of work.
-    """
+    """Writes the SavedModels of a plan, as `writers.write`."""
     writer = _write_shared if plan.layout == "shared" else _write_merged
     yield from writer(model, folder, plan)
 

@@ -11,15 +11,9 @@ import tensorflow as tf
 
 
 def create(variables, dtype, copies=()):
-    """TensorFlow variables that stand in for those of Keras, by `id`.
+    """Pairs of the Keras and the TensorFlow variable, by `id` of the first.
 
-    Args:
-        variables: list of Keras variables.
-        dtype: str or `None`. Wider floats are stored in it.
-        copies: Keras variables that are to be replaced in any case.
-
-    Returns:
-        A dict of `id` to the Keras and the TensorFlow variable.
+    For floats wider than `dtype`, if one is given, and for `copies`.
     """
     copied, stored = {id(v) for v in copies}, {}
     for variable in variables:

@@ -40,11 +40,6 @@ class _Call:
 def verify(model, folder, plan):
     """Runs every artifact and compares its outputs with the live model's.
 
-    Args:
-        model: the model that was exported.
-        folder: `pathlib.Path`. What was written.
-        plan: `Plan`.
-
     Returns:
         A dict of signature or path to the largest difference.
 

@@ -20,35 +20,23 @@ class Sampled:
         self.config = config
 
     def gate(self, adaptation):
-        """The gate of a step, and what the step logs.
+        """The gate `(rank,)` of a step, and a dict of what the step logs.
 
-        Args:
-            adaptation: `Adaptation` of the model, whose place in the rank
-                sequence moves on if a rank is drawn.
-
-        Returns:
-            A float32 tensor `(rank,)` and a dict.
+        If a rank is drawn, the model's place in the rank sequence moves on.
         """
         rank = adaptation.draw(adaptation.ranks_drawn)
         adaptation.ranks_drawn.assign(adaptation.ranks_drawn + 1)
         return self._gate_at(rank), {"rank": rank}
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
-        """The loss of a step.
+        """The loss of a step, a scalar tensor.
 
         Args:
             model: the `DyLoRAModel`.
             forward: a context manager of the model and `x` that yields
                 predictions; within it, `model.losses` are of that call.
-            compute_loss: Keras's loss of given predictions.
-            x: inputs of the model.
-            y: targets.
-            y_pred: predictions at the gate of the step.
-            *args: further arguments of `compute_loss`.
-            **kwargs: further arguments of `compute_loss`.
-
-        Returns:
-            A scalar tensor.
+            compute_loss: Keras's, which takes all other arguments; `y_pred`
+                are predictions at the gate of the step.
         """
         return compute_loss(x, y, y_pred, *args, **kwargs)
 
@@ -90,9 +78,7 @@ class Summed(Sampled):
 class Matryoshka(Sampled):
     """One pass at the mean of the ranks' gates: MatryoshkaLoRA's diagonal.
 
-    Reference:
-
-    - [Modoranu et al., 2026](https://arxiv.org/abs/2605.07850)
+    Reference: [Modoranu et al., 2026](https://arxiv.org/abs/2605.07850)
     """
 
     draws = False

@@ -105,19 +105,16 @@ def masked(model):
 def hold(model, values, iterations):
     """Puts back what the step may not have changed.
 
-    With gradient accumulation, an update may change the columns of all ranks
-    drawn since the update before.
-
-    Args:
-        model: the `DyLoRAModel`.
-        values: list of the values of `masked(model)` before the step.
-        iterations: the optimizer's iterations before the step.
+    Takes the values of `masked(model)` and the optimizer's iterations before
+    it. With gradient accumulation, an update may change the columns of all
+    ranks drawn since the update before.
     """
     opened = ops.convert_to_tensor(model._dylora.open_columns)
     mask = ops.greater(opened, 0)
     for (variable, by_column), value in zip(masked(model), values, strict=True):
         mine = mask if by_column else ops.expand_dims(mask, -1)
-        variable.assign(ops.where(mine, variable, value))
+        after = ops.convert_to_tensor(variable)
+        variable.assign(ops.where(mine, after, value))
     updated = ops.not_equal(model.optimizer.iterations, iterations)
     model._dylora.open_columns.assign(ops.where(updated, 0.0, opened))
 
