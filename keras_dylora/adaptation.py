@@ -102,7 +102,7 @@ class Adaptation:
         self.draw = RankDraw(
             config.distribution, config.min_rank, config.rank, config.seed
         )
-        state = {
+        common = {
             "trainable": False,
             "autocast": False,
             "aggregation": "only_first_replica",
@@ -110,17 +110,17 @@ class Adaptation:
         with keras.name_scope(self.model.name, caller=self.model):
             # Positions in the rank sequence: how many ranks were drawn.
             self.ranks_drawn = keras.Variable(
-                ranks_drawn, dtype="int", name="ranks_drawn", **state
+                ranks_drawn, dtype="int", name="ranks_drawn", **common
             )
-            self.state = [self.ranks_drawn]
+            self.variables = [self.ranks_drawn]
             if config.frozen:
                 # Columns of the ranks drawn since the last weight update.
                 self.open_columns = keras.Variable(
                     np.zeros((config.rank,), dtype="float32"),
                     name="open_columns",
-                    **state,
+                    **common,
                 )
-                self.state.append(self.open_columns)
+                self.variables.append(self.open_columns)
 
     @property
     def gates(self):
@@ -250,7 +250,7 @@ def _as_float(layers):
 
 
 @contextlib.contextmanager
-def as_plain(model, adaptation, whole=False):
+def as_plain(model, whole=False):
     """Within it, Keras describes the model as one without DyLoRA.
 
     As it was before `enable_dylora`: the classes, what was trainable,
@@ -258,16 +258,16 @@ def as_plain(model, adaptation, whole=False):
 
     Args:
         model: the `DyLoRAModel`.
-        adaptation: its `Adaptation`.
         whole: bool. Whether what was built by hand is plain too: layers, and
             models within; and quantized layers are the float ones they were.
             Defaults to `False`.
     """
+    adaptation = model._dylora
     instances, layers = [model, *adaptation.upgraded], []
     if whole:
         layers = list(adaptation.layers.values())
         models = _keras.submodels(model)
-        instances = [*(x for x in models if hasattr(x, "original_class"))]
+        instances = [x for x in models if hasattr(x, "original_class")]
         instances += layers
     flags = trainable_flags(model) if adaptation.flags else []
     try:

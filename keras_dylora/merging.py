@@ -57,7 +57,7 @@ def merge(model, rank=None):
                 "Only an enabled model or a functional `DyLoRAModel` has a "
                 f"plain class to merge into. Received: a {cls.__name__}"
             )
-    with as_plain(model, adaptation, whole=True):
+    with as_plain(model, whole=True):
         config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:
         config["config"]["preprocessor"] = model.preprocessor

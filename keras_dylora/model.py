@@ -1,7 +1,6 @@
-"""DyLoRAModel: the Keras model that draws a rank for every training step.
+"""DyLoRAModel, and how the class of a live model changes to it and back.
 
-How a live model becomes one and is made its original class again, and what
-its files hold. `docs/live_models.md` says why.
+`docs/live_models.md` says why in place.
 """
 
 import contextlib
@@ -348,8 +347,8 @@ class DyLoRAModel(keras.Model):
     @property
     def variables(self):
         # As Keras lists the state of a seed generator: here, not in `weights`.
-        state = self._dylora.state if hasattr(self, "_dylora") else []
-        return [*super().variables, *state]
+        own = self._dylora.variables if hasattr(self, "_dylora") else []
+        return [*super().variables, *own]
 
     @property
     def _ranks_drawn(self):
@@ -362,7 +361,7 @@ class DyLoRAModel(keras.Model):
         self._prepare()
         super().save_own_variables(store)
         own = len(_keras.own_weights(self))
-        for i, variable in enumerate(self._dylora.state):
+        for i, variable in enumerate(self._dylora.variables):
             store[f"{own + i}"] = variable
         for name, variable in self._seed_states().items():
             store[name] = variable
@@ -395,7 +394,7 @@ class DyLoRAModel(keras.Model):
 
         Without them, a run with dropout can't resume where it stopped.
         """
-        skip = [*self.weights, *self._dylora.state]
+        skip = [*self.weights, *self._dylora.variables]
         skip = {id(v) for v in skip + [g.variable for g in self._dylora.gates]}
         states = [v for v in self.variables if id(v) not in skip]
         return {f"{SEED_STATE}{i}": v for i, v in enumerate(states)}
@@ -416,7 +415,7 @@ class DyLoRAModel(keras.Model):
             return super().get_config()
         adaptation = adaptation_of(self)
         trainable = [w.trainable for w in self.weights]
-        with as_plain(self, adaptation):
+        with as_plain(self):
             base = keras.saving.serialize_keras_object(self)
         return {
             "format_version": FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""Where the layers of a KerasHub model are in its transformers twin."""
+"""The families that PEFT adapters fit, and where their layers are in each."""
 
 import dataclasses
 

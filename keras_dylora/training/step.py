@@ -1,4 +1,4 @@
-"""What a DyLoRA step does around Keras's own, on any backend.
+"""A step around Keras's own: a rank is drawn, frozen columns are masked.
 
 1. The gates of inference are kept, and in frozen mode what is `masked`.
 2. `begin`: the objective draws a rank and sets the gates of the layers.
