@@ -47,8 +47,11 @@ def forget(layer, *names):
     """
     with unlocked(layer):
         for name in names:
+            value = getattr(layer, name, None)
+            if isinstance(value, keras.Variable):
+                layer._untrack_variable(value)
+            layer._tracker.untrack(value)
             if hasattr(layer, name):
-                layer._tracker.untrack(getattr(layer, name))
                 super(keras.Layer, layer).__delattr__(name)
 
 
@@ -61,6 +64,26 @@ def track_for_torch(model):
     for layer in model._flatten_layers():
         if hasattr(layer, "_torch_params"):
             layer._track_variables()
+
+
+class OwnState:
+    """Has state that is no weight, kept as Keras keeps a seed generator's.
+
+    In `variables`, which JAX hands to a step and torch moves to a device, and
+    in TensorFlow's own formats (`_trackable_children`), not in `weights`.
+    """
+
+    def _own_state(self):
+        """Dict of name to variable."""
+        raise NotImplementedError
+
+    @property
+    def variables(self):
+        return [*self._own_state().values(), *super().variables]
+
+    def _trackable_children(self, save_type="checkpoint", **kwargs):
+        children = super()._trackable_children(save_type, **kwargs)
+        return {**children, **self._own_state()}
 
 
 def sublayers(layer):
@@ -140,6 +163,9 @@ def override_losses(model, losses):
         model._losses_override = before
 
 
+ACCUMULATOR = "gradient_accumulator"
+
+
 def optimizer_slots(optimizer, variables):
     """Pairs of optimizer variable and the model variable it is kept for.
 
@@ -152,21 +178,13 @@ def optimizer_slots(optimizer, variables):
         owners[variable.path.replace("/", "_") + "_"].append(variable)
     seen = collections.Counter()
     for slot in optimizer.variables:
-        if slot.name.endswith("gradient_accumulator"):
+        if slot.name.endswith(ACCUMULATOR):
             continue
         prefixes = [prefix for prefix in owners if slot.name.startswith(prefix)]
         if prefixes:
             same_path = owners[max(prefixes, key=len)]
             yield slot, same_path[seen[slot.name] % len(same_path)]
             seen[slot.name] += 1
-
-
-def keeps_slots(optimizer):
-    """Whether an optimizer that is built has variables for single weights."""
-    return any(
-        slot.ndim > 0 and not slot.name.endswith("gradient_accumulator")
-        for slot in optimizer.variables
-    )
 
 
 # Compiling.

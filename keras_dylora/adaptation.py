@@ -29,16 +29,17 @@ class Adaptation:
             each with the list of its variables that are.
     """
 
-    def __init__(self, model, config, layers, trained_layers=()):
+    def __init__(self, model, config, layers, trained_layers=None):
         self.model = model
         self.layers = layers
         self.upgraded = [
             x for x in layers.values() if type(x) in ADAPTED_CLASSES
         ]
+        trained_layers = trained_layers or {}
         self.trained_layers = list(trained_layers)
         # What is trained besides the adapters, even if it is frozen by now.
         self.trained = [
-            v for x in self.trained_layers for v in trained_layers[x]
+            v for variables in trained_layers.values() for v in variables
         ]
         # What `undo` and `as_plain` make trainable again. None of a hand-built
         # model's business.
@@ -112,15 +113,15 @@ class Adaptation:
             self.ranks_drawn = keras.Variable(
                 ranks_drawn, dtype="int", name="ranks_drawn", **common
             )
-            self.variables = [self.ranks_drawn]
-            if config.frozen:
-                # Columns of the ranks drawn since the last weight update.
-                self.open_columns = keras.Variable(
-                    np.zeros((config.rank,), dtype="float32"),
-                    name="open_columns",
-                    **common,
-                )
-                self.variables.append(self.open_columns)
+            # Columns of the ranks drawn since the last weight update.
+            self.open_columns = config.frozen and keras.Variable(
+                np.zeros((config.rank,), dtype="float32"),
+                name="open_columns",
+                **common,
+            )
+        self.state = {"ranks_drawn": self.ranks_drawn}
+        if config.frozen:
+            self.state["open_columns"] = self.open_columns
 
     @property
     def gates(self):
@@ -145,7 +146,7 @@ class Adaptation:
 
     def train(self, variables):
         """Leaves these variables trainable, and nothing else."""
-        self.trained = variables
+        self.trained = variables if self.upgraded else []
         keep = {id(v) for v in variables}
         for item, _ in self.flags:
             if isinstance(item, keras.Layer):

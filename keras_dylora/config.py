@@ -132,7 +132,7 @@ class DyLoRAConfig:
         for name, value in arguments.items():
             object.__setattr__(self, name, value)
         self.distribution.probabilities(self.min_rank, self.rank)
-        if self.objective not in OBJECTIVES:
+        if self.objective not in tuple(OBJECTIVES):
             raise ValueError(
                 f"`objective` must be one of {tuple(OBJECTIVES)}. "
                 f"Received: objective={self.objective!r}"
@@ -163,13 +163,13 @@ class DyLoRAConfig:
             if p > 0
         }
 
-    def truncated(self, rank):
+    def truncated(self, rank, stacklevel=3):
         """The config of this run's adapters when they are cut to `rank`."""
         if rank < self.min_rank:
             warnings.warn(
                 "An adapter should be cut to a rank that it was trained at. "
                 f"Received: rank={rank} with min_rank={self.min_rank}",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
         distribution = self.rank_distribution
         if isinstance(distribution, Categorical):

@@ -22,15 +22,7 @@ class RankDistribution:
         raise NotImplementedError
 
     def probabilities(self, min_rank, rank):
-        """Probabilities of the ranks `min_rank..rank`.
-
-        Args:
-            min_rank: int. The lowest rank that is drawn.
-            rank: int. The highest one.
-
-        Returns:
-            A float64 array of length `rank - min_rank + 1` that sums to one.
-        """
+        """Probabilities of the ranks `min_rank..rank`, a float64 array."""
         weights = np.asarray(
             self.weights(range(min_rank, rank + 1)), dtype="float64"
         )
@@ -197,11 +189,7 @@ class RankDraw:
     integer mixer), so that TensorFlow, JAX and torch, in or out of a compiled
     step, give the same ranks, and a position is all there is to save.
 
-    Args:
-        distribution: `RankDistribution`.
-        min_rank: int. The lowest rank that is drawn.
-        rank: int. The highest one.
-        seed: int. Another seed gives another sequence.
+    Draws from a `RankDistribution` over `min_rank..rank`.
     """
 
     def __init__(self, distribution, min_rank, rank, seed):
@@ -219,14 +207,7 @@ class RankDraw:
         )
 
     def __call__(self, position):
-        """Draws one rank.
-
-        Args:
-            position: integer scalar tensor. How many ranks were drawn before.
-
-        Returns:
-            An int32 scalar tensor.
-        """
+        """One rank, int32, by how many were drawn before: scalar tensors."""
         x = ops.cast(position, "int32")
         for key in self._keys:
             x = _mix(ops.bitwise_xor(x, key))

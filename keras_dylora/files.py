@@ -13,21 +13,10 @@ import tempfile
 def new_directory(directory, overwrite, written):
     """Writes a directory beside its final place, then renames it.
 
-    Args:
-        directory: str or path. The final place.
-        overwrite: bool. Whether an existing directory may be replaced.
-        written: callable. Takes the existing directory, as a `pathlib.Path`,
-            and returns the paths within it of what keras_dylora wrote there.
-            A directory that holds anything else is never replaced.
-
-    Yields:
-        A `pathlib.Path` to write into. An error or an interruption leaves
-        nothing of it behind.
-
-    Raises:
-        ValueError: if the directory exists and may not be replaced, or is the
-            working directory or above it.
-        OSError: if it can't be written.
+    Yields the path to write into; an error or an interruption leaves nothing
+    of it behind. `written` takes the existing directory and returns the paths
+    within it of what keras_dylora wrote there: one that holds anything else is
+    never replaced, but refused by a `ValueError`.
     """
     final = pathlib.Path(directory).resolve()
     if pathlib.Path.cwd().is_relative_to(final):

@@ -13,17 +13,10 @@ from keras_dylora import ranks
 class Geometry:
     """How the kernel of a linear layer is a matrix.
 
-    Args:
-        inputs: tuple of int. Sizes of the kernel's input axes, in the order
-            of the layer's input.
-        outputs: tuple of int. Sizes of its output axes, in the order of the
-            layer's output.
-        kernel_axes: tuple of int. Puts inputs and outputs in the order of the
-            kernel.
-        input_order: einsum equation that puts the input axes last in an
-            input, or `None` where they are.
-        output_order: einsum equation that puts the output axes back in their
-            places in an output, or `None` where they are.
+    By the sizes of its input axes in the order of an input, and of its output
+    axes in the order of an output; `kernel_axes` puts both in the order of the
+    kernel. Einsum equations, or `None` where nothing is to do, put the input
+    axes last in an input and the output axes back in their places.
     """
 
     inputs: tuple
@@ -34,14 +27,9 @@ class Geometry:
 
     @classmethod
     def of_equation(cls, equation, shape):
-        """The geometry of an `EinsumDense` layer.
+        """That of an `EinsumDense` layer, by the shape of its kernel.
 
-        Args:
-            equation: str, such as `"abc,cde->abde"`.
-            shape: tuple of int. The shape of the kernel.
-
-        Raises:
-            ValueError: if an axis of the kernel is on both sides or on none.
+        Raises a `ValueError` if an axis of it is on both sides or on none.
         """
         left, output = equation.replace(" ", "").split("->")
         source, kernel = left.split(",")
@@ -103,10 +91,7 @@ class Geometry:
 class Factors:
     """The adapter of one layer at one rank, in NumPy: `scale * down @ up`.
 
-    Args:
-        down: float32 array `(inputs, rank)`.
-        up: float32 array `(rank, outputs)`.
-        scale: float.
+    `down` is `(inputs, rank)` and `up` `(rank, outputs)`, both float32.
     """
 
     down: np.ndarray

@@ -116,3 +116,9 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
 ADAPTED_CLASSES = {
     cls.original_class: cls for cls in (DyLoRADense, DyLoRAEinsumDense)
 }
+
+
+def matrix_shape(layer):
+    """`(inputs, outputs)` of a layer that is adapted or can be."""
+    cls = ADAPTED_CLASSES.get(type(layer), type(layer))
+    return cls.geometry_of(layer).shape

@@ -12,7 +12,7 @@ from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.rank_gate import GateRow, RankGate
 
 
-class LowRankAdapter:
+class LowRankAdapter(_keras.OwnState):
     """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
 
     The concrete class says which matrix its base layer's kernel is, as
@@ -58,21 +58,16 @@ class LowRankAdapter:
     @classmethod
     def check_base(cls, layer):
         """Raises `ValueError` if a built base layer can't take an adapter."""
+        mode, rule = layer.quantization_mode, None
         if layer.kernel_constraint is not None:
+            rule = "A layer with a `kernel_constraint` can't be adapted"
+        elif layer.lora_enabled:
+            rule = "A layer with Keras's own LoRA can't be adapted too"
+        elif mode not in (None, "int8", "int4"):
+            rule = "Only float, int8 and int4 layers can be adapted"
+        if rule:
             raise ValueError(
-                "A layer with a `kernel_constraint` can't be adapted. "
-                f"Received: {layer.name}"
-            )
-        if layer.lora_enabled:
-            raise ValueError(
-                "A layer with Keras's own LoRA can't be adapted too. "
-                f"Received: {layer.name}"
-            )
-        if layer.quantization_mode not in (None, "int8", "int4"):
-            raise ValueError(
-                "Only float, int8 and int4 layers can be adapted. Received: "
-                f"{layer.name} with quantization_mode="
-                f"{layer.quantization_mode}"
+                f"{rule}. Received: {layer.name} with quantization_mode={mode}"
             )
         cls.geometry_of(layer)
 
@@ -156,11 +151,9 @@ class LowRankAdapter:
         for variable in self.base_weights:
             variable.trainable = False
 
-    @property
-    def variables(self):
-        # As Keras lists the state of a seed generator: here, not in `weights`.
-        gate = [self._gate.gate.variable] if hasattr(self, "_gate") else []
-        return [*super().variables, *gate]
+    def _own_state(self):
+        row = getattr(self, "_gate", None)
+        return {"gate": row.gate.variable} if row else {}
 
     @property
     def base_weights(self):
@@ -174,16 +167,10 @@ class LowRankAdapter:
         return self._gate.active_rank
 
     def set_rank(self, rank):
-        """Sets the rank that the layer computes at.
+        """Sets the rank that the layer computes at, in `0..self.rank`.
 
-        The layers that `enable_dylora` adapts share one rank.
-
-        Args:
-            rank: int in `0..self.rank`. `0` gives the base layer.
-
-        Raises:
-            ValueError: if `rank` is out of range.
-            TypeError: if `rank` isn't an integer.
+        `0` gives the base layer. Layers that `enable_dylora` adapts share one
+        rank. Raises a `ValueError` or `TypeError` for what is none.
         """
         if not self.built:
             raise ValueError(
@@ -231,16 +218,19 @@ class LowRankAdapter:
         if len(gate.shape) == 2:
             # One rank for each example, of which there may be more here: beam
             # search folds its beams into the batch.
-            copies = ops.shape(rows)[0] // ops.maximum(ops.shape(gate)[0], 1)
+            copies = kept[0] // ops.maximum(ops.shape(gate)[0], 1)
             gate = ops.repeat(gate, copies, axis=0)
-        update = ops.matmul(bottleneck * gate, up)
-        return self._geometry.back(update, kept)
+            middle = (1,) * (len(kept) - 1)
+            gate = ops.reshape(gate, (-1, *middle, self.rank))
+            bottleneck = ops.reshape(bottleneck, (*kept, self.rank))
+        bottleneck = ops.reshape(bottleneck * gate, (-1, self.rank))
+        return self._geometry.back(ops.matmul(bottleneck, up), kept)
 
     def factors(self, rank=None):
         """The adapter as `Factors`, cut to a rank, by default the highest."""
-        rank = self.rank if rank is None else rank
-        down, up = float32_array(self.down), float32_array(self.up)
-        return Factors(down, up, 1.0).cut(rank, self.alpha)
+        scale = ranks.scale(self.rank, self.alpha)
+        whole = Factors(float32_array(self.down), float32_array(self.up), scale)
+        return whole if rank is None else whole.cut(rank, self.alpha)
 
     def delta_kernel(self, rank):
         """The update of the kernel at a rank in `0..self.rank`, in NumPy."""

@@ -125,7 +125,7 @@ def _functional_class():
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
-class DyLoRAModel(keras.Model):
+class DyLoRAModel(_keras.OwnState, keras.Model):
     """A Keras model that trains its adapters for every rank at once.
 
     Each training step draws a rank `b`, runs Keras's own step with the first
@@ -244,12 +244,7 @@ class DyLoRAModel(keras.Model):
     def rank_scope(self, rank):
         """Sets the rank for the time of a `with` block.
 
-        Args:
-            rank: int in `0..config.rank`.
-
-        Raises:
-            ValueError: if `rank` is out of range.
-            TypeError: if `rank` isn't an integer.
+        Takes and raises what `set_rank` does.
 
         Example:
 
@@ -282,10 +277,12 @@ class DyLoRAModel(keras.Model):
         self._prepare()
         if self.optimizer is None:
             return
+        if self._dylora.config.frozen:
+            training.check_frozen(self.optimizer)
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
         if self._dylora.config.frozen:
-            training.check_frozen(self)
+            training.check_slots(self)
 
     def train_step(self, *args):
         return training.train_step(self, super().train_step, *args)
@@ -312,6 +309,7 @@ class DyLoRAModel(keras.Model):
                 to `None`, Keras's default for the mode.
             filters: str, list of str, or callable of a layer. Which layers to
                 quantize. Defaults to `None`, all.
+            **kwargs: the further ones.
 
         Raises:
             TypeError: if `filters` is something else.
@@ -344,11 +342,8 @@ class DyLoRAModel(keras.Model):
         _, arguments = super().__reduce__()
         return _keras.unpickle, arguments
 
-    @property
-    def variables(self):
-        # As Keras lists the state of a seed generator: here, not in `weights`.
-        own = self._dylora.variables if hasattr(self, "_dylora") else []
-        return [*super().variables, *own]
+    def _own_state(self):
+        return self._dylora.state if hasattr(self, "_dylora") else {}
 
     @property
     def _ranks_drawn(self):
@@ -361,7 +356,7 @@ class DyLoRAModel(keras.Model):
         self._prepare()
         super().save_own_variables(store)
         own = len(_keras.own_weights(self))
-        for i, variable in enumerate(self._dylora.variables):
+        for i, variable in enumerate(self._dylora.state.values()):
             store[f"{own + i}"] = variable
         for name, variable in self._seed_states().items():
             store[name] = variable
@@ -394,7 +389,7 @@ class DyLoRAModel(keras.Model):
 
         Without them, a run with dropout can't resume where it stopped.
         """
-        skip = [*self.weights, *self._dylora.variables]
+        skip = [*self.weights, *self._dylora.state.values()]
         skip = {id(v) for v in skip + [g.variable for g in self._dylora.gates]}
         states = [v for v in self.variables if id(v) not in skip]
         return {f"{SEED_STATE}{i}": v for i, v in enumerate(states)}

@@ -12,13 +12,8 @@ class RankGate:
     """The gates of the adapted layers of a model, a row for each layer.
 
     They live in one variable, so a new rank, or one for each layer, neither
-    retraces nor recompiles anything. It isn't a weight: it is state and not
-    something learned.
-
-    Args:
-        layers: int. How many layers read it.
-        rank: int. Length of a gate.
-        alpha: float. Scale of the adapters.
+    retraces nor recompiles anything. It isn't a weight, as it is state and not
+    something learned. `layers` is how many read it.
     """
 
     def __init__(self, layers, rank, alpha):

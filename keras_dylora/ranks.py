@@ -63,14 +63,8 @@ def scale(rank, alpha):
 def gate(active_rank, rank, alpha):
     """The gate of Eq. 7: `alpha / b` for the first `b` entries, then zeros.
 
-    Args:
-        active_rank: int or integer tensor of any shape. The rank(s) `b`, in
-            `0..rank`.
-        rank: int. The length of the gate.
-        alpha: float. The scale's numerator.
-
-    Returns:
-        A float32 tensor of shape `shape(active_rank) + (rank,)`.
+    `active_rank` is `b`, an int or an integer tensor, `rank` the length of the
+    gate. Returns a float32 tensor of shape `shape(active_rank) + (rank,)`.
     """
     b = ops.expand_dims(ops.cast(active_rank, "int32"), -1)
     value = scale(ops.cast(ops.maximum(b, 1), "float32"), alpha)

@@ -16,7 +16,8 @@ import torch
 import transformers
 
 import keras_dylora as kd
-from keras_dylora.adapters import from_peft, to_peft
+from keras_dylora.adapters import from_peft, peft_files, to_peft
+from keras_dylora.geometry import Factors
 from tests import backend
 from tests.models import (
     VOCABULARY,
@@ -486,6 +487,30 @@ def test_an_enabled_model_keeps_its_alpha(tmp_path):
         )
 
 
+@pytest.mark.parametrize("trainable_layers", [(), "logits"], ids=str)
+def test_a_head_that_is_not_trained_is_saved(trainable_layers, tmp_path):
+    model = enabled(roberta_classifier(), trainable_layers=trainable_layers)
+    to_peft(model, tmp_path)
+    again = from_peft(roberta_classifier(), tmp_path)
+    for name in ("pooled_dense", "logits"):
+        for a, b in zip(
+            model.get_layer(name).weights,
+            again.get_layer(name).weights,
+            strict=True,
+        ):
+            np.testing.assert_array_equal(
+                backend.to_numpy(a), backend.to_numpy(b)
+            )
+
+
+@pytest.mark.parametrize("alpha", [16 / 3, 0.1, 7, 1e-3])
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_lora_alpha_gives_the_scale_exactly(alpha, rank):
+    down = np.zeros((2, rank), "float32")
+    factors = Factors(down, down.T, alpha / rank)
+    assert peft_files._lora_alpha(factors) / rank == alpha / rank
+
+
 # What is refused
 
 
@@ -641,6 +666,15 @@ NOT_LOADED = {
     "cut-weights": (cut, "must be a safetensors file"),
     "other-weights": (flip, "SHA-256"),
     "newer": (edit(SIDE, format_version=99), "format_version=99"),
+    "wide-up": (
+        retensor(
+            lambda tensors: {
+                k: torch.cat([v, v[:1]]) if k.endswith("lora_B.weight") else v
+                for k, v in tensors.items()
+            }
+        ),
+        "mis-shaped: .*lora_B",
+    ),
     "damaged-side-file": (edit(SIDE, config={}), "`to_peft` wrote"),
     "other-r": (edit("adapter_config.json", r=2), "must be"),
     "dora": (as_plain(use_dora=True), "plain LoRA.*use_dora=True"),

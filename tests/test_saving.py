@@ -504,3 +504,23 @@ def test_cutting_below_the_lowest_trained_rank_is_warned_of(tmp_path):
         kd.save_adapter(model, tmp_path / "b", rank=2)
     with pytest.warns(UserWarning, match="Received: rank=1 with min_rank=3"):
         kd.truncate(model, 1)
+
+
+@pytest.mark.skipif(
+    backend.NAME != "tensorflow", reason="TensorFlow's own formats"
+)
+def test_formats_of_tensorflow(tmp_path):
+    import tensorflow as tf
+
+    model = randomize_adapters(mlp(frozen=True))
+    model.compile("sgd", "mse")
+    x, y = mlp_data()
+    model.fit(x, y, verbose=0)
+    tf.saved_model.save(model, str(tmp_path / "saved_model"))
+    serve = tf.saved_model.load(str(tmp_path / "saved_model")).signatures
+    (found,) = serve["serving_default"](tf.constant(x)).values()
+    np.testing.assert_allclose(found, model.predict(x, verbose=0), atol=1e-6)
+    path = tf.train.Checkpoint(model).write(str(tmp_path / "checkpoint"))
+    other = mlp(frozen=True)
+    tf.train.Checkpoint(other).read(path)
+    assert int(other._ranks_drawn) == 2

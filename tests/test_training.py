@@ -126,6 +126,18 @@ def test_frozen_refuses_what_it_cannot_hold(optimizer):
     model.fit(*mlp_data(), verbose=0)
 
 
+def test_frozen_adapters_have_no_slots_to_find():
+    model = randomize_adapters(mlp(frozen=True))
+    for layer in model.dylora_layers:
+        layer.trainable = False
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    before = backend.snapshot(model.dylora_layers[0].weights)
+    model.fit(*mlp_data(), verbose=0)
+    after = backend.snapshot(model.dylora_layers[0].weights)
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_frozen_with_accumulation_changes_the_union():
     model = randomize_adapters(mlp(frozen=True))
     model.compile(

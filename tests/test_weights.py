@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
 
@@ -95,7 +96,17 @@ def without(part):
 
 
 DAMAGED = {
-    "no-up": (without("query/up"), "extra: adapter/.*query/down"),
+    "no-up": (without("query/up"), "missing: adapter/.*query/up"),
+    "a-vector": (
+        lambda t: {k: v[0] if k.endswith("down") else v for k, v in t.items()},
+        "mis-shaped: .*down",
+    ),
+    "of-rank-3": (
+        lambda t: {
+            k: v[:, :3] if k.endswith("down") else v for k, v in t.items()
+        },
+        "mis-shaped: .*down",
+    ),
     "no-head": (without("logits/bias"), "missing: head/logits/bias"),
     "no-layer": (without("value"), "without .*value.*missing: adapter/.*value"),
     "other-name": (lambda t: {**t, "x": np.zeros(1)}, "extra: x"),
@@ -152,3 +163,41 @@ def test_of_a_hand_built_model():
     np.testing.assert_allclose(
         other.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
     )
+
+
+def test_only_the_layers_of_the_file_are_enabled():
+    """Its path is the name of another layer too."""
+
+    def two_of_a_name():
+        inputs = keras.Input((4,), name="inputs")
+        x = keras.layers.Dense(4, name="query")(inputs)
+        inner = keras.Sequential(
+            [keras.layers.Dense(4, name="query")], name="inner"
+        )
+        return keras.Model(inputs, inner(x))
+
+    source = randomize(two_of_a_name())
+    base = backend.snapshot(source.weights)
+    kd.enable_dylora(
+        source, rank=2, target_layers=lambda path, layer: "/" not in path
+    )
+    randomize_adapters(source)
+    model = two_of_a_name()
+    for weight, value in zip(model.weights, base, strict=True):
+        weight.assign(value)
+    AdapterWeights.of(source).put_on(model)
+    assert [layer.path for layer in model.dylora_layers] == ["query"]
+    assert model.dylora_config.target_layers == ["query"]
+    x = np.ones((2, 4), "float32")
+    np.testing.assert_allclose(
+        model.predict(x, verbose=0), source.predict(x, verbose=0), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("write", [kd.save_adapter, kd.to_peft])
+def test_files_are_of_one_rank(write, tmp_path):
+    model = enabled()
+    ranks = dict.fromkeys(AdapterWeights.of(model).layers, 2)
+    with pytest.raises(TypeError, match="must be an integer"):
+        write(model, tmp_path / "adapter", rank=ranks)
+    assert not any(tmp_path.iterdir())

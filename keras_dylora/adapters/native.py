@@ -9,6 +9,7 @@ from keras_dylora import files
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.model import DyLoRAModel
+from keras_dylora.ranks import as_rank
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -43,7 +44,8 @@ def save_adapter(model, directory, rank=None, overwrite=True):
     ```
     """
     weights = AdapterWeights.of(model)
-    weights = weights.cut(weights.config.rank if rank is None else rank)
+    high = weights.config.rank
+    weights = weights.cut(as_rank(high if rank is None else rank, 1, high))
     tensors = {name: x.copy("C") for name, x in weights.tensors().items()}
     written = files.together(WEIGHTS_NAME, CONFIG_NAME)
     with files.new_directory(directory, overwrite, written) as folder:

@@ -8,9 +8,17 @@ import numpy as np
 from keras_dylora import files
 from keras_dylora.adapters import peft_files
 from keras_dylora.adapters.families import layout_of
-from keras_dylora.adapters.weights import AdapterWeights, check_shapes
+from keras_dylora.adapters.weights import (
+    AdapterWeights,
+    check_float,
+    check_shapes,
+    trained_weights,
+)
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.geometry import Factors
+from keras_dylora.geometry import Factors, float32_array
+from keras_dylora.layers import matrix_shape
+from keras_dylora.paths import layer_paths, weight_paths
+from keras_dylora.ranks import as_rank
 
 
 def to_peft(model, directory, rank=None, overwrite=True):
@@ -58,9 +66,12 @@ def to_peft(model, directory, rank=None, overwrite=True):
     """
     weights = AdapterWeights.of(model)
     layout = layout_of(model)
-    weights = weights.cut(weights.config.rank if rank is None else rank)
+    high = weights.config.rank
+    weights = weights.cut(as_rank(high if rank is None else rank, 1, high))
     modules = layout.modules(model)
-    _check_exportable(model, layout, modules, weights)
+    every = weight_paths(model)
+    head = {path: every[path] for path in layout.head.values()}
+    _check_exportable(model, head, modules, weights)
     fused = {
         module: _fuse([weights.layers.get(path) for path in paths])
         for module, paths in modules.items()
@@ -71,7 +82,7 @@ def to_peft(model, directory, rank=None, overwrite=True):
             tensors[f"{module}.lora_A.weight"] = factors.down.T
             tensors[f"{module}.lora_B.weight"] = factors.up.T
     for name, path in layout.head.items():
-        tensors[name] = weights.trained[path].T
+        tensors[name] = float32_array(head[path]).T
     described = dataclasses.replace(
         weights.config, target_layers=list(weights.layers)
     )
@@ -85,7 +96,7 @@ def to_peft(model, directory, rank=None, overwrite=True):
         peft_files.write(folder, tensors, described, config)
 
 
-def _check_exportable(model, layout, modules, weights):
+def _check_exportable(model, head, modules, weights):
     known = {path for paths in modules.values() for path in paths}
     other = sorted(set(weights.layers) - known)
     if other:
@@ -93,19 +104,19 @@ def _check_exportable(model, layout, modules, weights):
             "A PEFT adapter can adapt the linear layers of the backbone. "
             f"Received: adapters at {other}"
         )
-    other = sorted(set(weights.trained) - set(layout.head.values()))
+    other = sorted(set(trained_weights(model)) - set(head))
     if other:
         raise ValueError(
             "A PEFT adapter can hold adapters and the task head, and nothing "
             f"else that is trained. Received: trained weights {other}"
         )
-    width = model.backbone.hidden_dim if layout.head else None
-    for path in layout.head.values():
-        shape = weights.trained[path].shape
-        if shape[0] != width and len(shape) == 2:
+    check_float(head)
+    for path, weight in head.items():
+        width = model.backbone.hidden_dim
+        if weight.shape[0] != width and len(weight.shape) == 2:
             raise ValueError(
                 "In transformers, the task head is as wide as the backbone, "
-                f"{width}. Received: {path!r} of shape {shape}"
+                f"{width}. Received: {path!r} of shape {weight.shape}"
             )
 
 
@@ -125,7 +136,8 @@ def _fuse(layers):
     start = 0
     for i, x in blocks:
         rows = slice(start, start + x.rank)
-        up[rows, i * width : (i + 1) * width] = x.up
+        rescaled = x.up * np.float32(x.scale / first.scale)
+        up[rows, i * width : (i + 1) * width] = rescaled
         start += x.rank
     down = np.concatenate([x.down for _, x in blocks], axis=1)
     return Factors(down, up, first.scale)
@@ -176,6 +188,7 @@ def from_peft(model, directory):
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
     weights, ordered = _read(model, directory)
+    weights.check(model, whole=False)
     if not ordered:
         warnings.warn(
             "The ranks of this LoRA adapter have no order, as no "
@@ -197,21 +210,23 @@ def _read(model, directory):
         f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
     )
     head = layout.head if has_head else {}
-    shapes = dict.fromkeys(head)
-    for module in modules:
+    every, layers = weight_paths(model), layer_paths(model)
+    shapes = {n: tuple(every[p].shape)[::-1] for n, p in head.items()}
+    for module, paths in modules.items():
+        inputs, outputs = matrix_shape(layers[next(filter(None, paths))])
         rank = adapter.rank(module)
-        shapes[f"{module}.lora_A.weight"] = (rank, None)
-        shapes[f"{module}.lora_B.weight"] = (None, rank)
+        shapes[f"{module}.lora_A.weight"] = (rank, inputs)
+        shapes[f"{module}.lora_B.weight"] = (len(paths) * outputs, rank)
     check_shapes(
         {f"{peft_files.PREFIX}{name}": x for name, x in shapes.items()},
         adapter.tensors,
     )
     config = _config(modules, adapter)
-    ordered, layers = adapter.dylora is not None, {}
+    ordered, parts = adapter.dylora is not None, {}
     for module, paths in modules.items():
-        layers |= _split(adapter.factors(module), paths, ordered)
+        parts |= _split(adapter.factors(module), paths, ordered)
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
-    return AdapterWeights(layers, trained, config), ordered
+    return AdapterWeights(parts, trained, config), ordered
 
 
 def _adapted(modules, adapter):
@@ -238,6 +253,14 @@ def _config(modules, adapter):
             f"Received: an adapter with tensors {sorted(adapter.tensors)}"
         )
     if adapter.dylora is not None:
+        for module, paths in modules.items():
+            rank = adapter.dylora.rank * (len(paths) - paths.count(None))
+            if adapter.rank(module) != rank:
+                raise ValueError(
+                    f"{peft_files.CONFIG_NAME} must give the rank that "
+                    f"{peft_files.DYLORA_NAME} does. Received: "
+                    f"{adapter.rank(module)} instead of {rank} for {module}"
+                )
         return adapter.dylora
     rank, alpha = max((adapter.rank(m), adapter.alpha(m)) for m in modules)
     return DyLoRAConfig(

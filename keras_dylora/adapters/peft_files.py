@@ -205,7 +205,7 @@ def peft_config(layout, fused, dylora):
     """PEFT's configuration, of all linear layers with `Factors` or `None`."""
     # PEFT scales by lora_alpha / r.
     sizes = {
-        module: (x.rank, _plain_number(x.scale * x.rank))
+        module: (x.rank, _lora_alpha(x))
         for module, x in fused.items()
         if x is not None
     }
@@ -231,10 +231,12 @@ def peft_config(layout, fused, dylora):
     }
 
 
-def _plain_number(x):
-    """A number without the last digits that its arithmetic left behind."""
-    x = float(f"{x:.12g}")
-    return int(x) if x.is_integer() else x
+def _lora_alpha(x):
+    """What PEFT divides by r, in as few digits as give the scale of `x`."""
+    alpha = x.scale * x.rank
+    found = (float(f"{alpha:.{digits}g}") for digits in range(1, 18))
+    alpha = next((a for a in found if a / x.rank == x.scale), alpha)
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _target_modules(layout, fused):

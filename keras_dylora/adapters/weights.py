@@ -13,7 +13,7 @@ from keras_dylora import ranks as rank_functions
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.enable import enable_dylora
 from keras_dylora.geometry import Factors, float32_array
-from keras_dylora.layers import ADAPTED_CLASSES
+from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
 from keras_dylora.model import DyLoRAModel, adaptation_of
 from keras_dylora.paths import layer_paths, weight_paths
 
@@ -22,12 +22,8 @@ from keras_dylora.paths import layer_paths, weight_paths
 class AdapterWeights:
     """The adapters of a model, and what was trained besides.
 
-    Args:
-        layers: dict of layer path to `Factors`, each with a rank and a scale
-            of its own.
-        trained: dict of path to the float32 array of a weight that was trained
-            in full, or of a moving average beside it.
-        config: `DyLoRAConfig`, whose rank is the highest of the layers'.
+    Each layer has a rank and a scale of its own; the config's rank is the
+    highest. Moving averages beside what was trained are with it.
     """
 
     layers: dict[str, Factors]
@@ -48,7 +44,8 @@ class AdapterWeights:
     def cut(self, ranks):
         """The same at one lower rank, or at one for each layer path.
 
-        Really smaller. Raises what `ranks.by_layer` does.
+        Really smaller. Raises what `ranks.by_layer` does. To be called by what
+        the user calls, to which a warning points.
         """
         ranks = rank_functions.by_layer(ranks, self.layers, self.config.rank)
         return dataclasses.replace(
@@ -57,7 +54,7 @@ class AdapterWeights:
                 path: factors.cut(ranks[path], self.config.alpha)
                 for path, factors in self.layers.items()
             },
-            config=self.config.truncated(max(ranks.values())),
+            config=self.config.truncated(max(ranks.values()), stacklevel=4),
         )
 
     def check(self, model, whole=True):
@@ -93,24 +90,22 @@ class AdapterWeights:
             }
         shapes = {f"head/{path}": tuple(v.shape) for path, v in trained.items()}
         for path, layer in layers.items():
-            cls = ADAPTED_CLASSES.get(type(layer), type(layer))
-            inputs, outputs = cls.geometry_of(layer).shape
-            factors = self.layers.get(path)
-            rank = min(factors.rank if factors else 0, self.config.rank)
+            inputs, outputs = matrix_shape(layer)
+            rank = self.layers[path].rank if path in self.layers else None
             shapes |= tensor_names(path, (inputs, rank), (rank, outputs))
         missing = sorted(set(layers) - set(self.layers))
         extra = sorted(set(self.layers) - set(layers))
-        summary = f"without {missing} and with {extra}, "
+        summary = f" without {missing} and with {extra}"
         check_shapes(
             shapes, self.tensors(), summary if missing or extra else ""
         )
-        for path in self.trained:
-            if not keras.backend.is_float_dtype(every[path].dtype):
-                raise ValueError(
-                    "What is trained in full must be of floats: quantize the "
-                    "backbone alone, or the model once it is enabled. "
-                    f"Received: {path!r} of dtype {every[path].dtype}"
-                )
+        highest = max(factors.rank for factors in self.layers.values())
+        if highest != self.config.rank:
+            raise ValueError(
+                "The highest rank of the layers must be that of the config. "
+                f"Received: {highest} instead of {self.config.rank}"
+            )
+        check_float({path: every[path] for path in self.trained})
 
     def put_on(self, model, whole=True):
         """Gives a model these weights, once checked; enables it if it isn't.
@@ -120,7 +115,12 @@ class AdapterWeights:
         """
         self.check(model, whole)
         if not isinstance(model, DyLoRAModel):
-            enable_dylora(model, self.config, target_layers=list(self.layers))
+            # Exactly these: a path may be a name or a pattern of others too.
+            enable_dylora(
+                model, self.config, target_layers=lambda p, _: p in self.layers
+            )
+            adaptation = adaptation_of(model)
+            adaptation.config = adaptation.named_config
         config = model.dylora_config
         scale = rank_functions.scale(config.rank, config.alpha)
         for path, layer in adaptation_of(model).layers.items():
@@ -142,20 +142,27 @@ class AdapterWeights:
 
     @classmethod
     def of_tensors(cls, tensors, config):
-        """Undoes `tensors`; raises a `ValueError` for what is none of them."""
-        layers, trained = {}, {}
-        for name, x in tensors.items():
+        """Undoes `tensors`, all of one rank; a `ValueError` says what isn't."""
+        kinds = {"adapter": {}, "head": {}}
+        for name in tensors:
             kind, _, path = name.partition("/")
-            path = path.removesuffix("/down")
-            up = tensors.get(f"adapter/{path}/up")
-            if kind == "head":
-                trained[name.removeprefix("head/")] = x
-            elif name == f"adapter/{path}/down" and up is not None:
-                scale = rank_functions.scale(x.shape[-1], config.alpha)
-                layers[path] = Factors(x, up, scale)
-        weights = cls(layers, trained, config)
-        check_shapes(dict.fromkeys(weights.tensors()), tensors)
-        return weights
+            if kind == "adapter":
+                path = path.removesuffix("/down").removesuffix("/up")
+            kinds.get(kind, {})[path] = name
+        shapes = dict.fromkeys(kinds["head"].values())
+        for path in kinds["adapter"]:
+            rank = config.rank
+            shapes |= tensor_names(path, (None, rank), (rank, None))
+        check_shapes(shapes, tensors)
+        scale = rank_functions.scale(config.rank, config.alpha)
+        layers = {
+            path: Factors(
+                *(tensors[x] for x in tensor_names(path, 0, 0)), scale
+            )
+            for path in kinds["adapter"]
+        }
+        trained = {path: tensors[x] for path, x in kinds["head"].items()}
+        return cls(layers, trained, config)
 
 
 def trained_weights(model):
@@ -187,6 +194,17 @@ def _trained_ids(model):
     return {id(v) for v in [*model.trainable_variables, *trained]}
 
 
+def check_float(weights):
+    """Raises a `ValueError` if a weight that is trained in full isn't float."""
+    for path, weight in weights.items():
+        if not keras.backend.is_float_dtype(weight.dtype):
+            raise ValueError(
+                "The task head must be of floats: quantize the backbone "
+                "alone, or the model once it is enabled. "
+                f"Received: {path!r} of dtype {weight.dtype}"
+            )
+
+
 def tensor_names(path, down, up):
     """What belongs to the two factors of a layer, by their names in a file."""
     return {f"adapter/{path}/down": down, f"adapter/{path}/up": up}
@@ -213,7 +231,7 @@ def check_shapes(shapes, tensors, summary=""):
         more = f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(
             "The adapter must fit the model, tensor by tensor. "
-            f"Received: an adapter {summary}with\n  {shown}{more}"
+            f"Received: an adapter{summary} with\n  {shown}{more}"
         )
 
 

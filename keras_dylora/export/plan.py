@@ -32,13 +32,7 @@ class Inputs:
 
     @classmethod
     def of(cls, model, input_signature=None):
-        """The inputs of a model, or those that the user asks for.
-
-        Args:
-            model: a built `keras.Model`.
-            input_signature: tensor specs in the structure of the model's
-                input, or `None`.
-        """
+        """The inputs of a built model, or those that the user asks for."""
         own = _own_inputs(model)
         if input_signature is None:
             if own is None:

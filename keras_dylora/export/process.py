@@ -23,14 +23,8 @@ class ChildError(Exception):
 def run(arguments, folder, environment=None, on_line=lambda line: None):
     """Runs Python to its end; an interruption ends it too.
 
-    Args:
-        arguments: list of str, after the interpreter.
-        folder: str or path. Where the process leaves word of an error.
-        environment: dict. Environment variables to set.
-        on_line: callable. Called with each line that it prints.
-
-    Raises:
-        ChildError: if the process fails.
+    The process leaves word of an error in `folder`, which is raised as a
+    `ChildError`. `on_line` is called with each line that it prints.
     """
     with (
         tempfile.TemporaryFile("w+", errors="replace") as stderr,

@@ -7,7 +7,7 @@ loss it has in `objectives`.
 
 import keras
 
-from keras_dylora.training.step import check_frozen
+from keras_dylora.training.step import check_frozen, check_slots
 
 match keras.backend.backend():
     case "jax":

@@ -66,9 +66,9 @@ class Summed(Sampled):
                 loss = compute_loss(x, y, y_pred, *args, **kwargs)
             else:
                 with (
+                    _unchanged(model.metrics_variables),
                     model._dylora.overridden(self._gate_at(b)),
                     forward(model, x) as predictions,
-                    _unchanged(model.metrics_variables),
                 ):
                     loss = compute_loss(x, y, predictions, *args, **kwargs)
             total = total + probabilities[b] * loss

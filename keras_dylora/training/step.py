@@ -54,9 +54,8 @@ def training_argument(model):
     return {"training": True} if takes else {}
 
 
-def check_frozen(model):
+def check_frozen(optimizer):
     """Raises a `ValueError` for an optimizer that frozen mode can't hold."""
-    optimizer, trained = model.optimizer, model.trainable_variables
     parts = getattr(_inner(optimizer), "optimizers", [optimizer])
     if any(_inner(part).use_ema for part in parts):
         raise ValueError(
@@ -70,18 +69,30 @@ def check_frozen(model):
             "the weights, if it accumulates gradients. Use one optimizer. "
             f"Received: {optimizer!r}"
         )
-    if len(parts) == 1:
-        trained = [v for v, _ in _adapters(model)]
-    for part in parts:
-        found = any(True for _ in _keras.optimizer_slots(part, trained))
-        if _keras.keeps_slots(part) and not found:
-            raise ValueError(
-                "Frozen mode must find what the optimizer keeps for an "
-                "adapter, which Keras names after the adapter's path. Make it "
-                "with `add_variable_from_reference`. "
-                f"Received: {part!r} with variables "
-                f"{[v.name for v in part.variables][:8]}"
-            )
+
+
+def check_slots(model):
+    """Raises a `ValueError` if the slots of the adapters can't be found."""
+    adapters = [v for v, _ in _adapters(model) if v.trainable]
+    optimizer, shapes = model.optimizer, {v.shape for v in adapters}
+    slots = _keras.optimizer_slots(optimizer, model.trainable_variables)
+    owners = {id(slot): owner for slot, owner in slots}
+    if {id(v) for v in adapters} & {id(owner) for owner in owners.values()}:
+        return
+    nobodys = [
+        v.name
+        for v in optimizer.variables
+        if v.shape in shapes
+        and id(v) not in owners
+        and not v.name.endswith(_keras.ACCUMULATOR)
+    ]
+    if nobodys:
+        raise ValueError(
+            "Frozen mode must find what the optimizer keeps for an adapter, "
+            "which Keras names after the adapter's path. Make it with "
+            "`add_variable_from_reference`. "
+            f"Received: {optimizer!r} with variables {nobodys[:8]}"
+        )
 
 
 def masked(model):
