@@ -20,13 +20,13 @@ from tests.models import (
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "v0_1_0"
 CLASSIFIERS = ("sampled", "frozen", "summed", "quantized")
-HAND_BUILT = ("hand_built", "hand_built_jax", "hand_built_torch")
+HAND_BUILT = ("hand_built", "hand_built_jax", "hand_built_torch", "nested")
 # XLA and torch may round a float that is then rounded to eight bits.
 ATOL = {"quantized": 1e-2}
 
 
 def inputs(name):
-    if name.startswith("hand_built"):
+    if name in HAND_BUILT:
         return mlp_data(4)
     x = tokens(4)
     return x, x["token_ids"] if name == "accumulating" else labels(4)

@@ -73,6 +73,18 @@ def hand_built():
     return fitted(model, *mlp_data(4), "mse", optimizer, 5)
 
 
+def nested():
+    """A model of its own within another, each with a seed of dropout."""
+    inner_inputs = keras.Input((10,))
+    x = kd.DyLoRADense(12, rank=4, dropout=0.5, name="first")(inner_inputs)
+    inner = kd.DyLoRAModel(inner_inputs, x, name="inner")
+    inputs = keras.Input((10,))
+    x = keras.layers.Dropout(0.5, name="drop")(inner(inputs))
+    outputs = kd.DyLoRADense(3, rank=4, name="second")(x)
+    model = randomize(kd.DyLoRAModel(inputs, outputs, seed=3))
+    return fitted(model, *mlp_data(4), "mse", "sgd", 5)
+
+
 def models():
     """Name to model, inputs and targets."""
     backend = keras.backend.backend()
@@ -99,6 +111,7 @@ def models():
     quantized.quantize("int8")
     yield "quantized", quantized, x, y
     yield "hand_built", hand_built(), *mlp_data(4)
+    yield "nested", nested(), *mlp_data(4)
 
 
 def outputs(model, x):
