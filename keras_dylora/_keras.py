@@ -66,24 +66,24 @@ def track_for_torch(model):
             layer._track_variables()
 
 
-class OwnState:
-    """Has state that is no weight, kept as Keras keeps a seed generator's.
+def keeps_own_state(cls):
+    """Class decorator: `_own_state()` is kept as a seed generator's is.
 
     In `variables`, which JAX hands to a step and torch moves to a device, and
-    in TensorFlow's own formats (`_trackable_children`), not in `weights`.
+    in TensorFlow's own formats (`_trackable_children`), not in `weights`. No
+    base class, as Keras rewrites the bases of a functional model's class.
     """
 
-    def _own_state(self):
-        """Dict of name to variable."""
-        raise NotImplementedError
-
-    @property
     def variables(self):
-        return [*self._own_state().values(), *super().variables]
+        return [*self._own_state().values(), *super(cls, self).variables]
 
-    def _trackable_children(self, save_type="checkpoint", **kwargs):
-        children = super()._trackable_children(save_type, **kwargs)
-        return {**children, **self._own_state()}
+    def children(self, save_type="checkpoint", **kwargs):
+        found = super(cls, self)._trackable_children(save_type, **kwargs)
+        return {**found, **self._own_state()}
+
+    cls.variables = property(variables)
+    cls._trackable_children = children
+    return cls
 
 
 def sublayers(layer):

@@ -12,7 +12,8 @@ from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.rank_gate import GateRow, RankGate
 
 
-class LowRankAdapter(_keras.OwnState):
+@_keras.keeps_own_state
+class LowRankAdapter:
     """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
 
     The concrete class says which matrix its base layer's kernel is, as

@@ -125,7 +125,8 @@ def _functional_class():
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
-class DyLoRAModel(_keras.OwnState, keras.Model):
+@_keras.keeps_own_state
+class DyLoRAModel(keras.Model):
     """A Keras model that trains its adapters for every rank at once.
 
     Each training step draws a rank `b`, runs Keras's own step with the first
