@@ -186,6 +186,7 @@ def whole(model):
 TRAINED = {
     "DyLoRA, q+v": dylora(),
     "DyLoRA frozen, q+v": dylora(frozen=True),
+    "DyLoRA per example, q+v": dylora(draw="example", scaling="constant"),
     "LoRA of ours, q+v": dylora(min_rank=8),
     "Keras LoRA 8, q+v": keras_lora(8),
     "Keras LoRA 1, q+v": keras_lora(1),

@@ -9,6 +9,7 @@ from examples import markdown
 RATIOS = [
     ("DyLoRA, q+v", "LoRA of ours, q+v", 1),
     ("DyLoRA frozen, q+v", "LoRA of ours, q+v", 1),
+    ("DyLoRA per example, q+v", "LoRA of ours, q+v", 1),
     ("DyLoRA, q+v", "Keras LoRA 8, q+v", 1),
     ("DyLoRA, q+v", "Keras LoRA 1, q+v", 1),
     ("DyLoRA, linear", "Keras LoRA 8, linear", 1),

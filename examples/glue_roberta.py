@@ -21,6 +21,7 @@ import keras_hub
 import numpy as np
 
 import keras_dylora as kd
+from examples import methods
 from examples.data import NotFetchedError
 from examples.flop import Flop
 from examples.presets import MINILM, from_preset
@@ -28,13 +29,7 @@ from examples.runs import Results
 from examples.tasks import get_task, load
 from examples.training import WarmupLinear, dataset, fit
 
-ADAPTERS = {
-    "dylora": {},
-    "dylora-frozen": {"frozen": True},
-    "lora": {},
-    "summed": {"objective": "summed"},
-    "matryoshka": {"objective": "matryoshka"},
-}
+ADAPTERS = methods.METHODS
 METHODS = (*ADAPTERS, "lora-search", "fine-tune", "flop")
 SEARCHED_RANKS = (1, 2, 4, 8, 16, 32, 64)
 # RoBERTa-base: 45M of the 85M parameters of its matrices go, so that 80M of
@@ -129,15 +124,11 @@ def build(task, method, rank, distribution, seed, settings, steps):
     """A model that is ready to be trained by one method."""
     model = classifier(task, settings)
     if method in ADAPTERS:
-        kd.enable_dylora(
-            model,
-            rank=rank,
-            min_rank=rank if method == "lora" else 1,
-            alpha=settings.alpha,
-            rank_distribution=distribution,
-            seed=seed,
-            **ADAPTERS[method],
-        )
+        fields = {"seed": seed}
+        if distribution != "uniform":
+            fields["rank_distribution"] = distribution
+        config = methods.config(method, steps, rank, settings.alpha, **fields)
+        kd.enable_dylora(model, config)
     elif method == "flop":
         model = Flop(model, FLOP_KEEP, warmup_steps=steps // 2)
     adapted = method in ADAPTERS
@@ -215,7 +206,7 @@ def run(
     key["backend"] = keras.backend.backend()
     key |= {"rank": rank} if method in ADAPTERS else {}
     # LoRA draws the rank it has.
-    drawn = method in ADAPTERS and method != "lora"
+    drawn = method in ADAPTERS and method not in methods.FIXED
     key |= {"distribution": distribution} if drawn else {}
     key["settings"] = dataclasses.asdict(settings)
     del key["settings"]["rank"], key["settings"]["seeds"]
@@ -234,6 +225,7 @@ def run(
     name = f"{task}, {method}{at_rank}, seed {seed}"
     print(f"{name}: {steps} steps", flush=True)
     result = fit(model, splits["train"], each, seed, verbose)
+    methods.finish(model, method)
     ranks = evaluated_ranks(rank) if method in ADAPTERS else None
     result["metrics"] = evaluate(model, task, splits, ranks)
     if method == "flop":

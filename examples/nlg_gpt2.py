@@ -24,14 +24,14 @@ import keras_hub
 import numpy as np
 
 import keras_dylora as kd
-from examples import markdown, nlg_data, nlg_metrics, nlg_reviews
+from examples import markdown, methods, nlg_data, nlg_metrics, nlg_reviews
 from examples.data import NotFetchedError
 from examples.nlg_model import compile_model, generate, perplexity
 from examples.presets import from_preset
 from examples.runs import Results
 from examples.training import fit
 
-METHODS = ("dylora", "dylora-frozen", "lora", "fine-tune")
+METHODS = (*methods.METHODS, "fine-tune")
 TASKS = (*nlg_data.TASKS, "reviews")
 
 
@@ -91,15 +91,15 @@ def build(method, seed, settings, steps):
     learning_rate = settings.fine_tune_learning_rate
     if method != "fine-tune":
         learning_rate = settings.learning_rate
-        kd.enable_dylora(
-            model,
-            rank=settings.rank,
-            min_rank=settings.rank if method == "lora" else 1,
-            alpha=settings.alpha,
+        config = methods.config(
+            method,
+            steps,
+            settings.rank,
+            settings.alpha,
             dropout=settings.dropout,
-            frozen=method == "dylora-frozen",
             seed=seed,
         )
+        kd.enable_dylora(model, config)
     compile_model(
         model,
         learning_rate,
@@ -165,6 +165,7 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     model = build(method, seed, settings, steps)
     print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
     result = fit(model, train, settings, seed, verbose)
+    methods.finish(model, method)
     ranks = []
     if method != "fine-tune":
         # Rank 0 is the pretrained model.
@@ -228,7 +229,7 @@ def write(folder, task, runs, rank):
     (folder / f"{task}.md").write_text(text + "\n")
     print(f"\n{text}")
     curves = {
-        method: curve(found, names[0], rank if method == "lora" else 1)
+        method: curve(found, names[0], rank if method in methods.FIXED else 1)
         for method, found in runs.items()
         if method != "fine-tune"
     }
@@ -244,7 +245,10 @@ def main(argv=None):
     )
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument(
-        "--method", nargs="+", default=METHODS[:3], choices=METHODS
+        "--method",
+        nargs="+",
+        default=("dylora", "progressive", "lora-svd"),
+        choices=METHODS,
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 42, 4242])
     parser.add_argument(

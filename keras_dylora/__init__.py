@@ -9,6 +9,7 @@ from keras_dylora.export import export_ranks
 from keras_dylora.layers import DyLoRADense, DyLoRAEinsumDense
 from keras_dylora.merging import merge, truncate
 from keras_dylora.model import DyLoRAModel
+from keras_dylora.ordering import order_ranks
 from keras_dylora.report import RankReport
 from keras_dylora.version import __version__
 
@@ -16,8 +17,8 @@ __all__ = [
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
     "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
     "__version__", "disable_dylora", "enable_dylora", "evaluate_ranks",
-    "export_ranks", "from_peft", "load_adapter", "merge", "save_adapter",
-    "to_peft", "truncate",
+    "export_ranks", "from_peft", "load_adapter", "merge", "order_ranks",
+    "save_adapter", "to_peft", "truncate",
 ]  # fmt: skip
 
 

@@ -166,19 +166,25 @@ def override_losses(model, losses):
 ACCUMULATOR = "gradient_accumulator"
 
 
-def optimizer_slots(optimizer, variables):
+def slot_prefix(variable):
+    """How the names of what an optimizer keeps for a variable begin."""
+    return variable.path.replace("/", "_") + "_"
+
+
+def optimizer_slots(optimizer, variables, accumulators=False):
     """Pairs of optimizer variable and the model variable it is kept for.
 
     Keras names them `{path of the variable}_{name}` and has no other way to
     tell. Where several variables share a path, theirs are in the same order.
-    Gradient accumulators are left out: they belong to the coming update.
+    Gradient accumulators, which belong to the coming update, are left out
+    unless they are asked for.
     """
     owners = collections.defaultdict(list)
     for variable in variables:
-        owners[variable.path.replace("/", "_") + "_"].append(variable)
+        owners[slot_prefix(variable)].append(variable)
     seen = collections.Counter()
     for slot in optimizer.variables:
-        if slot.name.endswith(ACCUMULATOR):
+        if slot.name.endswith(ACCUMULATOR) and not accumulators:
             continue
         prefixes = [prefix for prefix in owners if slot.name.startswith(prefix)]
         if prefixes:

@@ -61,7 +61,7 @@ class Adaptation:
                 f"{[layer.name for layer in layers.values()]} in {model.name}"
             )
         shared = {}
-        for name in ("rank", "min_rank", "alpha", "frozen"):
+        for name in ("rank", "min_rank", "alpha", "frozen", "scaling"):
             values = {getattr(layer, name) for layer in layers.values()}
             if len(values) > 1:
                 raise ValueError(
@@ -76,7 +76,7 @@ class Adaptation:
         if not self.upgraded:
             return
         config = self.config
-        gate = RankGate(len(self.upgraded), config.rank, config.alpha)
+        gate = RankGate(len(self.upgraded), config.scale)
         for i, layer in enumerate(self.upgraded):
             ADAPTED_CLASSES[type(layer)].upgrade(
                 layer,
@@ -95,7 +95,7 @@ class Adaptation:
         _keras.track_for_torch(self.model)
         restore(self.flags)
 
-    def configure(self, config, ranks_drawn=0):
+    def configure(self, config, ranks_drawn=0, full_rank=1):
         """Starts the training of a config, at a place of its rank sequence."""
         self.config = config
         self.training = False  # whether a step is being traced or run
@@ -119,9 +119,16 @@ class Adaptation:
                 name="open_columns",
                 **common,
             )
+            # 1 while steps are at the maximum rank, before the columns are
+            # put in order.
+            self.full_rank = config.full_rank_steps and keras.Variable(
+                full_rank, dtype="int", name="full_rank", **common
+            )
         self.state = {"ranks_drawn": self.ranks_drawn}
         if config.frozen:
             self.state["open_columns"] = self.open_columns
+        if config.full_rank_steps:
+            self.state["full_rank"] = self.full_rank
 
     @property
     def gates(self):
@@ -135,14 +142,14 @@ class Adaptation:
 
         It is `(rank,)`, or `(batch, rank)` with a gate for each example.
         """
-        gates = self.gates
-        for gate in gates:
+        before = [(gate, gate.override) for gate in self.gates]
+        for gate, _ in before:
             gate.override = value
         try:
             yield
         finally:
-            for gate in gates:
-                gate.override = None
+            for gate, override in before:
+                gate.override = override
 
     def train(self, variables):
         """Leaves these variables trainable, and nothing else."""

@@ -10,9 +10,10 @@ import keras
 from keras_dylora.distributions import (
     Categorical,
     RankDistribution,
+    Uniform,
     get_distribution,
 )
-from keras_dylora.ranks import as_rank
+from keras_dylora.ranks import SCALINGS, Scale, as_rank
 from keras_dylora.training.objectives import OBJECTIVES
 
 
@@ -25,6 +26,7 @@ class AdapterArguments:
     alpha: float = 16.0
     frozen: bool = False
     dropout: float = 0.0
+    scaling: str = "rank"
 
     def __post_init__(self):
         rank, alpha, dropout = self.rank, self.alpha, self.dropout
@@ -43,6 +45,7 @@ class AdapterArguments:
             raise ValueError(
                 f"`dropout` must be in [0, 1). Received: dropout={dropout!r}"
             )
+        _check_one_of("scaling", self.scaling, SCALINGS)
         # NumPy's scalars are taken, but JSON and Keras need Python's.
         for field in dataclasses.fields(self):
             object.__setattr__(
@@ -60,6 +63,14 @@ def _is_number(x):
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
+def _check_one_of(name, value, allowed):
+    if value not in tuple(allowed):
+        raise ValueError(
+            f"`{name}` must be one of {tuple(allowed)}. "
+            f"Received: {name}={value!r}"
+        )
+
+
 @keras.saving.register_keras_serializable(package="keras_dylora")
 @dataclasses.dataclass(frozen=True)
 class DyLoRAConfig:
@@ -71,7 +82,7 @@ class DyLoRAConfig:
             `8`.
         min_rank: int. The lowest rank that is trained. `min_rank=rank` gives
             fixed-rank LoRA. Defaults to `1`.
-        alpha: float. Rank `b` is scaled by `alpha / b` (Eq. 7). Defaults to
+        alpha: float. What adapters are scaled by, see `scaling`. Defaults to
             `16`.
         target_layers: which `Dense` and `EinsumDense` layers get an adapter:
             a name, a path, a regular expression that matches one of them
@@ -92,11 +103,24 @@ class DyLoRAConfig:
             `"sampled"` draws one rank (Algorithm 1); `"summed"` takes the
             loss at every rank and sums them weighted by their probability
             (nested dropout, Table 7), which costs a pass for each rank;
-            `"matryoshka"` takes the mean of the ranks' gates, in one pass.
-            The last two draw nothing and can't be `frozen`. Defaults to
-            `"sampled"`.
+            `"matryoshka"` takes the sum of the gates of all ranks that have
+            one, in one pass (its paper scales by `"sqrt"`).
+            The last two draw nothing, so `frozen`, `draw="example"` and
+            `full_rank_steps` aren't for them. Defaults to `"sampled"`.
         seed: int. Seed of the rank sequence, of the adapters' initial values
             and of their dropout. Defaults to `0`.
+        scaling: what rank `b` is scaled by. `"rank"` is `alpha / b` (Eq. 7),
+            `"sqrt"` is `alpha / sqrt(b)`, as in rsLoRA, `"constant"` is
+            `alpha / rank`, so that a lower rank is a prefix of a higher one.
+            Defaults to `"rank"`.
+        draw: what a rank is drawn for. `"step"` is one for the batch
+            (Algorithm 1); `"example"` one for each example, in the
+            proportions of `rank_distribution` within every batch. The last
+            can't be `frozen`. Defaults to `"step"`.
+        full_rank_steps: int. So many steps are taken at the maximum rank;
+            then `fit` puts the columns of the adapters in order, as
+            `order_ranks` does, and ranks are drawn from there. Can't be
+            `frozen`. Defaults to `0`.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -126,25 +150,77 @@ class DyLoRAConfig:
     dropout: float = 0.0
     objective: str = "sampled"
     seed: int = 0
+    scaling: str = "rank"
+    draw: str = "step"
+    full_rank_steps: int = 0
 
     def __post_init__(self):
         arguments = dataclasses.asdict(AdapterArguments.of(self))
         for name, value in arguments.items():
             object.__setattr__(self, name, value)
         self.distribution.probabilities(self.min_rank, self.rank)
-        if self.objective not in tuple(OBJECTIVES):
-            raise ValueError(
-                f"`objective` must be one of {tuple(OBJECTIVES)}. "
-                f"Received: objective={self.objective!r}"
-            )
+        _check_one_of("objective", self.objective, OBJECTIVES)
+        _check_one_of("draw", self.draw, ("step", "example"))
+        for name, high in (("seed", 2**63 - 1), ("full_rank_steps", 2**31 - 1)):
+            value = as_rank(getattr(self, name), 0, high, name)
+            object.__setattr__(self, name, value)
         if self.frozen and not OBJECTIVES[self.objective].draws:
             raise ValueError(
                 "`frozen` updates the column of the drawn rank, so it needs "
                 f"`objective='sampled'`. Received: "
                 f"objective={self.objective!r}"
             )
-        seed = as_rank(self.seed, 0, 2**63 - 1, "seed")
-        object.__setattr__(self, "seed", seed)
+        progressive = self.draw == "example" or self.full_rank_steps
+        if progressive and (
+            self.frozen or not OBJECTIVES[self.objective].draws
+        ):
+            raise ValueError(
+                "`draw='example'` and `full_rank_steps` need "
+                "`objective='sampled'` and `frozen=False`. Received: "
+                f"draw={self.draw!r}, full_rank_steps={self.full_rank_steps}, "
+                f"objective={self.objective!r}, frozen={self.frozen}"
+            )
+
+    @classmethod
+    def progressive(cls, full_rank_steps, **fields):
+        """The recipe that makes every rank as good as we know how to.
+
+        LoRA at the maximum rank first; then its columns are put in order and
+        half of each batch is trained at ranks drawn for each example, the
+        other half at the maximum, all at the one scale `alpha / rank`.
+
+        Args:
+            full_rank_steps: int. Steps at the maximum rank. Half to three
+                quarters of all steps: the more, the better the higher ranks
+                and the worse the lowest.
+            **fields: further fields, which take precedence.
+
+        Returns:
+            A `DyLoRAConfig`.
+
+        Raises:
+            ValueError: if a value is outside its range.
+            TypeError: if a value has the wrong type, or a field is unknown.
+
+        Example:
+
+        ```python
+        steps = epochs * len(texts) // batch_size
+        config = keras_dylora.DyLoRAConfig.progressive(steps // 2, rank=8)
+        keras_dylora.enable_dylora(model, config)
+        ```
+        """
+        recipe = {
+            "scaling": "constant",
+            "draw": "example",
+            "rank_distribution": Uniform(full=0.5),
+        }
+        return cls(full_rank_steps=full_rank_steps, **{**recipe, **fields})
+
+    @property
+    def scale(self):
+        """The `Scale` that `rank`, `alpha` and `scaling` stand for."""
+        return Scale(self.rank, self.alpha, self.scaling)
 
     @property
     def distribution(self):
@@ -163,11 +239,16 @@ class DyLoRAConfig:
             if p > 0
         }
 
-    def truncated(self, rank, stacklevel=3):
-        """The config of this run's adapters when they are cut to `rank`."""
-        if rank < self.min_rank:
+    def truncated(self, rank, adapters, stacklevel=3):
+        """The config of this run's adapters when they are cut to `rank`.
+
+        With the `Factors` that are cut, which need be trained at it or in
+        order.
+        """
+        if rank < self.min_rank and not all(x.is_ordered for x in adapters):
             warnings.warn(
-                "An adapter should be cut to a rank that it was trained at. "
+                "An adapter should be cut to a rank that it was trained at, or "
+                "after `order_ranks`. "
                 f"Received: rank={rank} with min_rank={self.min_rank}",
                 stacklevel=stacklevel,
             )
@@ -179,9 +260,13 @@ class DyLoRAConfig:
             distribution = (
                 Categorical(weights) if any(weights.values()) else "uniform"
             )
+        alpha = self.alpha
+        if self.scaling == "constant":  # the scale stays, alpha / rank
+            alpha *= rank / self.rank
         return dataclasses.replace(
             self,
             rank=rank,
+            alpha=alpha,
             min_rank=min(self.min_rank, rank),
             rank_distribution=distribution,
         )

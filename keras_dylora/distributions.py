@@ -55,10 +55,18 @@ class RankDistribution:
 class Uniform(RankDistribution):
     """Every rank in `min_rank..rank` is equally likely.
 
+    Args:
+        full: float in `[0, 1]`. The share of the draws that is at the maximum
+            rank besides its own. Defaults to `0`.
+
+    Raises:
+        ValueError: if `full` isn't in `[0, 1]`.
+
     Example:
 
     ```python
     keras_dylora.Uniform().probabilities(1, 4)  # [0.25, 0.25, 0.25, 0.25]
+    keras_dylora.Uniform(full=0.5).probabilities(1, 2)  # [0.25, 0.75]
     ```
 
     Reference:
@@ -66,8 +74,19 @@ class Uniform(RankDistribution):
     - [DyLoRA, Algorithm 1 and Table 4](https://arxiv.org/abs/2210.07558)
     """
 
+    def __init__(self, full=0.0):
+        if not isinstance(full, numbers.Real) or not 0 <= full <= 1:
+            raise ValueError(
+                f"`full` must be between 0 and 1. Received: full={full!r}"
+            )
+        self.full = float(full)
+
     def weights(self, ranks):
-        return [1.0] * len(ranks)
+        share = 1.0 - self.full
+        return [share] * (len(ranks) - 1) + [share + self.full * len(ranks)]
+
+    def get_config(self):
+        return {"full": self.full}
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -189,6 +208,12 @@ class RankDraw:
     integer mixer), so that TensorFlow, JAX and torch, in or out of a compiled
     step, give the same ranks, and a position is all there is to save.
 
+    `call` gives one rank for a step. `for_examples` gives one for each example
+    of a batch, by systematic sampling: equally spaced points, of which the
+    random number is the first, fall into the ranks' shares of an interval; the
+    order is a hash of the position and the index. So each rank is as often in
+    a batch as its probability says, rounded up or down.
+
     Draws from a `RankDistribution` over `min_rank..rank`.
     """
 
@@ -208,13 +233,28 @@ class RankDraw:
 
     def __call__(self, position):
         """One rank, int32, by how many were drawn before: scalar tensors."""
+        return self._rank_at(_shift(self._hash(position), 32 - _BITS))
+
+    def for_examples(self, position, size):
+        """Ranks for a batch, `(size,)` int32, by how many steps were before."""
+        x = self._hash(position)
+        indices = ops.arange(size, dtype="int32")
+        order = ops.argsort(_mix(ops.bitwise_xor(_mix(x), indices)))
+        spacing = ops.floor_divide(2**_BITS, size)
+        start = ops.mod(_shift(x, 32 - _BITS), spacing)
+        return self._rank_at(start + ops.cast(order, "int32") * spacing)
+
+    def _hash(self, position):
         x = ops.cast(position, "int32")
         for key in self._keys:
             x = _mix(ops.bitwise_xor(x, key))
-        x = _shift(x, 32 - _BITS)
+        return x
+
+    def _rank_at(self, x):
+        """The ranks whose shares of `[0, 2**30)` hold some integers."""
         thresholds = ops.convert_to_tensor(self._thresholds, dtype="int32")
-        above = ops.greater_equal(x, thresholds)
-        return self.min_rank + ops.sum(ops.cast(above, "int32"))
+        above = ops.greater_equal(ops.expand_dims(x, -1), thresholds)
+        return self.min_rank + ops.sum(ops.cast(above, "int32"), axis=-1)
 
 
 def _shift(x, bits):

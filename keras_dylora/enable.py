@@ -9,13 +9,9 @@ import keras
 from keras_dylora.adaptation import Adaptation, restore, trainable_flags
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers import ADAPTED_CLASSES
+from keras_dylora.live_class import to_dylora_class, to_original_class
 from keras_dylora.low_rank import LowRankAdapter
-from keras_dylora.model import (
-    DyLoRAModel,
-    adaptation_of,
-    to_dylora_class,
-    to_original_class,
-)
+from keras_dylora.model import DyLoRAModel, adaptation_of
 from keras_dylora.paths import layer_paths
 
 QUERY_AND_VALUE = r"(query|value|[qv]_proj)(_dense|_projection)?"
@@ -226,7 +222,7 @@ def enable_dylora(model, config=None, **overrides):
     adaptation = Adaptation(model, config, layers, trained_layers)
     try:
         adaptation.apply()
-        to_dylora_class(model, adaptation)
+        to_dylora_class(model, adaptation, DyLoRAModel)
     except BaseException:
         to_original_class(model)
         adaptation.undo()

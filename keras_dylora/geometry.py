@@ -6,8 +6,6 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_dylora import ranks
-
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -87,6 +85,9 @@ class Geometry:
         return np.transpose(x, self.kernel_axes)
 
 
+_EPSILON = np.finfo("float32").eps
+
+
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """The adapter of one layer at one rank, in NumPy: `scale * down @ up`.
@@ -102,10 +103,56 @@ class Factors:
     def rank(self):
         return self.down.shape[1]
 
-    def cut(self, rank, alpha):
-        """The first `rank` columns and rows, at the scale of that rank."""
-        scale = ranks.scale(max(rank, 1), alpha)
-        return Factors(self.down[:, :rank], self.up[:rank], scale)
+    def cut(self, rank, scale):
+        """The first `rank` columns and rows, at what a `Scale` says of it."""
+        at = scale.at(max(rank, 1))
+        return Factors(self.down[:, :rank], self.up[:rank], at)
+
+    def ordered(self):
+        """The same product, its columns by falling singular values.
+
+        Both sides have a share of each, its root. No matrix is larger than a
+        factor: QR of both, SVD of what is between. A column without a share of
+        the product keeps the length of the longest, so that it can be trained.
+
+        Returns:
+            `Factors`, and the matrix `turn` `(rank, rank)` in float64 with
+            `down @ turn` as the new `down`; its inverse turns `up`. `None` if
+            there is none, as columns depend on each other.
+        """
+        q_down, r_down = np.linalg.qr(self.down.astype("float64"))
+        q_up, r_up = np.linalg.qr(self.up.T.astype("float64"))
+        left, singular, right = np.linalg.svd(r_down @ r_up.T)
+        if singular[0] == 0:
+            return self, np.eye(self.rank)
+        # A rank above the sizes of the kernel has more columns than those.
+        columns = np.arange(self.rank)
+        left = left[:, columns % left.shape[1]]
+        right = right[columns % right.shape[0]]
+        root = np.sqrt(np.resize(singular, self.rank))
+        used = columns < np.sum(singular > singular[0] * _EPSILON)
+        lengths = np.where(used, root, root[0])
+        down = q_down @ left * lengths
+        up = np.where(used, root, 0.0)[:, None] * (right @ q_up.T)
+        turn = np.linalg.solve(r_down, left * lengths) if used.all() else None
+        down, up = down.astype("float32"), up.astype("float32")
+        return Factors(down, up, self.scale), turn
+
+    @property
+    def is_ordered(self):
+        """Whether the columns are about as `ordered` puts them."""
+        sides = self.down, self.up.T
+        shares = np.prod([np.linalg.norm(x, axis=0) for x in sides], axis=0)
+        if np.any(np.diff(shares) > 1e-3 * shares.max()):
+            return False
+        for side in sides:
+            unit = (
+                side[:, shares > 0] / np.linalg.norm(side, axis=0)[shares > 0]
+            )
+            cosines = unit.T @ unit - np.eye(unit.shape[1])
+            if np.any(np.abs(cosines) > 1e-3):
+                return False
+        return True
 
     def product(self):
         """The update of the kernel as a matrix, `(inputs, outputs)`."""

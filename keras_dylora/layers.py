@@ -31,6 +31,7 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
             `b` (Eq. 10). Defaults to `False`.
         dropout: float in `[0, 1)`. Dropout on the adapter's input. Defaults
             to `0`.
+        scaling: as in `DyLoRAConfig`. Defaults to `"rank"`, `alpha / b`.
         down_initializer: initializer of `down`. Defaults to `None`, uniform
             within `1 / sqrt(fan_in)`.
         up_initializer: initializer of `up`. Defaults to `"zeros"`.
@@ -83,6 +84,7 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         alpha: float. Defaults to `16`.
         frozen: bool. Defaults to `False`.
         dropout: float. Defaults to `0`.
+        scaling: str. Defaults to `"rank"`.
         down_initializer: initializer. Defaults to `None`.
         up_initializer: initializer. Defaults to `"zeros"`.
 

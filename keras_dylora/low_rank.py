@@ -30,6 +30,7 @@ class LowRankAdapter:
         alpha=16.0,
         frozen=False,
         dropout=0.0,
+        scaling="rank",
         down_initializer=None,
         up_initializer="zeros",
         **kwargs,
@@ -41,7 +42,7 @@ class LowRankAdapter:
             )
         super().__init__(*args, **kwargs)
         self._set_adapter_arguments(
-            AdapterArguments(rank, min_rank, alpha, frozen, dropout),
+            AdapterArguments(rank, min_rank, alpha, frozen, dropout, scaling),
             down_initializer,
             up_initializer,
         )
@@ -49,12 +50,16 @@ class LowRankAdapter:
     def _set_adapter_arguments(
         self, arguments, down_initializer=None, up_initializer="zeros"
     ):
-        for name, value in dataclasses.asdict(arguments).items():
-            setattr(self, name, value)
+        self.set_arguments(arguments)
         self.down_initializer = keras.initializers.get(
             down_initializer or _down_initializer()
         )
         self.up_initializer = keras.initializers.get(up_initializer)
+
+    def set_arguments(self, arguments):
+        """Takes over `AdapterArguments`, as attributes."""
+        for name, value in dataclasses.asdict(arguments).items():
+            setattr(self, name, value)
 
     @classmethod
     def check_base(cls, layer):
@@ -93,7 +98,7 @@ class LowRankAdapter:
 
     def build(self, input_shape):
         super().build(input_shape)
-        row = GateRow(RankGate(1, self.rank, self.alpha))
+        row = GateRow(RankGate(1, self.scale))
         self._build_adapter(row, seed=None)
 
     def _build_adapter(self, row, seed):
@@ -120,12 +125,15 @@ class LowRankAdapter:
         )
         self._gate = row
 
-    def truncate(self, rank, min_rank, row):
-        """Cuts `down` and `up` to a new maximum rank, with its `GateRow`."""
-        factors = self.factors(rank)
+    def truncate(self, arguments, row):
+        """Cuts `down` and `up` to a new maximum rank.
+
+        With the `AdapterArguments` at that rank, and its `GateRow`.
+        """
+        factors = self.factors(arguments.rank)
         trainable = [v.trainable for v in (self.down, self.up)]
         _keras.forget(self, "down", "up")
-        self.rank, self.min_rank = rank, min_rank
+        self.set_arguments(arguments)
         with _keras.unlocked(self):
             self._add_adapter(row)
         for variable, value, flag in zip(
@@ -161,6 +169,11 @@ class LowRankAdapter:
         """The variables of the base layer."""
         adapter = (self.down, self.up)
         return [w for w in self.weights if all(w is not a for a in adapter)]
+
+    @property
+    def scale(self):
+        """The `Scale` of the layer."""
+        return ranks.Scale(self.rank, self.alpha, self.scaling)
 
     @property
     def active_rank(self):
@@ -219,19 +232,40 @@ class LowRankAdapter:
         if len(gate.shape) == 2:
             # One rank for each example, of which there may be more here: beam
             # search folds its beams into the batch.
-            copies = kept[0] // ops.maximum(ops.shape(gate)[0], 1)
-            gate = ops.repeat(gate, copies, axis=0)
+            size = ops.shape(gate)[0]
+            if isinstance(size, int) and isinstance(kept[0], int):
+                size = max(size, 1)
+                self._check_examples(inputs.shape, size)
+                copies = kept[0] // size
+            else:
+                copies = kept[0] // ops.maximum(size, 1)
+            if not isinstance(copies, int) or copies > 1:
+                gate = ops.repeat(gate, copies, axis=0)
             middle = (1,) * (len(kept) - 1)
             gate = ops.reshape(gate, (-1, *middle, self.rank))
             bottleneck = ops.reshape(bottleneck, (*kept, self.rank))
         bottleneck = ops.reshape(bottleneck * gate, (-1, self.rank))
         return self._geometry.back(ops.matmul(bottleneck, up), kept)
 
+    def _check_examples(self, shape, size):
+        """Raises a `ValueError` if an input can't be of so many examples."""
+        if shape[0] % size:
+            raise ValueError(
+                "With a rank for each example, the input of every adapted "
+                "layer must have the examples along its first axis. Use "
+                "`draw='step'` or other `target_layers`. Received: an input "
+                f"of shape {tuple(shape)} of {self.path} for {size} examples"
+            )
+
     def factors(self, rank=None):
         """The adapter as `Factors`, cut to a rank, by default the highest."""
-        scale = ranks.scale(self.rank, self.alpha)
-        whole = Factors(float32_array(self.down), float32_array(self.up), scale)
-        return whole if rank is None else whole.cut(rank, self.alpha)
+        scale = self.scale
+        whole = Factors(
+            float32_array(self.down),
+            float32_array(self.up),
+            scale.at(self.rank),
+        )
+        return whole if rank is None else whole.cut(rank, scale)
 
     def delta_kernel(self, rank):
         """The update of the kernel at a rank in `0..self.rank`, in NumPy."""

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_dylora import _keras, ranks
 from keras_dylora.adaptation import as_plain
+from keras_dylora.config import AdapterArguments
 from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.model import DyLoRAModel, adaptation_of, reconfigure
 from keras_dylora.paths import layer_paths
@@ -16,7 +17,7 @@ from keras_dylora.recompile import compile_as, new_optimizer
 def merge(model, rank=None):
     """A new, plain model with the adapters of one rank in its kernels.
 
-    Computes `kernel + (alpha / b) * down[:, :b] @ up[:b, :]` in float32 and
+    Computes `kernel + scale * down[:, :b] @ up[:b, :]` in float32 and
     stores it in the kernel's dtype. The model itself is left as it is.
 
     The kernel of a quantized layer is dequantized first: adapted layers are
@@ -121,15 +122,16 @@ def truncate(model, rank):
     adaptation = adaptation_of(model)
     rank = ranks.as_rank(rank, 1, adaptation.config.rank)
     active_rank = min(model.rank, rank)
-    config = adaptation.config.truncated(rank)
+    layers = adaptation.layers.values()
+    config = adaptation.config.truncated(rank, (x.factors() for x in layers))
     optimizer = new_optimizer(model)
     cut = {
-        id(gate): RankGate(len(gate.active_ranks), rank, gate.alpha)
+        id(gate): RankGate(len(gate.active_ranks), config.scale)
         for gate in adaptation.gates
     }
-    for layer in adaptation.layers.values():
+    for layer in layers:
         row = GateRow(cut[id(layer._gate.gate)], layer._gate.index)
-        layer.truncate(rank, config.min_rank, row)
+        layer.truncate(AdapterArguments.of(config), row)
     reconfigure(model, config, optimizer)
     model.set_rank(active_rank)
     return model

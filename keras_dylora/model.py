@@ -1,7 +1,4 @@
-"""DyLoRAModel, and how the class of a live model changes to it and back.
-
-`docs/live_models.md` says why in place.
-"""
+"""DyLoRAModel: a Keras model that trains its adapters for every rank."""
 
 import contextlib
 import functools
@@ -11,19 +8,23 @@ from keras import ops
 
 from keras_dylora import _keras, training
 from keras_dylora.adaptation import Adaptation, as_plain
+from keras_dylora.live_class import (
+    combined_class,
+    functional_class,
+    is_combined,
+    to_dylora_class,
+)
 from keras_dylora.paths import adapted_layers
 from keras_dylora.quantization import quantize_base
+from keras_dylora.ranks import as_rank
 from keras_dylora.recompile import (
     compile_from,
-    new_optimizer,
     reset_compiled,
     reset_functions,
 )
 
 FORMAT_VERSION = 1
 SEED_STATE = "random_state_"
-# What would lose the adapters: the first of a backbone alone.
-REFUSED = ("save", "save_to_preset", "export_to_transformers")
 
 
 def adaptation_of(model):
@@ -40,88 +41,21 @@ def adaptation_of(model):
     return adaptation
 
 
-def to_dylora_class(model, adaptation, dylora_class=None):
-    """Makes a live model a `DyLoRAModel` without copying anything."""
-    optimizer = new_optimizer(model)
-    combined = _combined_class(dylora_class or DyLoRAModel, type(model))
-    _keras.set_class(model, combined)
-    _keras.uncover_quantize(model)
-    _keras.settle_dtype_policies(model)
-    adaptation.configure(adaptation.config)
-    object.__setattr__(model, "_dylora", adaptation)
-    _keras.track_for_torch(model)
-    for each in _keras.submodels(model):
-        if hasattr(each, "save_to_preset"):  # a task or a backbone
-            for name in REFUSED[1:] if each is model else REFUSED:
-                each.__dict__[name] = functools.partial(_refuse, name)
-    reset_compiled(model, optimizer)
-
-
-def to_original_class(model):
-    """Undoes `to_dylora_class`; does nothing to a model of another class."""
-    enabled = "_dylora" in model.__dict__
-    optimizer = new_optimizer(model) if enabled else None
-    model.__dict__.pop("_dylora", None)
-    for each in _keras.submodels(model):
-        for name in REFUSED:
-            each.__dict__.pop(name, None)
-    if isinstance(model, DyLoRAModel):
-        _keras.set_class(model, type(model).original_class)
-        _keras.cover_quantize(model)
-    if enabled:
-        reset_compiled(model, optimizer)
-
-
-def _refuse(method, *args, **kwargs):
-    path, *_ = *args, *kwargs.values(), None
-    raise ValueError(
-        "A preset, a Transformers export or a file of the backbone alone "
-        "holds a plain model. Use `merge(model, rank)` and save that, or "
-        "`model.save` or `save_adapter` of the whole model, which keep the "
-        "adapters. "
-        f"Received: {method}({str(path)!r}) of an enabled model"
-    )
-
-
-def reconfigure(model, config, optimizer):
+def reconfigure(model, config, optimizer=None):
     """Gives a model a new config, at the same place of its rank sequence.
 
-    `optimizer` is what `new_optimizer` made before the change.
+    `optimizer` is what `new_optimizer` made before the change, if the
+    variables are others.
     """
     adaptation = adaptation_of(model)
-    drawn = int(ops.convert_to_numpy(adaptation.ranks_drawn))
-    adaptation.configure(config, drawn)
+    place = {
+        name: int(ops.convert_to_numpy(adaptation.state[name]))
+        for name in ("ranks_drawn", "full_rank")
+        if name in adaptation.state
+    }
+    adaptation.configure(config, **place)
     _keras.track_for_torch(model)
     reset_compiled(model, optimizer)
-
-
-@functools.cache
-def _combined_class(dylora_class, original_class):
-    """The class that is both a `DyLoRAModel` and the original one."""
-    cls = type(
-        f"DyLoRA{original_class.__name__}"
-        if dylora_class is DyLoRAModel
-        else dylora_class.__name__,
-        (dylora_class, original_class),
-        {
-            "__module__": dylora_class.__module__,
-            "__doc__": original_class.__doc__,
-            "original_class": original_class,
-        },
-    )
-    # It is saved under the name of the importable class, which revives it.
-    package, _, name = keras.saving.get_registered_name(
-        dylora_class
-    ).rpartition(">")
-    for registered in (cls, dylora_class) if package else ():
-        keras.saving.register_keras_serializable(package, name)(registered)
-    return cls
-
-
-@functools.cache
-def _functional_class():
-    inputs = keras.Input((1,))
-    return type(keras.Model(inputs, inputs))
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -137,13 +71,15 @@ class DyLoRAModel(keras.Model):
     `enable_dylora` turns an existing model into one. A model that is built
     from `DyLoRADense` and `DyLoRAEinsumDense` layers, functional or
     subclassed, is one by construction; its layers must agree in `rank`,
-    `min_rank`, `alpha` and `frozen`.
+    `min_rank`, `alpha`, `scaling` and `frozen`.
 
     Args:
         *args: as in `keras.Model`, so `inputs, outputs` for a functional one.
         rank_distribution: as in `DyLoRAConfig`. Defaults to `"uniform"`.
         objective: as in `DyLoRAConfig`. Defaults to `"sampled"`.
         seed: int. Seed of the rank sequence. Defaults to `0`.
+        draw: as in `DyLoRAConfig`. Defaults to `"step"`.
+        full_rank_steps: int, as in `DyLoRAConfig`. Defaults to `0`.
         **kwargs: as in `keras.Model`.
 
     Raises:
@@ -173,19 +109,23 @@ class DyLoRAModel(keras.Model):
         rank_distribution="uniform",
         objective="sampled",
         seed=0,
+        draw="step",
+        full_rank_steps=0,
         **kwargs,
     ):
         functional = len(args) == 2 or "outputs" in kwargs
         if functional:
             # Left alone, Keras would make `Functional` a base of this very
             # class, and so of every subclassed model.
-            combined = _combined_class(type(self), _functional_class())
+            combined = combined_class(type(self), functional_class())
             _keras.set_class(self, combined)
         super().__init__(*args, **kwargs)
         options = {
             "rank_distribution": rank_distribution,
             "objective": objective,
             "seed": seed,
+            "draw": draw,
+            "full_rank_steps": full_rank_steps,
         }
         object.__setattr__(self, "_dylora_options", options)
         if functional:
@@ -245,7 +185,9 @@ class DyLoRAModel(keras.Model):
     def rank_scope(self, rank):
         """Sets the rank for the time of a `with` block.
 
-        Takes and raises what `set_rank` does.
+        Takes and raises what `set_rank` does. Within a training step, a loss
+        or a function that JAX differentiates or compiles, it is for calls of
+        the model alone.
 
         Example:
 
@@ -254,12 +196,94 @@ class DyLoRAModel(keras.Model):
             clf.predict(texts)
         ```
         """
+        adaptation = adaptation_of(self)
+        if adaptation.training or training.tracing():
+            rank = as_rank(rank, 0, adaptation.config.rank)
+            with adaptation.overridden(adaptation.config.scale.gate(rank)):
+                yield self
+            return
         previous = self.rank
         self.set_rank(rank)
         try:
             yield self
         finally:
             self.set_rank(previous)
+
+    @contextlib.contextmanager
+    def draw_ranks(self, x, non_trainable_variables=None):
+        """For a training loop of your own: calls are at drawn ranks.
+
+        Within a `with` block, calls of the model compute what a step of `fit`
+        does: at one drawn rank, or at one for each example. The next block
+        draws the next ranks of the same sequence. `full_rank_steps` end when
+        `order_ranks` is called.
+
+        Args:
+            x: the inputs of the batch, array or structure of arrays with the
+                examples along the first axis.
+            non_trainable_variables: list of tensors, on JAX: the state that
+                `stateless_call` takes. Defaults to `None`, the variables.
+
+        Returns:
+            A context manager. It yields the state to call the model with, in
+            which the place in the rank sequence has moved on, or `None` where
+            there are variables.
+
+        Raises:
+            ValueError: if the model is `frozen` or has `objective="summed"`,
+                which take more than a call, or if JAX traces and no state is
+                given.
+
+        Example:
+
+        ```python
+        with model.draw_ranks(x), tf.GradientTape() as tape:
+            loss = loss_function(y, model(x, training=True))
+        ```
+
+        `examples/own_loop.py` has a whole loop for each backend.
+        """
+        adaptation = adaptation_of(self)
+        config, objective = adaptation.config, adaptation.objective
+        if config.frozen or objective.own_loss:
+            raise ValueError(
+                "`frozen` and `objective='summed'` take more than a call of "
+                "the model: train with `fit` or `train_on_batch`. Received: "
+                f"frozen={config.frozen}, objective={config.objective!r}"
+            )
+        size = training.batch_size(x)
+        state = non_trainable_variables
+        if state is None and training.tracing():
+            raise ValueError(
+                "On JAX, a traced function needs the state of the model. "
+                "Received: non_trainable_variables=None"
+            )
+        if state is None:
+            gate, _ = objective.gate(adaptation, size)
+        else:
+            variables = self.non_trainable_variables
+            pairs = list(zip(variables, state, strict=True))
+            with keras.StatelessScope(state_mapping=pairs) as scope:
+                gate, _ = objective.gate(adaptation, size)
+            state = [scope.get_current_value(v) for v in variables]
+        with adaptation.overridden(gate):
+            yield state
+
+    def fit(self, *args, **kwargs):
+        if self._full_rank_steps:
+            args, kwargs = training.with_callback(
+                super().fit,
+                args,
+                kwargs,
+                training.OrderAfterFullRank(training.write_back),
+            )
+        return super().fit(*args, **kwargs)
+
+    @property
+    def _full_rank_steps(self):
+        if hasattr(self, "_dylora"):
+            return self._dylora.config.full_rank_steps
+        return self._dylora_options["full_rank_steps"]
 
     def make_train_function(self, force=False):
         # On TensorFlow, a subclassed model is built in its first step only.
@@ -351,7 +375,8 @@ class DyLoRAModel(keras.Model):
         return adaptation_of(self).ranks_drawn
 
     # In a file, a model's own weights have numbers. The next are of the place
-    # in the rank sequence and, in frozen mode, of the open columns.
+    # in the rank sequence and of the open columns, in frozen mode, or of
+    # whether steps are at the maximum rank, with `full_rank_steps`.
 
     def save_own_variables(self, store):
         self._prepare()
@@ -375,11 +400,12 @@ class DyLoRAModel(keras.Model):
         seeds = {
             k: stored.pop(k) for k in list(stored) if k.startswith(SEED_STATE)
         }
-        open_columns = stored.pop(f"{own + 1}", None)
+        second = stored.pop(f"{own + 1}", None)
         super().load_own_variables(stored)
         self._dylora.ranks_drawn.assign(ranks_drawn)
-        if open_columns is not None and self._dylora.config.frozen:
-            self._dylora.open_columns.assign(open_columns)
+        for variable in list(self._dylora.state.values())[1:]:
+            if second is not None and second.shape == variable.shape:
+                variable.assign(second)
         if seeds.keys() == states.keys():
             for name, variable in states.items():
                 variable.assign(seeds[name])
@@ -407,7 +433,7 @@ class DyLoRAModel(keras.Model):
         compile_from(self, config)
 
     def get_config(self):
-        if not _is_combined(type(self)):
+        if not is_combined(type(self)):
             return super().get_config()
         adaptation = adaptation_of(self)
         trainable = [w.trainable for w in self.weights]
@@ -439,7 +465,3 @@ class DyLoRAModel(keras.Model):
         flags = zip(model.weights, config["trainable"], strict=True)
         adaptation.train([w for w, trainable in flags if trainable])
         return model
-
-
-def _is_combined(cls):
-    return "original_class" in vars(cls) and cls is not DyLoRAModel

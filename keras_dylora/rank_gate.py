@@ -13,18 +13,17 @@ class RankGate:
 
     They live in one variable, so a new rank, or one for each layer, neither
     retraces nor recompiles anything. It isn't a weight, as it is state and not
-    something learned. `layers` is how many read it.
+    something learned. `layers` is how many read it, `scale` their `Scale`.
     """
 
-    def __init__(self, layers, rank, alpha):
-        self.rank = rank
-        self.alpha = alpha
-        self.active_ranks = [rank] * layers
+    def __init__(self, layers, scale):
+        self.scale = scale
+        self.active_ranks = [scale.rank] * layers
         self.override = None
         self.variable = keras.Variable(
             # Callable, as a layer may be built while JAX traces.
-            lambda shape, dtype: ranks.gate([rank] * layers, rank, alpha),
-            shape=(layers, rank),
+            lambda shape, dtype: scale.gate([scale.rank] * layers),
+            shape=(layers, scale.rank),
             dtype="float32",
             trainable=False,
             autocast=False,
@@ -39,11 +38,14 @@ class RankGate:
     def set_ranks(self, active_ranks):
         """Sets the rank of each layer, a list of int in `0..rank`."""
         self.active_ranks = [
-            ranks.as_rank(b, 0, self.rank) for b in active_ranks
+            ranks.as_rank(b, 0, self.scale.rank) for b in active_ranks
         ]
-        self.variable.assign(
-            ranks.gate(self.active_ranks, self.rank, self.alpha)
-        )
+        self.variable.assign(self.scale.gate(self.active_ranks))
+
+    def rescale(self, scale):
+        """Takes another `Scale` of the same rank."""
+        self.scale = scale
+        self.set_ranks(self.active_ranks)
 
     def assign(self, row):
         """Sets the gates of a step, all alike: `(rank,)`."""
@@ -62,7 +64,8 @@ class GateRow:
         """`(rank,)`, or `(batch, rank)` where examples have their own rank."""
         if self.override is not None:
             return ops.convert_to_tensor(self.override)
-        return ops.convert_to_tensor(self.gate.variable)[self.index]
+        # A copy: torch couldn't differentiate once the variable changes.
+        return ops.copy(ops.convert_to_tensor(self.gate.variable)[self.index])
 
     @property
     def override(self):

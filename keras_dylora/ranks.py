@@ -5,6 +5,7 @@ columns of the down projection and the first `b` rows of the up projection.
 """
 
 import collections.abc
+import dataclasses
 import numbers
 
 from keras import ops
@@ -52,23 +53,40 @@ def by_layer(ranks, paths, high):
     return {p: as_rank(ranks[p], 1, high, f"rank of {p}") for p in paths}
 
 
-def scale(rank, alpha):
-    """What an adapter's product is multiplied by at a rank above 0 (Eq. 7).
+# By the maximum rank, alpha and a rank `b`, an int or a float32 tensor.
+SCALINGS = {
+    "rank": lambda rank, alpha, b: alpha / b,  # Eq. 7
+    "sqrt": lambda rank, alpha, b: alpha / b**0.5,  # rsLoRA
+    "constant": lambda rank, alpha, b: alpha / rank,  # b is a prefix of rank
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What an adapter's product is multiplied by, at each rank above 0.
 
     The one place that knows it: gates, files and PEFT's `lora_alpha` ask here.
+    `rank` is the maximum; `alpha` and `scaling` are as in `DyLoRAConfig`.
     """
-    return alpha / rank
 
+    rank: int
+    alpha: float
+    scaling: str = "rank"
 
-def gate(active_rank, rank, alpha):
-    """The gate of Eq. 7: `alpha / b` for the first `b` entries, then zeros.
+    def at(self, b):
+        """The scale of rank `b`."""
+        return SCALINGS[self.scaling](self.rank, self.alpha, b)
 
-    `active_rank` is `b`, an int or an integer tensor, `rank` the length of the
-    gate. Returns a float32 tensor of shape `shape(active_rank) + (rank,)`.
-    """
-    b = ops.expand_dims(ops.cast(active_rank, "int32"), -1)
-    value = scale(ops.cast(ops.maximum(b, 1), "float32"), alpha)
-    return ops.where(ops.arange(rank, dtype="int32") < b, value, 0.0)
+    def gate(self, active_rank):
+        """The scale of `b` for the first `b` entries, then zeros.
+
+        `active_rank` is `b`, an int or an integer tensor. Returns a float32
+        tensor of shape `shape(active_rank) + (rank,)`.
+        """
+        b = ops.expand_dims(ops.cast(active_rank, "int32"), -1)
+        value = self.at(ops.cast(ops.maximum(b, 1), "float32"))
+        value = ops.cast(value, "float32")
+        return ops.where(ops.arange(self.rank, dtype="int32") < b, value, 0.0)
 
 
 def column(active_rank, rank):

@@ -58,7 +58,7 @@ def gradients(weights, gate):
 
 def expected(objective, weights):
     if objective == "matryoshka":
-        gate = sum(p * gate_at(b) for b, p in PROBABILITIES.items())
+        gate = sum(gate_at(b) for b in PROBABILITIES)
         return gradients(weights, gate)
     parts = {b: gradients(weights, gate_at(b)) for b in PROBABILITIES}
     return [
@@ -127,13 +127,15 @@ def test_summed_metrics_are_of_the_highest_rank_that_is_trained():
 
 
 def test_matryoshka_gate_of_the_paper():
-    """g_i is the mean over all ranks r of alpha / r where r >= i."""
-    config = kd.DyLoRAConfig(rank=RANK, alpha=ALPHA)
-    gate, _ = OBJECTIVES["matryoshka"](config).gate(None)
-    paper = [
-        np.mean([ALPHA / r if r >= i else 0 for r in range(1, RANK + 1)])
-        for i in range(1, RANK + 1)
-    ]
+    """Algorithm 1: g_i is the sum over trained ranks r >= i of 1 / sqrt(r)."""
+    config = kd.DyLoRAConfig(
+        rank=4,
+        alpha=1.0,
+        scaling="sqrt",
+        rank_distribution=kd.Categorical({1: 5, 2: 1, 4: 1}),
+    )
+    gate, _ = OBJECTIVES["matryoshka"](config).gate(None, 1)
+    paper = [1 + 0.5**0.5 + 0.5, 0.5**0.5 + 0.5, 0.5, 0.5]
     np.testing.assert_allclose(backend.to_numpy(gate), paper, rtol=1e-6)
 
 

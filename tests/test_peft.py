@@ -457,21 +457,29 @@ def test_adapters_that_peft_trained(case, pair, tmp_path):
     twin, model = pair(name)
     trained_by_peft(copy.deepcopy(twin), tmp_path, task_type=task, **config)
     base = keras_logits(model)
-    with pytest.warns(UserWarning, match="ranks of this LoRA .* no order"):
-        from_peft(model, tmp_path)
+    from_peft(model, tmp_path)
     rank = 5 if case == "roberta-patterns" else 4
     assert model.dylora_config.rank == model.dylora_config.min_rank == rank
     adapted = peft.PeftModel.from_pretrained(twin, tmp_path)
     assert np.abs(twin_logits(adapted) - base).max() > 1e-2
     assert_same_logits(model, adapted)
+    # It can be cut: its first columns are the best of a lower rank.
+    assert model.dylora_config.scaling == "constant"
+    for layer in model.dylora_layers:
+        singular = np.linalg.svd(
+            layer.factors().product().astype("float64"), compute_uv=False
+        )
+        rest = layer.factors().product() - layer.factors(2).product()
+        np.testing.assert_allclose(
+            np.linalg.norm(rest, 2), singular[2], atol=1e-6
+        )
 
 
 def test_adapter_without_a_head(pair, tmp_path):
     twin, model = pair("roberta")
     config = {"target_modules": ["query"]}
     trained_by_peft(copy.deepcopy(twin), tmp_path, **config)
-    with pytest.warns(UserWarning, match="no order"):
-        from_peft(model, tmp_path)
+    from_peft(model, tmp_path)
     assert_same_logits(model, peft.PeftModel.from_pretrained(twin, tmp_path))
 
 

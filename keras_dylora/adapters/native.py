@@ -84,14 +84,14 @@ def load_adapter(model, directory):
     ```
     """
     config, tensors = _read(directory)
-    if isinstance(model, DyLoRAModel) and (
-        model.dylora_config.alpha != config.alpha
-    ):
-        raise ValueError(
-            "An adapter must have the alpha of the model it is loaded into. "
-            f"Received: alpha={config.alpha} for a model of alpha="
-            f"{model.dylora_config.alpha}"
-        )
+    for name in ("alpha", "scaling") if isinstance(model, DyLoRAModel) else ():
+        mine, wanted = getattr(config, name), getattr(model.dylora_config, name)
+        if mine != wanted:
+            raise ValueError(
+                f"An adapter must have the {name} of the model it is loaded "
+                f"into. Received: {name}={mine!r} for a model of "
+                f"{name}={wanted!r}"
+            )
     AdapterWeights.of_tensors(tensors, config).put_on(model)
     return model
 

@@ -1,7 +1,6 @@
 """to_peft and from_peft: adapters in the Hugging Face PEFT format."""
 
 import dataclasses
-import warnings
 
 import numpy as np
 
@@ -148,9 +147,10 @@ def from_peft(model, directory):
 
     A model that isn't enabled yet is enabled for the layers of the adapter.
     What `to_peft` saved comes back as the DyLoRA adapter that it was. Any
-    other adapter is loaded at its one rank, so `min_rank` is `rank`. Its
-    scale is kept at every `alpha` of the model, and the adapter of GPT-2's
-    `c_attn` becomes one each for query, key and value.
+    other adapter was trained at one rank, so `min_rank` is `rank`; its columns
+    are put in order, as `order_ranks` does, and `scaling` is `"constant"`, so
+    that it can be cut. Its scale is kept at every `alpha` of the model, and
+    the adapter of GPT-2's `c_attn` becomes one each for query, key and value.
 
     Args:
         model: a KerasHub `RobertaTextClassifier`, `BertTextClassifier`,
@@ -169,10 +169,6 @@ def from_peft(model, directory):
             the model is of another class or its head is quantized. The model
             is unchanged then.
 
-    Warns:
-        UserWarning: if the ranks of the adapter have no order, as it doesn't
-            come from DyLoRA. Cutting it to a lower rank is meaningless.
-
     Example:
 
     ```python
@@ -187,21 +183,12 @@ def from_peft(model, directory):
     - [PEFT checkpoint format](
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
-    weights, ordered = _read(model, directory)
-    weights.check(model, whole=False)
-    if not ordered:
-        warnings.warn(
-            "The ranks of this LoRA adapter have no order, as no "
-            "keras_dylora wrote it: use it at its full rank of "
-            f"{weights.config.rank}. Cutting it to a lower one is meaningless.",
-            stacklevel=2,
-        )
-    weights.put_on(model, whole=False)
+    _read(model, directory).put_on(model, whole=False)
     return model
 
 
 def _read(model, directory):
-    """The adapter for a model, and whether its ranks have an order."""
+    """The adapter for a model, as `AdapterWeights`."""
     layout = layout_of(model)
     adapter = peft_files.read(directory)
     modules = _adapted(layout.modules(model), adapter)
@@ -222,11 +209,13 @@ def _read(model, directory):
         adapter.tensors,
     )
     config = _config(modules, adapter)
-    ordered, parts = adapter.dylora is not None, {}
+    ours, parts = adapter.dylora is not None, {}
     for module, paths in modules.items():
-        parts |= _split(adapter.factors(module), paths, ordered)
+        parts |= _split(adapter.factors(module), paths, ours)
+    if not ours:
+        parts = {path: factors.ordered()[0] for path, factors in parts.items()}
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
-    return AdapterWeights(parts, trained, config), ordered
+    return AdapterWeights(parts, trained, config)
 
 
 def _adapted(modules, adapter):
@@ -267,6 +256,7 @@ def _config(modules, adapter):
         rank=rank,
         min_rank=rank,
         alpha=alpha,
+        scaling="constant",
         dropout=adapter.config.get("lora_dropout", 0.0),
     )
 

@@ -51,10 +51,12 @@ class AdapterWeights:
         return dataclasses.replace(
             self,
             layers={
-                path: factors.cut(ranks[path], self.config.alpha)
+                path: factors.cut(ranks[path], self.config.scale)
                 for path, factors in self.layers.items()
             },
-            config=self.config.truncated(max(ranks.values()), stacklevel=4),
+            config=self.config.truncated(
+                max(ranks.values()), self.layers.values(), stacklevel=4
+            ),
         )
 
     def check(self, model, whole=True):
@@ -122,7 +124,7 @@ class AdapterWeights:
             adaptation = adaptation_of(model)
             adaptation.config = adaptation.named_config
         config = model.dylora_config
-        scale = rank_functions.scale(config.rank, config.alpha)
+        scale = config.scale.at(config.rank)
         for path, layer in adaptation_of(model).layers.items():
             factors = self.layers[path]
             up = factors.up * np.float32(factors.scale / scale)
@@ -154,7 +156,7 @@ class AdapterWeights:
             rank = config.rank
             shapes |= tensor_names(path, (None, rank), (rank, None))
         check_shapes(shapes, tensors)
-        scale = rank_functions.scale(config.rank, config.alpha)
+        scale = config.scale.at(config.rank)
         layers = {
             path: Factors(
                 *(tensors[x] for x in tensor_names(path, 0, 0)), scale

@@ -38,6 +38,7 @@ def write(folder, config, plan, verified, metrics):
         "layout": plan.layout,
         "ranks": plan.ranks,
         "alpha": config.alpha,
+        "scaling": config.scaling,
         "dtype": plan.dtype,
         "signatures": _signatures(plan),
         "bytes": sum(x["bytes"] for x in contents.values()),

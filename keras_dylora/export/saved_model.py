@@ -8,7 +8,6 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from keras_dylora import ranks
 from keras_dylora.adaptation import as_original
 from keras_dylora.export import stored_variables
 from keras_dylora.export.text import Preprocessing
@@ -145,7 +144,7 @@ def _at_any_rank(endpoint, run, high, config):
 
 def _at_rank(rank, run, config):
     def serve(**tensors):
-        return run(tensors, ranks.gate(rank, config.rank, config.alpha))
+        return run(tensors, config.scale.gate(rank))
 
     return serve
 
@@ -167,7 +166,7 @@ def _gate_rows(rank, batch, high, config):
     ]  # fmt: skip
     with tf.control_dependencies(checks):
         rank = tf.broadcast_to(rank, [batch])
-    return ranks.gate(rank, config.rank, config.alpha)
+    return config.scale.gate(rank)
 
 
 def _write_merged(model, folder, plan):

@@ -7,7 +7,13 @@ loss it has in `objectives`.
 
 import keras
 
-from keras_dylora.training.step import check_frozen, check_slots
+from keras_dylora.training.full_rank import (
+    OrderAfterFullRank,
+    at_full_rank,
+    order_columns,
+    with_callback,
+)
+from keras_dylora.training.step import batch_size, check_frozen, check_slots
 
 match keras.backend.backend():
     case "jax":
@@ -17,5 +23,6 @@ match keras.backend.backend():
 
 forward = skin.forward
 restore_rank_on_error = skin.restore_rank_on_error
+tracing = skin.tracing
 train_step = skin.train_step
 write_back = skin.write_back

@@ -6,27 +6,38 @@ An objective is one class: its name in `OBJECTIVES` is the one that
 
 import contextlib
 
+import keras
 from keras import ops
-
-from keras_dylora import ranks
 
 
 class Sampled:
-    """One rank is drawn for a step (Algorithm 1)."""
+    """A rank is drawn for a step (Algorithm 1), or one for each example."""
 
     draws = True
+    own_loss = False
 
     def __init__(self, config):
         self.config = config
 
-    def gate(self, adaptation):
-        """The gate `(rank,)` of a step, and a dict of what the step logs.
+    def gate(self, adaptation, batch_size):
+        """The gate of a step, and a dict of what the step logs.
 
-        If a rank is drawn, the model's place in the rank sequence moves on.
+        The gate is `(rank,)`, or `(batch_size, rank)` with one for each
+        example. If ranks are drawn, the model's place in the rank sequence
+        moves on.
         """
-        rank = adaptation.draw(adaptation.ranks_drawn)
-        adaptation.ranks_drawn.assign(adaptation.ranks_drawn + 1)
-        return self._gate_at(rank), {"rank": rank}
+        place, logs = adaptation.ranks_drawn, {}
+        if self.config.draw == "example":
+            drawn = adaptation.draw.for_examples(place, batch_size)
+        else:
+            drawn = adaptation.draw(place)
+        if self.config.full_rank_steps:
+            full = ops.greater(adaptation.full_rank, 0)
+            drawn = ops.where(full, self.config.rank, drawn)
+        if self.config.draw == "step":
+            logs["rank"] = drawn
+        place.assign(place + 1)
+        return self._gate_at(drawn), logs
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
         """The loss of a step, a scalar tensor.
@@ -38,10 +49,12 @@ class Sampled:
             compute_loss: Keras's, which takes all other arguments; `y_pred`
                 are predictions at the gate of the step.
         """
+        if self.config.draw == "example":
+            _check_examples(x, y_pred)
         return compute_loss(x, y, y_pred, *args, **kwargs)
 
     def _gate_at(self, rank):
-        return ranks.gate(rank, self.config.rank, self.config.alpha)
+        return self.config.scale.gate(rank)
 
 
 class Summed(Sampled):
@@ -53,8 +66,9 @@ class Summed(Sampled):
     """
 
     draws = False
+    own_loss = True
 
-    def gate(self, adaptation):
+    def gate(self, adaptation, batch_size):
         return self._gate_at(max(self.config.rank_probabilities)), {}
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
@@ -76,17 +90,20 @@ class Summed(Sampled):
 
 
 class Matryoshka(Sampled):
-    """One pass at the mean of the ranks' gates: MatryoshkaLoRA's diagonal.
+    """One pass at the sum of the ranks' gates: MatryoshkaLoRA's diagonal.
 
-    Reference: [Modoranu et al., 2026](https://arxiv.org/abs/2605.07850)
+    Its entry `i` is the sum of the scales of all ranks from `i` on that have a
+    positive probability.
+
+    Reference: [Modoranu et al., 2026](https://arxiv.org/abs/2605.07850),
+    Algorithm 1
     """
 
     draws = False
 
-    def gate(self, adaptation):
-        probabilities = self.config.rank_probabilities
-        weights = ops.convert_to_tensor(list(probabilities.values()), "float32")
-        return ops.matmul(weights, self._gate_at(list(probabilities))), {}
+    def gate(self, adaptation, batch_size):
+        trained = list(self.config.rank_probabilities)
+        return ops.sum(self._gate_at(trained), axis=0), {}
 
 
 OBJECTIVES = {
@@ -94,6 +111,21 @@ OBJECTIVES = {
     "summed": Summed,
     "matryoshka": Matryoshka,
 }
+
+
+def _check_examples(x, y_pred):
+    """Raises a `ValueError` unless there is an output for each example.
+
+    As far as shapes are known: on TensorFlow, the size of a batch may not be.
+    """
+    size = keras.tree.flatten(x)[0].shape[0]
+    shapes = [tuple(y.shape) for y in keras.tree.flatten(y_pred)]
+    if any(not s or (s[0] is not None and s[0] != size) for s in shapes):
+        raise ValueError(
+            "With `draw='example'` every output must have the examples along "
+            "its first axis. Use `draw='step'`. "
+            f"Received: outputs of shapes {shapes} for a batch of {size}"
+        )
 
 
 @contextlib.contextmanager

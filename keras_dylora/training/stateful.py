@@ -19,8 +19,8 @@ def train_step(model, keras_step, data):
     before = [ops.copy(variable) for variable, _ in step.masked(model)]
     iterations = ops.copy(model.optimizer.iterations)
     try:
-        drawn = step.begin(model)
-        with step.training(model):
+        examples, drawn = step.begin(model, data)
+        with step.training(model, examples):
             logs = keras_step(data)
     finally:
         for gate, value in zip(gates, inference, strict=True):
@@ -47,6 +47,11 @@ def restore_rank_on_error(model, function):
             raise
 
     return train_function
+
+
+def tracing():
+    """Whether variables are no state now; here they always are."""
+    return False
 
 
 def write_back(model):

@@ -3,10 +3,13 @@
 import contextlib
 
 import keras
+from jax.extend.core import get_opaque_trace_state
 from keras import ops
 
 from keras_dylora import _keras
 from keras_dylora.training import step
+
+_EAGER = get_opaque_trace_state(convention="flax")
 
 
 def train_step(model, keras_step, state, data):
@@ -17,9 +20,9 @@ def train_step(model, keras_step, state, data):
         inference = [scope.get_current_value(gate) for gate in gates]
         before = [scope.get_current_value(v) for v, _ in step.masked(model)]
         iterations = ops.convert_to_tensor(model.optimizer.iterations)
-        drawn = step.begin(model)
+        examples, drawn = step.begin(model, data)
     state = (trainable, _values(scope, model)[1], optimizer, metrics)
-    with step.training(model):
+    with step.training(model, examples):
         logs, state = keras_step(state, data)
     with _scope(model, *state[:3]) as scope:
         for gate, value in zip(gates, inference, strict=True):
@@ -51,6 +54,11 @@ def _values(scope, model):
         [scope.get_current_value(v) for v in variables]
         for variables in _lists(model)
     )
+
+
+def tracing():
+    """Whether JAX traces a function, which reads no variable by itself."""
+    return get_opaque_trace_state(convention="flax") != _EAGER
 
 
 def restore_rank_on_error(model, function):

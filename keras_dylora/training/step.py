@@ -1,8 +1,8 @@
 """A step around Keras's own: a rank is drawn, frozen columns are masked.
 
 1. The gates of inference are kept, and in frozen mode what is `masked`.
-2. `begin`: the objective draws a rank and sets the gates of the layers.
-3. Keras's own step, whose loss is the objective's.
+2. `begin`: the objective draws a rank, or one for each example.
+3. Keras's own step, at the gates and with the loss of the objective.
 4. The gates of inference are put back.
 5. `hold`, in frozen mode: all columns but those of the drawn rank are put back.
 
@@ -13,20 +13,25 @@ whatever the optimizer keeps for them.
 
 import contextlib
 
+import keras
 from keras import ops
 
 from keras_dylora import _keras, ranks
 
 
-def begin(model):
+def begin(model, data):
     """Sets the gates of a step, and in frozen mode opens its columns.
 
     Returns:
-        Dict of what the step logs: its `rank`, an int32 scalar tensor, where
-        one is drawn.
+        The gates `(batch, rank)` of the examples, to be read within
+        `training`, or `None` where one gate is for all; and a dict of what the
+        step logs: its `rank`, an int32 scalar tensor, where one is drawn.
     """
     adaptation = model._dylora
-    gate, logs = adaptation.objective.gate(adaptation)
+    x, *_ = keras.utils.unpack_x_y_sample_weight(data)
+    gate, logs = adaptation.objective.gate(adaptation, batch_size(x))
+    if len(gate.shape) == 2:
+        return gate, logs
     for layer_gate in adaptation.gates:
         layer_gate.assign(gate)
     if adaptation.config.frozen:
@@ -35,17 +40,27 @@ def begin(model):
         if _accumulates(model.optimizer):
             mask = ops.maximum(adaptation.open_columns, mask)
         adaptation.open_columns.assign(mask)
-    return logs
+    return None, logs
+
+
+def batch_size(x):
+    """The number of examples in the inputs of a model."""
+    return ops.shape(keras.tree.flatten(x)[0])[0]
 
 
 @contextlib.contextmanager
-def training(model):
-    """Within it, `model.compute_loss` is the objective's."""
-    model._dylora.training = True
+def training(model, gates):
+    """Within it, `model.compute_loss` is the objective's.
+
+    And layers read what `begin` returned, if it isn't `None`.
+    """
+    adaptation = model._dylora
+    adaptation.training = True
     try:
-        yield
+        with adaptation.overridden(gates):
+            yield
     finally:
-        model._dylora.training = False
+        adaptation.training = False
 
 
 def training_argument(model):

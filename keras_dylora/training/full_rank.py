@@ -1,0 +1,143 @@
+"""Steps at the full rank first, and the order of the columns at their end.
+
+The columns `down @ turn` and rows `inverse(turn) @ up` have the same product.
+What an optimizer keeps for them turns too: a gradient by the inverse,
+transposed, and a mean of squares by the squares of its entries.
+"""
+
+import inspect
+import math
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora import _keras
+from keras_dylora.geometry import float32_array
+
+# What optimizers keep, by how it turns. Anything else starts anew, at zero.
+GRADIENTS = ("momentum", "average_gradient", _keras.ACCUMULATOR)
+SQUARES = ("velocity", "velocity_hat", "accumulator", "accumulated_grad")
+AVERAGES = ("average",)
+
+
+def at_full_rank(adaptation):
+    """Whether the steps of a model are at the full rank still."""
+    if not adaptation.config.full_rank_steps:
+        return False
+    return bool(ops.convert_to_numpy(adaptation.full_rank))
+
+
+def order_columns(model):
+    """Orders the columns of the adapters of a model, and ends its full rank.
+
+    The variables must be up to date. Returns whether an adapter has columns
+    to order: one that was never trained has none.
+    """
+    adaptation = model._dylora
+    layers = adaptation.layers.values()
+    found = [layer.factors().ordered() for layer in layers]
+    optimizer = getattr(model, "optimizer", None)
+    slots = _slots(optimizer, [v for x in layers for v in (x.down, x.up)])
+    for layer, (factors, turn) in zip(layers, found, strict=True):
+        layer.down.assign(factors.down)
+        layer.up.assign(factors.up)
+        for slot, owner, kind in slots:
+            if owner is layer.down:
+                slot.assign(_turned(float32_array(slot), turn, kind))
+            elif owner is layer.up:
+                inverse = turn if turn is None else np.linalg.inv(turn).T
+                turned = _turned(float32_array(slot).T, inverse, kind)
+                slot.assign(turned.T)
+    if adaptation.config.full_rank_steps:
+        adaptation.full_rank.assign(0)
+    return any(np.any(factors.up) for factors, _ in found)
+
+
+def _slots(optimizer, adapters):
+    """Triples of optimizer variable, adapter and what is kept in it."""
+    if optimizer is None or not optimizer.built:
+        return []
+    return [
+        (slot, owner, slot.name.removeprefix(_keras.slot_prefix(owner)))
+        for slot, owner in _keras.optimizer_slots(
+            optimizer, adapters, accumulators=True
+        )
+        if slot.shape == owner.shape
+    ]
+
+
+def _turned(columns, turn, kind):
+    if turn is None or kind not in GRADIENTS + SQUARES + AVERAGES:
+        return np.zeros_like(columns)
+    if kind in AVERAGES:
+        matrix = turn
+    elif kind in GRADIENTS:
+        matrix = np.linalg.inv(turn).T
+    else:
+        matrix = np.linalg.inv(turn).T ** 2
+    return columns @ matrix
+
+
+class OrderAfterFullRank(keras.callbacks.Callback):
+    """Ends the full-rank steps of a run at the right one.
+
+    That is after the last batch of them, or of the compiled function that
+    `steps_per_execution` makes of several. The place of a model in its
+    sequence is read only when it may be there: that waits for the device.
+    """
+
+    def __init__(self, write_back):
+        super().__init__()
+        self._write_back = write_back
+
+    def on_train_begin(self, logs=None):
+        self._batches = 0  # that can't be the last
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._batches -= 1
+        if self._batches > 0 or not self._at_full_rank():
+            return
+        left = self._left()
+        if left <= 0:
+            order_columns(self.model)
+        self._batches = math.ceil(left / self.model.steps_per_execution)
+
+    def on_train_end(self, logs=None):
+        if self._at_full_rank():
+            warnings.warn(
+                "Lower ranks are trained after `full_rank_steps`, so this run "
+                "has trained the maximum alone. Train longer, or use "
+                "`order_ranks`. Received: full_rank_steps="
+                f"{self.model._dylora.config.full_rank_steps}, of which "
+                f"{self._left()} are left",
+                stacklevel=2,
+            )
+
+    def _at_full_rank(self):
+        self._write_back(self.model)
+        return at_full_rank(self.model._dylora)
+
+    def _left(self):
+        adaptation = self.model._dylora
+        drawn = int(ops.convert_to_numpy(adaptation.ranks_drawn))
+        return adaptation.config.full_rank_steps - drawn
+
+
+def with_callback(fit, args, kwargs, callback):
+    """The arguments of a `fit`, with a callback before those that it has."""
+    bound = inspect.signature(fit).bind(*args, **kwargs)
+    # A KerasHub task hands Keras's on as `**kwargs`.
+    named = "callbacks" in inspect.signature(fit).parameters
+    arguments = bound.arguments
+    if not named:
+        arguments = arguments.setdefault("kwargs", {})
+    callbacks = arguments.get("callbacks")
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callback.set_model(callbacks.model)
+        callbacks.callbacks.insert(0, callback)
+    else:
+        callbacks = [callback, *keras.tree.flatten(callbacks or [])]
+        arguments["callbacks"] = callbacks
+    return bound.args, bound.kwargs
