@@ -7,6 +7,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import pytest
 
+if keras.backend.backend() == "jax":
+    import jax
+
+    # Tests compile much more than they compute; processes that they start,
+    # and the comparison of the backends, have XLA as users do.
+    jax.config.update("jax_disable_most_optimizations", True)
+
 
 def pytest_report_header():
     return f"keras {keras.__version__} on {keras.backend.backend()}"
