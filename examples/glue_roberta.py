@@ -208,6 +208,7 @@ def run(
     # LoRA draws the rank it has.
     drawn = method in ADAPTERS and method not in methods.FIXED
     key |= {"distribution": distribution} if drawn else {}
+    key |= methods.described(method)
     key["settings"] = dataclasses.asdict(settings)
     del key["settings"]["rank"], key["settings"]["seeds"]
     found = results.get(key)

@@ -42,6 +42,14 @@ def config(method, steps, rank, alpha, **fields):
     return kd.DyLoRAConfig(**{**fields, **FIELDS[method]})
 
 
+def described(method):
+    """What a kept run must agree in, besides the name of its method."""
+    return {
+        "progressive": {"full_rank_share": FULL_RANK_SHARE},
+        "matryoshka": {"gate": "sum"},  # 0.1.0 had the mean
+    }.get(method, {})
+
+
 def finish(model, method):
     """What a method does after the training."""
     if method == "lora-svd":

@@ -152,6 +152,7 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
             )
     key = {"task": task, "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
+    key |= methods.described(method)
     key["settings"] = dataclasses.asdict(settings)
     if task == "reviews":  # Made here, and named after its settings.
         key["settings"]["preset"] = pathlib.Path(settings.preset).name
@@ -247,7 +248,7 @@ def main(argv=None):
     parser.add_argument(
         "--method",
         nargs="+",
-        default=("dylora", "progressive", "lora-svd"),
+        default=("dylora", "dylora-frozen", "lora"),
         choices=METHODS,
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 42, 4242])

@@ -44,6 +44,8 @@ LABELS = {
     "flop": "FLOP",
     "summed": "summed",
     "matryoshka": "matryoshka",
+    "progressive": "progressive",
+    "lora-svd": "LoRA, ordered",
 }
 
 

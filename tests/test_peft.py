@@ -334,6 +334,27 @@ def test_target_modules_are_short_where_they_can(case, tmp_path):
     assert adapter_config(tmp_path)["target_modules"] == expected
 
 
+@pytest.mark.parametrize(
+    ("scaling", "alpha", "rslora"),
+    [("sqrt", 7, True), ("constant", 14 / 3, False)],
+)
+@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+def test_other_scalings(scaling, alpha, rslora, name, pair, tmp_path):
+    twin, model = pair(name)
+    enabled(model, alpha=7.0, scaling=scaling)
+    to_peft(model, tmp_path, rank=2)
+    config = adapter_config(tmp_path)
+    assert config["use_rslora"] == rslora
+    if name == "roberta":
+        assert config["lora_alpha"] == pytest.approx(alpha)
+    model.set_rank(2)
+    assert_same_logits(model, peft.PeftModel.from_pretrained(twin, tmp_path))
+    expected = keras_logits(model)
+    kd.disable_dylora(model)
+    from_peft(model, tmp_path)
+    np.testing.assert_allclose(keras_logits(model), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("alpha", [16, 0.3])
 def test_scale_is_alpha_over_rank(alpha, rank, tmp_path):

@@ -203,9 +203,9 @@ def write(folder, tensors, dylora, config):
 
 def peft_config(layout, fused, dylora):
     """PEFT's configuration, of all linear layers with `Factors` or `None`."""
-    # PEFT scales by lora_alpha / r.
+    rslora = dylora.scaling == "sqrt"
     sizes = {
-        module: (x.rank, _lora_alpha(x))
+        module: (x.rank, _lora_alpha(x, rslora))
         for module, x in fused.items()
         if x is not None
     }
@@ -221,7 +221,7 @@ def peft_config(layout, fused, dylora):
         "lora_alpha": alpha,
         "rank_pattern": {k: r for k, (r, _) in other.items()},
         "alpha_pattern": {k: a for k, (_, a) in other.items()},
-        "use_rslora": False,
+        "use_rslora": rslora,
         "lora_dropout": dylora.dropout,
         "bias": "none",
         "fan_in_fan_out": layout.transposed,
@@ -231,11 +231,15 @@ def peft_config(layout, fused, dylora):
     }
 
 
-def _lora_alpha(x):
-    """What PEFT divides by r, in as few digits as give the scale of `x`."""
-    alpha = x.scale * x.rank
+def _lora_alpha(x, rslora=False):
+    """What PEFT divides by r, in as few digits as give the scale of `x`.
+
+    By the root of r, if `rslora`.
+    """
+    divisor = math.sqrt(x.rank) if rslora else x.rank
+    alpha = x.scale * divisor
     found = (float(f"{alpha:.{digits}g}") for digits in range(1, 18))
-    alpha = next((a for a in found if a / x.rank == x.scale), alpha)
+    alpha = next((a for a in found if a / divisor == x.scale), alpha)
     return int(alpha) if alpha.is_integer() else alpha
 
 
