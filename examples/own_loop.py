@@ -46,7 +46,7 @@ def batches(x, y, steps):
 
 
 def loss_function(y, predicted):
-    return keras.ops.mean((y - predicted) ** 2)
+    return keras.ops.mean((predicted - keras.ops.convert_to_tensor(y)) ** 2)
 
 
 def train_tensorflow(model, batches):

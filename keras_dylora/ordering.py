@@ -28,7 +28,7 @@ def order_ranks(model):
         `model` itself.
 
     Raises:
-        ValueError: if the model isn't enabled.
+        ValueError: if the model isn't enabled, or an adapter isn't finite.
 
     Warns:
         UserWarning: if lower ranks of the model, at which it may have been

@@ -33,11 +33,23 @@ def order_columns(model):
     """Orders the columns of the adapters of a model, and ends its full rank.
 
     The variables must be up to date. Returns whether an adapter has columns
-    to order: one that was never trained has none.
+    to order: one that was never trained has none. Raises a `ValueError` if
+    training has diverged.
     """
     adaptation = model._dylora
     layers = adaptation.layers.values()
-    found = [layer.factors().ordered() for layer in layers]
+    whole = {path: x.factors() for path, x in adaptation.layers.items()}
+    diverged = [
+        path
+        for path, x in whole.items()
+        if not (np.isfinite(x.down).all() and np.isfinite(x.up).all())
+    ]
+    if diverged:
+        raise ValueError(
+            "Adapters must be finite to be ordered. "
+            f"Received: NaN or infinity at {diverged}"
+        )
+    found = [factors.ordered() for factors in whole.values()]
     optimizer = getattr(model, "optimizer", None)
     slots = _slots(optimizer, [v for x in layers for v in (x.down, x.up)])
     for layer, (factors, turn) in zip(layers, found, strict=True):
