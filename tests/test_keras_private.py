@@ -148,6 +148,18 @@ def optimizer_slots():
     assert all(slot.shape == owner.shape for slot, owner in found)
 
 
+def slot_prefix():
+    model = mlp()
+    optimizer = keras.optimizers.AdamW(0.1, gradient_accumulation_steps=2)
+    optimizer.build(model.trainable_variables)
+    found = _keras.optimizer_slots(optimizer, model.trainable_variables, True)
+    kinds = {
+        slot.name.removeprefix(_keras.slot_prefix(owner))
+        for slot, owner in found
+    }
+    assert kinds == {"momentum", "velocity", "gradient_accumulator"}
+
+
 def keeps_own_state():
     model = mlp(frozen=True)
     layer = model.dylora_layers[0]
@@ -213,6 +225,7 @@ BREAKS = {
     settle_dtype_policies: "quantized presets can't be saved again",
     override_losses: "JAX: what layers add to a summed loss",
     optimizer_slots: "frozen mode holds no momentum",
+    slot_prefix: "order_ranks forgets the momentum",
     keeps_own_state: "JAX's step, torch's devices, TensorFlow's own formats",
     compile_arguments: "merge: compiled as the model is",
     fresh_optimizer: "enable, disable, truncate and merge of a trained model",

@@ -11,7 +11,7 @@ PUBLIC = {
     "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
     "disable_dylora", "enable_dylora", "evaluate_ranks", "export_ranks",
     "from_peft", "load_adapter", "to_peft",
-    "merge", "save_adapter", "truncate",
+    "merge", "order_ranks", "save_adapter", "truncate",
 }  # fmt: skip
 
 
