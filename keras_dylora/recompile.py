@@ -39,6 +39,11 @@ def compile_from(model, config):
     """
     config = dict(config)
     build_optimizer = config.pop("optimizer_built", True)
+    # Keras writes what "auto" was: on JAX it compiles, and on torch it doesn't,
+    # where it would take minutes.
+    backend = keras.backend.backend()
+    if config.pop("backend", backend) != backend:
+        config["jit_compile"] = "auto"
     arguments = keras.saving.deserialize_keras_object(config)
     if not _compile(model, arguments, build_optimizer):
         keras.Model.compile_from_config(model, config)

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Suites share the cores, and OpenMP's threads would spin for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
 import pytest

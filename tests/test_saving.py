@@ -37,6 +37,7 @@ print(int(keras.ops.convert_to_numpy(model._ranks_drawn)))
 print(int(keras.ops.convert_to_numpy(model.optimizer.iterations)))
 labels = np.zeros(found.shape[:1] if found.ndim == 2 else found.shape[:2])
 print(model.fit(inputs, labels, verbose=0).history["loss"][0])
+print(model.jit_compile)
 """
 
 
@@ -89,6 +90,9 @@ def test_keras_file_in_a_fresh_process(make, target, tmp_path):
     ).split()
     assert printed[:2] == ["8", "8"]
     assert np.isfinite(float(printed[2]))
+    # As Keras decides on the backend that loads, not on the one that saved.
+    if target == "torch":
+        assert printed[3] == "False"
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
