@@ -249,4 +249,23 @@ def public_optimizers(compile_config):
     return compile_config
 
 
+def stamped_jit(compile_config):
+    """A compile config that names the backend which chose `jit_compile`.
+
+    Keras writes what "auto" came to: True on JAX, and False on torch, where to
+    compile a step takes minutes.
+    """
+    if not compile_config:
+        return compile_config
+    return {**compile_config, "backend": keras.backend.backend()}
+
+
+def settled_jit(compile_config):
+    """Undoes `stamped_jit`; another backend chooses anew."""
+    config, backend = dict(compile_config), keras.backend.backend()
+    if config.pop("backend", backend) != backend:
+        config["jit_compile"] = "auto"
+    return config
+
+
 _TORCH_OPTIMIZERS = "keras.src.backend.torch.optimizers"

@@ -427,9 +427,7 @@ class DyLoRAModel(keras.Model):
             # Keras couldn't load what an optimizer saved before it was built
             # into one that is.
             config["optimizer_built"] = self.optimizer.built
-        if config:
-            config["backend"] = keras.backend.backend()
-        return config
+        return _keras.stamped_jit(config)
 
     def compile_from_config(self, config):
         compile_from(self, config)

@@ -37,13 +37,8 @@ def compile_from(model, config):
     Keras leaves a model with a `compile` of its own uncompiled, and so every
     KerasHub task; its `fit` would go on with another optimizer.
     """
-    config = dict(config)
+    config = _keras.settled_jit(config)
     build_optimizer = config.pop("optimizer_built", True)
-    # Keras writes what "auto" was: on JAX it compiles, and on torch it doesn't,
-    # where it would take minutes.
-    backend = keras.backend.backend()
-    if config.pop("backend", backend) != backend:
-        config["jit_compile"] = "auto"
     arguments = keras.saving.deserialize_keras_object(config)
     if not _compile(model, arguments, build_optimizer):
         keras.Model.compile_from_config(model, config)
