@@ -231,8 +231,7 @@ class DyLoRAModel(keras.Model):
 
         Raises:
             ValueError: if the model is `frozen` or has `objective="summed"`,
-                which take more than a call, or if JAX traces and no state is
-                given.
+                which take more than a call, or JAX traces without a state.
 
         Example:
 
@@ -243,29 +242,13 @@ class DyLoRAModel(keras.Model):
 
         `examples/own_loop.py` has a whole loop for each backend.
         """
-        adaptation = adaptation_of(self)
-        config, objective = adaptation.config, adaptation.objective
-        if config.frozen or objective.own_loss:
-            raise ValueError(
-                "`frozen` and `objective='summed'` take more than a call of "
-                "the model: train with `fit` or `train_on_batch`. Received: "
-                f"frozen={config.frozen}, objective={config.objective!r}"
-            )
-        size = training.batch_size(x)
-        state = non_trainable_variables
+        adaptation, state = adaptation_of(self), non_trainable_variables
         if state is None and training.tracing():
             raise ValueError(
                 "On JAX, a traced function needs the state of the model. "
                 "Received: non_trainable_variables=None"
             )
-        if state is None:
-            gate, _ = objective.gate(adaptation, size)
-        else:
-            variables = self.non_trainable_variables
-            pairs = list(zip(variables, state, strict=True))
-            with keras.StatelessScope(state_mapping=pairs) as scope:
-                gate, _ = objective.gate(adaptation, size)
-            state = [scope.get_current_value(v) for v in variables]
+        gate, state = training.drawn(self, x, state)
         with adaptation.overridden(gate):
             yield state
 

@@ -43,6 +43,29 @@ def begin(model, data):
     return None, logs
 
 
+def drawn(model, x, state=None):
+    """The gate of a training step that is one call, and the state after it.
+
+    The state is that of `stateless_call`, or `None` where there are variables.
+    Raises a `ValueError` if a step of the model is more than a call.
+    """
+    adaptation = model._dylora
+    config, objective = adaptation.config, adaptation.objective
+    if config.frozen or objective.own_loss:
+        raise ValueError(
+            "`frozen` and `objective='summed'` take more than a call of "
+            "the model: train with `fit` or `train_on_batch`. Received: "
+            f"frozen={config.frozen}, objective={config.objective!r}"
+        )
+    if state is None:
+        return objective.gate(adaptation, batch_size(x))[0], None
+    variables = model.non_trainable_variables
+    pairs = list(zip(variables, state, strict=True))
+    with keras.StatelessScope(state_mapping=pairs) as scope:
+        gate, _ = objective.gate(adaptation, batch_size(x))
+    return gate, [scope.get_current_value(v) for v in variables]
+
+
 def batch_size(x):
     """The number of examples in the inputs of a model."""
     return ops.shape(keras.tree.flatten(x)[0])[0]
