@@ -146,9 +146,8 @@ class Factors:
         if not shares.any() or np.any(np.diff(shares) > 1e-3 * shares.max()):
             return False
         for side in sides:
-            unit = (
-                side[:, shares > 0] / np.linalg.norm(side, axis=0)[shares > 0]
-            )
+            used = side[:, shares > 0]
+            unit = used / np.linalg.norm(used, axis=0)
             cosines = unit.T @ unit - np.eye(unit.shape[1])
             if np.any(np.abs(cosines) > 1e-3):
                 return False

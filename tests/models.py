@@ -28,14 +28,17 @@ def randomize_adapters(model, seed=1, scale=0.2):
     return model
 
 
-def mlp(frozen=False, rank=4, seed=0, **kwargs):
-    """A functional model of two adapted layers and a trained head."""
+def mlp(frozen=False, rank=4, seed=0, options=None, **kwargs):
+    """A functional model of two adapted layers and a trained head.
+
+    `options` are the model's, `kwargs` its layers'.
+    """
     inputs = keras.Input((10,))
     common = {"rank": rank, "alpha": 8, "frozen": frozen, **kwargs}
     x = kd.DyLoRADense(12, "tanh", name="first", **common)(inputs)
     x = kd.DyLoRADense(6, name="second", **common)(x)
     outputs = keras.layers.Dense(3, name="head")(x)
-    return kd.DyLoRAModel(inputs, outputs, seed=seed)
+    return kd.DyLoRAModel(inputs, outputs, seed=seed, **options or {})
 
 
 class BuiltLate(kd.DyLoRAModel):

@@ -37,6 +37,17 @@ def linear(**options):
     return randomize(model), layer
 
 
+def gates_of(ranks, scales):
+    """A row for each example, of its rank and scale."""
+    first = np.arange(RANK) < np.array(ranks)[:, None]
+    return first * np.broadcast_to(scales, len(ranks))[:, None]
+
+
+def outputs_at(layer, x, rank):
+    kernel, bias = backend.snapshot([layer.kernel, layer.bias])
+    return x @ (kernel + layer.delta_kernel(rank)) + bias
+
+
 def batches(size, seed=3):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(size, 5)), rng.normal(size=(size, 3))
@@ -52,12 +63,8 @@ def test_gradient_is_the_mean_over_the_ranks_of_the_examples(scaling):
     x, y = batches(16)
     probabilities = kd.Uniform().probabilities(1, RANK)
     drawn = oracle_for_examples(probabilities, 1, 3, 0, 16)
-    gates = np.array(
-        [
-            [layer.scale.at(b) if i < b else 0 for i in range(RANK)]
-            for b in drawn
-        ]
-    )
+    scales = {"rank": ALPHA / np.array(drawn), "constant": ALPHA / RANK}
+    gates = gates_of(drawn, scales[scaling])
     error = x @ kernel + bias + (x @ down * gates) @ up - y
     dy = 2 * error / error.size
     model.compile(keras.optimizers.SGD(1.0), "mse")
@@ -77,7 +84,7 @@ def test_gradient_is_the_mean_over_the_ranks_of_the_examples(scaling):
 
 
 def test_last_batches_and_evaluation_have_other_sizes():
-    model, _ = linear()
+    model, layer = linear()
     model.compile("adam", "mse")
     x, y = batches(21)
     history = model.fit(
@@ -86,11 +93,7 @@ def test_last_batches_and_evaluation_have_other_sizes():
     assert np.isfinite(history.history["loss"]).all()
     with model.rank_scope(2):
         expected = model.predict(x, verbose=0)
-    (layer,) = model.dylora_layers
-    kernel, bias = backend.snapshot([layer.kernel, layer.bias])
-    np.testing.assert_allclose(
-        x @ (kernel + layer.delta_kernel(2)) + bias, expected, atol=1e-5
-    )
+    np.testing.assert_allclose(outputs_at(layer, x, 2), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +156,9 @@ def is_ordered(factors):
     return bool(off < 1e-4 * lengths.max() and (np.diff(lengths) <= 1e-6).all())
 
 
-def progressive_mlp(steps, **kwargs):
-    inputs = keras.Input((10,))
-    common = {"rank": RANK, "alpha": 8, "scaling": "constant"}
-    x = kd.DyLoRADense(12, "tanh", name="first", **common)(inputs)
-    x = kd.DyLoRADense(6, name="second", **common)(x)
-    outputs = keras.layers.Dense(3, name="head")(x)
-    model = kd.DyLoRAModel(inputs, outputs, full_rank_steps=steps, **kwargs)
-    return randomize(model)
+def progressive_mlp(steps, **options):
+    options = {"full_rank_steps": steps, **options}
+    return randomize(mlp(scaling="constant", options=options))
 
 
 @pytest.mark.parametrize(
@@ -185,6 +183,21 @@ def test_full_rank_steps_then_the_order_then_ranks(steps_per_execution):
             n == 1 for name, n in counts.items() if "train" in name
         )
     assert model.rank == RANK
+
+
+def test_the_place_is_read_only_when_it_may_be_the_last():
+    """Reading it waits for the device, so not in every step."""
+    reads = []
+
+    def write_back(model):
+        reads.append(model)
+        kd.training.write_back(model)
+
+    model = progressive_mlp(4)
+    model.compile("adam", "mse")
+    callback = kd.training.OrderAfterFullRank(write_back)
+    model.fit(*mlp_data(96), batch_size=8, verbose=0, callbacks=[callback])
+    assert len(reads) == 3  # after the first step, the fourth and the last
 
 
 @not_on_torch
@@ -439,11 +452,6 @@ def test_wrong_fields(fields, error, message):
         kd.DyLoRAConfig(**fields)
 
 
-def outputs_at(layer, x, rank):
-    kernel, bias = backend.snapshot([layer.kernel, layer.bias])
-    return x @ (kernel + layer.delta_kernel(rank)) + bias
-
-
 def test_rank_scope_in_a_loss():
     """The gradient is that of the rank of the scope, on every backend."""
     model, layer = linear()
@@ -527,9 +535,7 @@ def test_drawn_ranks_are_those_of_fit():
     kernel, bias = backend.snapshot([layer.kernel, layer.bias])
     for position, found in enumerate(losses):
         drawn = oracle_for_examples(probabilities, 1, 3, position, 16)
-        gates = np.array(
-            [[ALPHA / b if i < b else 0 for i in range(RANK)] for b in drawn]
-        )
+        gates = gates_of(drawn, ALPHA / np.array(drawn))
         error = x @ kernel + bias + (x @ down * gates) @ up - y
         assert found == pytest.approx(np.mean(error**2), rel=1e-5)
     assert model.rank == RANK

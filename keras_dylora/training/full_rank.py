@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_dylora import _keras
 from keras_dylora.geometry import float32_array
+from keras_dylora.training import step
 
 # What optimizers keep, by how it turns. Anything else starts anew, at zero.
 GRADIENTS = ("momentum", "average_gradient", _keras.ACCUMULATOR)
@@ -50,34 +51,22 @@ def order_columns(model):
             f"Received: NaN or infinity at {diverged}"
         )
     found = [factors.ordered() for factors in whole.values()]
-    optimizer = getattr(model, "optimizer", None)
-    slots = _slots(optimizer, [v for x in layers for v in (x.down, x.up)])
+    turns = {}
     for layer, (factors, turn) in zip(layers, found, strict=True):
         layer.down.assign(factors.down)
         layer.up.assign(factors.up)
-        for slot, owner, kind in slots:
-            if owner is layer.down:
-                slot.assign(_turned(float32_array(slot), turn, kind))
-            elif owner is layer.up:
-                inverse = turn if turn is None else np.linalg.inv(turn).T
-                turned = _turned(float32_array(slot).T, inverse, kind)
-                slot.assign(turned.T)
+        turns[id(layer.down)] = turn
+        turns[id(layer.up)] = None if turn is None else np.linalg.inv(turn).T
+    if getattr(model, "optimizer", None) is not None:
+        for slot, owner, by_column in step.adapter_slots(model, True):
+            kind = slot.name.removeprefix(_keras.slot_prefix(owner))
+            columns = float32_array(slot)
+            columns = columns if by_column else columns.T
+            turned = _turned(columns, turns[id(owner)], kind)
+            slot.assign(turned if by_column else turned.T)
     if adaptation.config.full_rank_steps:
         adaptation.full_rank.assign(0)
     return any(np.any(factors.up) for factors, _ in found)
-
-
-def _slots(optimizer, adapters):
-    """Triples of optimizer variable, adapter and what is kept in it."""
-    if optimizer is None or not optimizer.built:
-        return []
-    return [
-        (slot, owner, slot.name.removeprefix(_keras.slot_prefix(owner)))
-        for slot, owner in _keras.optimizer_slots(
-            optimizer, adapters, accumulators=True
-        )
-        if slot.shape == owner.shape
-    ]
 
 
 def _turned(columns, turn, kind):
@@ -109,12 +98,15 @@ class OrderAfterFullRank(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches -= 1
-        if self._batches > 0 or not self._at_full_rank():
+        if self._batches > 0:
             return
-        left = self._left()
-        if left <= 0:
+        if self._at_full_rank():
+            left = self._left()
+            if left > 0:
+                self._batches = math.ceil(left / self.model.steps_per_execution)
+                return
             order_columns(self.model)
-        self._batches = math.ceil(left / self.model.steps_per_execution)
+        self._batches = math.inf  # not read again in this run
 
     def on_train_end(self, logs=None):
         if self._at_full_rank():
@@ -139,11 +131,11 @@ class OrderAfterFullRank(keras.callbacks.Callback):
 
 def with_callback(fit, args, kwargs, callback):
     """The arguments of a `fit`, with a callback before those that it has."""
-    bound = inspect.signature(fit).bind(*args, **kwargs)
-    # A KerasHub task hands Keras's on as `**kwargs`.
-    named = "callbacks" in inspect.signature(fit).parameters
+    signature = inspect.signature(fit)
+    bound = signature.bind(*args, **kwargs)
     arguments = bound.arguments
-    if not named:
+    # A KerasHub task hands Keras's on as `**kwargs`.
+    if "callbacks" not in signature.parameters:
         arguments = arguments.setdefault("kwargs", {})
     callbacks = arguments.get("callbacks")
     if isinstance(callbacks, keras.callbacks.CallbackList):

@@ -19,16 +19,16 @@ class Sampled:
     def __init__(self, config):
         self.config = config
 
-    def gate(self, adaptation, batch_size):
-        """The gate of a step, and a dict of what the step logs.
+    def gate(self, adaptation, x):
+        """The gate of a step on inputs `x`, and a dict of what the step logs.
 
-        The gate is `(rank,)`, or `(batch_size, rank)` with one for each
-        example. If ranks are drawn, the model's place in the rank sequence
-        moves on.
+        The gate is `(rank,)`, or `(batch, rank)` with one for each example.
+        If ranks are drawn, the model's place in the rank sequence moves on.
         """
         place, logs = adaptation.ranks_drawn, {}
         if self.config.draw == "example":
-            drawn = adaptation.draw.for_examples(place, batch_size)
+            size = ops.shape(keras.tree.flatten(x)[0])[0]
+            drawn = adaptation.draw.for_examples(place, size)
         else:
             drawn = adaptation.draw(place)
         if self.config.full_rank_steps:
@@ -68,7 +68,7 @@ class Summed(Sampled):
     draws = False
     own_loss = True
 
-    def gate(self, adaptation, batch_size):
+    def gate(self, adaptation, x):
         return self._gate_at(max(self.config.rank_probabilities)), {}
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
@@ -101,7 +101,7 @@ class Matryoshka(Sampled):
 
     draws = False
 
-    def gate(self, adaptation, batch_size):
+    def gate(self, adaptation, x):
         trained = list(self.config.rank_probabilities)
         return ops.sum(self._gate_at(trained), axis=0), {}
 

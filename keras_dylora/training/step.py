@@ -29,7 +29,7 @@ def begin(model, data):
     """
     adaptation = model._dylora
     x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-    gate, logs = adaptation.objective.gate(adaptation, batch_size(x))
+    gate, logs = adaptation.objective.gate(adaptation, x)
     if len(gate.shape) == 2:
         return gate, logs
     for layer_gate in adaptation.gates:
@@ -58,17 +58,12 @@ def drawn(model, x, state=None):
             f"frozen={config.frozen}, objective={config.objective!r}"
         )
     if state is None:
-        return objective.gate(adaptation, batch_size(x))[0], None
+        return objective.gate(adaptation, x)[0], None
     variables = model.non_trainable_variables
     pairs = list(zip(variables, state, strict=True))
     with keras.StatelessScope(state_mapping=pairs) as scope:
-        gate, _ = objective.gate(adaptation, batch_size(x))
+        gate, _ = objective.gate(adaptation, x)
     return gate, [scope.get_current_value(v) for v in variables]
-
-
-def batch_size(x):
-    """The number of examples in the inputs of a model."""
-    return ops.shape(keras.tree.flatten(x)[0])[0]
 
 
 @contextlib.contextmanager
@@ -142,13 +137,22 @@ def masked(model):
     """
     if not model._dylora.config.frozen:
         return []
-    adapters = {id(v): (v, by_column) for v, by_column in _adapters(model)}
-    slots = _keras.optimizer_slots(model.optimizer, model.trainable_variables)
-    return [*adapters.values()] + [
-        (slot, adapters[id(owner)][1])
-        for slot, owner in slots
-        if id(owner) in adapters and slot.shape == owner.shape
-    ]
+    slots = [(slot, by_column) for slot, _, by_column in adapter_slots(model)]
+    return [*_adapters(model), *slots]
+
+
+def adapter_slots(model, accumulators=False):
+    """What the optimizer keeps for the adapters, in their shape.
+
+    Yields each with its adapter, and whether a column (rather than a row) of
+    it belongs to one rank.
+    """
+    adapters = {id(v): by_column for v, by_column in _adapters(model)}
+    for slot, owner in _keras.optimizer_slots(
+        model.optimizer, model.trainable_variables, accumulators
+    ):
+        if id(owner) in adapters and slot.shape == owner.shape:
+            yield slot, owner, adapters[id(owner)]
 
 
 def hold(model, values, iterations):
