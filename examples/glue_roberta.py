@@ -26,11 +26,11 @@ from examples.data import NotFetchedError
 from examples.flop import Flop
 from examples.presets import MINILM, from_preset
 from examples.runs import Results
-from examples.tasks import get_task, load
+from examples.tasks import TEST_SIZE, get_task, load
 from examples.training import WarmupLinear, dataset, fit
 
-ADAPTERS = methods.METHODS
-METHODS = (*ADAPTERS, "lora-search", "fine-tune", "flop")
+ADAPTERS = methods.TRAINED
+METHODS = (*methods.METHODS, "lora-search", "fine-tune", "flop")
 SEARCHED_RANKS = (1, 2, 4, 8, 16, 32, 64)
 # RoBERTa-base: 45M of the 85M parameters of its matrices go, so that 80M of
 # 125M stay (Table 3).
@@ -56,6 +56,8 @@ class Settings:
     warmup: float = 0.06
     alpha: float = 16.0
     rank: int = 8
+    # Of the offline tasks, whose test part isn't given.
+    test_size: int = TEST_SIZE
     # Table 8 names seed 10 twice. A run is never run twice, so it counts once.
     seeds: tuple = (10, 42, 4242, 1010)
 
@@ -81,7 +83,7 @@ SCALES = {
 
 
 @functools.lru_cache(maxsize=1)
-def tokenized(task, preset, sequence_length):
+def tokenized(task, preset, sequence_length, test_size=TEST_SIZE):
     """Dict of split to `(x, y)`, tokenized once for all runs.
 
     In a `tf.data` pipeline, as by `fit`: KerasHub splits Python strings
@@ -94,7 +96,7 @@ def tokenized(task, preset, sequence_length):
         sequence_length=sequence_length,
     )
     splits = {}
-    for split, (columns, labels) in load(task).items():
+    for split, (columns, labels) in load(task, test_size).items():
         x = tuple(columns) if len(columns) > 1 else columns[0]
         batches = dataset((x, labels), batch_size=1000).map(preprocessor)
         splits[split] = keras.tree.map_structure(
@@ -139,6 +141,7 @@ def build(task, method, rank, distribution, seed, settings, steps):
             else settings.fine_tune_learning_rate,
             steps,
             settings.warmup,
+            **methods.restart(method, steps),
         ),
         weight_decay=settings.weight_decay,
         gradient_accumulation_steps=(
@@ -190,7 +193,8 @@ def run(
     Args:
         results: `Results`. A run that is in there isn't run again.
         task: str. A name of `examples.tasks.TASKS`.
-        method: str. One of `METHODS` but `lora-search`.
+        method: str. One of `METHODS` but `lora-search`. `lora-each` is a run
+            of `lora` at each of `methods.own_ranks`.
         seed: int.
         settings: `Settings`.
         rank: int. Defaults to the settings'.
@@ -202,6 +206,15 @@ def run(
         `steps`, `trainable` parameters and, for FLOP, the `kept` share.
     """
     rank = rank or settings.rank
+    if method == "lora-each":
+        return joined(
+            {
+                str(b): run(
+                    results, task, "lora", seed, settings, b, verbose=verbose
+                )
+                for b in methods.own_ranks(rank)
+            }
+        )
     key = {"task": task, "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
     key |= {"rank": rank} if method in ADAPTERS else {}
@@ -211,10 +224,14 @@ def run(
     key |= methods.described(method)
     key["settings"] = dataclasses.asdict(settings)
     del key["settings"]["rank"], key["settings"]["seeds"]
+    if settings.test_size == TEST_SIZE:  # as 0.1.0 had it
+        del key["settings"]["test_size"]
     found = results.get(key)
     if found is not None:
         return found
-    splits = tokenized(task, settings.preset, settings.sequence_length)
+    splits = tokenized(
+        task, settings.preset, settings.sequence_length, settings.test_size
+    )
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     size = len(splits["train"][1])
@@ -250,6 +267,17 @@ def summary(name, result):
     return "\n".join(lines)
 
 
+def joined(runs):
+    """One result of runs by rank, each evaluated at its own alone."""
+    (*_, last) = runs.values()
+    metrics = {
+        split: {b: run["metrics"][split][b] for b, run in runs.items()}
+        for split in last["metrics"]
+    }
+    seconds = sum(run["seconds"] for run in runs.values())
+    return {**last, "seconds": seconds, "metrics": metrics}
+
+
 def search(results, task, seed, settings, verbose=1):
     """LoRA at each of the searched ranks, as its users look for the best.
 
@@ -279,6 +307,7 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, help="as --rank")
     parser.add_argument("--learning-rate", type=float, help="as --rank")
     parser.add_argument("--micro-batches", type=int, help="as --rank")
+    parser.add_argument("--test-size", type=int, help="as --rank; offline")
     parser.add_argument(
         "--results", default="results/runs.jsonl", type=pathlib.Path
     )
@@ -288,6 +317,7 @@ def main(argv=None):
     changes |= {"preset": args.preset, "epochs": args.epochs}
     changes |= {"learning_rate": args.learning_rate}
     changes |= {"micro_batches": args.micro_batches}
+    changes |= {"test_size": args.test_size}
     changes = {k: v for k, v in changes.items() if v is not None}
     try:
         get_task(args.task)

@@ -13,16 +13,29 @@ FIELDS = {
     "summed": {"objective": "summed"},
     "matryoshka": {"objective": "matryoshka", "scaling": "sqrt"},
 }
-METHODS = (*FIELDS, "progressive")
-# The share of the steps of a progressive run that is at the maximum rank.
-FULL_RANK_SHARE = 0.5
+TRAINED = (*FIELDS, "progressive")
+# The last is several runs of `lora`, each used at its own rank.
+METHODS = (*TRAINED, "lora-each")
+LABELS = {
+    "dylora": "DyLoRA",
+    "dylora-frozen": "DyLoRA (frozen)",
+    "lora": "LoRA",
+    "lora-svd": "LoRA, ordered",
+    "lora-each": "LoRA at each rank",
+    "summed": "summed",
+    "matryoshka": "matryoshka",
+    "progressive": "progressive",
+}
+# A progressive run: the share of its steps that is at the maximum rank, and
+# the learning rate that it goes on with, over the peak.
+FULL_RANK_SHARE, RESTART = 0.5, 1.5
 
 
 def config(method, steps, rank, alpha, **fields):
     """The `DyLoRAConfig` of a run.
 
     Args:
-        method: str. One of `METHODS`.
+        method: str. One of `TRAINED`.
         steps: int. Steps in all.
         rank: int. The maximum.
         alpha: float. The scale of the maximum rank is `alpha / rank`.
@@ -30,8 +43,7 @@ def config(method, steps, rank, alpha, **fields):
     """
     fields = {"rank": rank, "alpha": alpha, **fields}
     if method == "progressive":
-        full = round(FULL_RANK_SHARE * steps)
-        return kd.DyLoRAConfig.progressive(full, **fields)
+        return kd.DyLoRAConfig.progressive(full_rank_steps(steps), **fields)
     if method in FIXED:
         fields["min_rank"] = rank
     if method == "matryoshka":
@@ -42,10 +54,25 @@ def config(method, steps, rank, alpha, **fields):
     return kd.DyLoRAConfig(**{**fields, **FIELDS[method]})
 
 
+def full_rank_steps(steps):
+    return round(FULL_RANK_SHARE * steps)
+
+
+def restart(method, steps):
+    """What a method's `WarmupLinear` has beside a warm-up and a decay."""
+    if method != "progressive":
+        return {}
+    return {"restart": full_rank_steps(steps), "height": RESTART}
+
+
 def described(method):
     """What a kept run must agree in, besides the name of its method."""
     return {
-        "progressive": {"full_rank_share": FULL_RANK_SHARE},
+        "progressive": {
+            "full_rank_share": FULL_RANK_SHARE,
+            "restart": RESTART,
+            "draws": repr(kd.DyLoRAConfig.progressive(1).distribution),
+        },
         "matryoshka": {"gate": "sum"},  # 0.1.0 had the mean
     }.get(method, {})
 
@@ -54,3 +81,9 @@ def finish(model, method):
     """What a method does after the training."""
     if method == "lora-svd":
         kd.order_ranks(model)
+
+
+def own_ranks(rank):
+    """The ranks of `lora-each`: 1 to 4, then every doubling, up to `rank`."""
+    doublings = [2**i for i in range(3, rank.bit_length())]
+    return sorted({*range(1, min(rank, 4) + 1), *doublings, rank})

@@ -53,6 +53,7 @@ class Settings:
     label_smoothing: float = 0.1
     rank: int = 4
     alpha: float = 32.0
+    target_layers: str | None = None
 
 
 REVIEWS = Settings(
@@ -97,6 +98,7 @@ def build(method, seed, settings, steps):
             settings.rank,
             settings.alpha,
             dropout=settings.dropout,
+            target_layers=settings.target_layers,
             seed=seed,
         )
         kd.enable_dylora(model, config)
@@ -107,6 +109,7 @@ def build(method, seed, settings, steps):
         settings.warmup_steps,
         settings.weight_decay,
         settings.label_smoothing,
+        **methods.restart(method, steps),
     )
     return model
 
@@ -132,7 +135,8 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     Args:
         results: `Results`. A run that is in there isn't run again.
         task: str. One of `TASKS`.
-        method: str. One of `METHODS`.
+        method: str. One of `METHODS`. `lora-each` is a run of `lora` at each
+            of `methods.own_ranks`.
         seed: int.
         settings: `Settings`.
         metrics: names of `nlg_metrics.METRICS`; `reviews` needs none.
@@ -150,10 +154,27 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
             raise ValueError(
                 f"`{name}` must be one of {known}. Received: {name}={value!r}"
             )
+    if method == "lora-each":
+        return joined(
+            {
+                str(b): run(
+                    results,
+                    task,
+                    "lora",
+                    seed,
+                    dataclasses.replace(settings, rank=b),
+                    metrics,
+                    verbose,
+                )
+                for b in methods.own_ranks(settings.rank)
+            }
+        )
     key = {"task": task, "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
     key |= methods.described(method)
     key["settings"] = dataclasses.asdict(settings)
+    if settings.target_layers is None:  # as 0.1.0 had it
+        del key["settings"]["target_layers"]
     if task == "reviews":  # Made here, and named after its settings.
         key["settings"]["preset"] = pathlib.Path(settings.preset).name
     found = results.get(key)
@@ -181,6 +202,14 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     return result
 
 
+def joined(runs):
+    """One result of runs by rank, each evaluated at its own alone."""
+    (*_, last) = runs.values()
+    metrics = {b: run["metrics"][b] for b, run in runs.items()}
+    seconds = sum(run["seconds"] for run in runs.values())
+    return {**last, "seconds": seconds, "metrics": metrics}
+
+
 def table(runs, metric):
     """Markdown: the mean and standard deviation over the seeds of a metric.
 
@@ -192,16 +221,21 @@ def table(runs, metric):
     ranks = list(
         dict.fromkeys(b for found in runs.values() for b in found[0]["metrics"])
     )
+    ranks.sort(key=lambda b: (b == "full", b.isdecimal() and int(b)))
 
     def cell(found, b):
         metrics = [r["metrics"][b] for r in found if b in r["metrics"]]
         return markdown.mean([named[metric] for named in metrics])
 
     rows = [
-        [method, *(cell(found, b) for b in ranks)]
+        [
+            method,
+            *(cell(found, b) for b in ranks),
+            f"{np.mean([r['seconds'] for r in found]):.0f} s",
+        ]
         for method, found in runs.items()
     ]
-    return markdown.table([f"{metric} at rank", *ranks], rows)
+    return markdown.table([f"{metric} at rank", *ranks, "time"], rows)
 
 
 def curve(found, metric, min_rank):
@@ -255,6 +289,8 @@ def main(argv=None):
     parser.add_argument(
         "--preset", default=Settings.preset, help="`reviews` has its own"
     )
+    parser.add_argument("--rank", type=int, help="default: the task's")
+    parser.add_argument("--target-layers", help="such as all-linear")
     parser.add_argument("--output", default="results/nlg", type=pathlib.Path)
     parser.add_argument(
         "--results", default="results/runs.jsonl", type=pathlib.Path
@@ -269,6 +305,11 @@ def main(argv=None):
         else:
             settings = Settings(preset=args.preset)
             metrics = nlg_metrics.available_metrics()
+        settings = dataclasses.replace(
+            settings,
+            rank=args.rank or settings.rank,
+            target_layers=args.target_layers,
+        )
         for seed in args.seeds:
             for method in args.method:
                 found = run(

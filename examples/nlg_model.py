@@ -38,11 +38,20 @@ class SmoothedCrossEntropy(keras.losses.Loss):
 
 
 def compile_model(
-    model, learning_rate, steps, warmup, weight_decay=0.01, label_smoothing=0.0
+    model,
+    learning_rate,
+    steps,
+    warmup,
+    weight_decay=0.01,
+    label_smoothing=0.0,
+    **restart,
 ):
-    """AdamW with linear warm-up and decay, the smoothed loss, beam search."""
+    """AdamW with linear warm-up and decay, the smoothed loss, beam search.
+
+    `restart` is what `WarmupLinear` has beside them.
+    """
     optimizer = keras.optimizers.AdamW(
-        WarmupLinear(learning_rate, steps, min(warmup / steps, 0.5)),
+        WarmupLinear(learning_rate, steps, min(warmup / steps, 0.5), **restart),
         beta_2=0.999,
         weight_decay=weight_decay,
     )

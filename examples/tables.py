@@ -5,10 +5,12 @@
 
 The first takes 40 minutes on two cores, offline; the second is the paper's
 scale. Finished runs are kept in `results/runs.jsonl` and never run again.
-`methods` isn't a table of the paper: it compares the objectives at every rank.
+`methods` isn't a table of the paper: it compares all methods at every rank, at
+small scale on 2,000 test sentences.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 
@@ -17,7 +19,7 @@ from matplotlib.figure import Figure
 
 import keras_dylora as kd
 from examples import glue_roberta as glue
-from examples import markdown, nlg_gpt2, nlg_metrics, parallel
+from examples import markdown, methods, nlg_gpt2, nlg_metrics, parallel
 from examples.data import NotFetchedError
 from examples.runs import Results
 
@@ -30,22 +32,16 @@ SMALL = {
     "4": {"movies": "sst2"},
     "5": {"movies": "sst2"},
     "7": {"movies": "cola"},
-    "methods": {"movies": None},
+    "methods": {"movies": None, "ratings": None},
 }
 TABLES = (*PAPER, "methods")
 GENERATION = ("6", "9")
 LONG = ("summed", "fine-tune")
 LABELS = {
-    "dylora": "DyLoRA",
-    "dylora-frozen": "DyLoRA (frozen)",
-    "lora": "LoRA",
+    **methods.LABELS,
     "lora-search": "LoRA (search)",
     "fine-tune": "fine-tune",
     "flop": "FLOP",
-    "summed": "summed",
-    "matryoshka": "matryoshka",
-    "progressive": "progressive",
-    "lora-svd": "LoRA, ordered",
 }
 
 
@@ -54,13 +50,13 @@ class Runner:
 
     Args:
         results: `Results`.
-        scale: `"paper"` or `"small"`.
+        settings: `examples.glue_roberta.Settings`.
         verbose: as in `fit`.
     """
 
-    def __init__(self, results, scale, verbose):
+    def __init__(self, results, settings, verbose):
         self.results, self.verbose = results, verbose
-        self.settings = glue.SCALES[scale]
+        self.settings = settings
 
     def glue(self, task, method, rank=None, distribution="uniform"):
         """One result for each seed."""
@@ -100,6 +96,15 @@ class Runner:
         ]
 
 
+def settings_of(table, scale, rank=None):
+    """The `Settings` of a table's runs; `rank` defaults to the scale's."""
+    settings = glue.SCALES[scale]
+    settings = dataclasses.replace(settings, rank=rank or settings.rank)
+    if (table, scale) == ("methods", "small"):
+        settings = dataclasses.replace(settings, test_size=2_000)
+    return settings
+
+
 def tasks_of(table, scale):
     """Each task of a table, and the paper's whose place it takes."""
     if scale == "small":
@@ -113,15 +118,24 @@ def maximum_ranks(scale):
     return (64,) if scale == "small" else (64, 32)
 
 
-def runs_of(table, scale):
-    """Task, method, rank and distribution of all runs of a table of GLUE."""
+def runs_of(table, scale, rows=methods.METHODS, rank=None):
+    """Task, method, rank and distribution of all runs of a table of GLUE.
+
+    With the `rows` of the table of methods, and its maximum rank.
+    """
     if table == "5":
         runs = [("lora", b, "uniform") for b in glue.SEARCHED_RANKS]
         for highest in maximum_ranks(scale):
             runs += [("dylora-frozen", highest, "uniform")]
             runs += [("dylora", highest, "uniform")]
     elif table == "methods":
-        runs = [(method, None, "uniform") for method in glue.ADAPTERS]
+        highest = rank or glue.SCALES[scale].rank
+        runs = []
+        for method in rows:
+            own = method == "lora-each"
+            ranks = methods.own_ranks(highest) if own else [highest]
+            trained = "lora" if own else method
+            runs += [(trained, b, "uniform") for b in ranks]
     else:
         runs = [
             (
@@ -138,14 +152,14 @@ def runs_of(table, scale):
     ]
 
 
-def run_alone(path, scale, seed, task, method, rank, distribution):
+def run_alone(path, settings, seed, task, method, rank, distribution):
     """One run, in a process of its own."""
     glue.run(
         Results(path),
         task,
         method,
         seed,
-        glue.SCALES[scale],
+        settings,
         rank,
         distribution,
         verbose=0,
@@ -315,31 +329,40 @@ def loss_table(runner, scale):
     )
 
 
-def methods_table(runner, scale):
-    """Every objective at every rank, and the area under its curve."""
-    (task,) = tasks_of("methods", scale)
-    highest = runner.settings.rank
-    ranks = list(range(1, highest + 1))
-    rows, curves = [], {}
-    for method in glue.ADAPTERS:
-        runs = runner.glue(task, method)
-        line = [LABELS[method]]
-        for b in ranks:
-            values = [100 * glue.score(r, b) for r in runs]
-            line.append(markdown.mean(values))
-            curves[LABELS[method], b] = np.mean(values), np.std(values)
-        areas = [
-            100
-            * kd.RankReport(
-                {b: {"score": glue.score(r, b)} for b in ranks}
-            ).area("score")
-            for r in runs
-        ]
-        line.append(markdown.mean(areas))
-        line.append(f"{np.mean([r['seconds'] for r in runs]):.0f} s")
-        rows.append(line)
-    header = [f"{task} at rank", *ranks, "area", "time"]
-    return markdown.table(header, rows), [], curves, task
+def methods_table(runner, scale, rows):
+    """Every method at every rank, on each task, and the area under its curve.
+
+    The curves are of the last task.
+    """
+    ranks = glue.evaluated_ranks(runner.settings.rank)
+    texts = []
+    for task in tasks_of("methods", scale):
+        lines, curves = [], {}
+        for method in rows:
+            runs = runner.glue(task, method)
+            own = method == "lora-each"
+            trained = methods.own_ranks(ranks[-1]) if own else ranks
+            line = [LABELS[method]]
+            for b in ranks:
+                values = []
+                if b in trained:
+                    values = [100 * glue.score(r, b) for r in runs]
+                    curves[LABELS[method], b] = np.mean(values), np.std(values)
+                line.append(markdown.mean(values))
+            areas = [
+                100
+                * kd.RankReport(
+                    {b: {"score": glue.score(r, b)} for b in trained}
+                ).area("score")
+                for r in runs
+            ]
+            line.append(markdown.mean(areas))
+            line.append(f"{np.mean([r['seconds'] for r in runs]):.0f} s")
+            lines.append(line)
+        texts.append(
+            markdown.table([f"{task} at rank", *ranks, "area", "time"], lines)
+        )
+    return "\n\n".join(texts), [], curves, task
 
 
 def nlg_table(table, runner):
@@ -406,9 +429,10 @@ def draw(path, curves, label):
     figure.savefig(path)
 
 
-def make(table, scale, results, verbose=1):
+def make(table, scale, results, verbose=1, rows=methods.METHODS, settings=None):
     """The Markdown of a table, notes on it, and what is drawn."""
-    runner = Runner(results, scale, verbose)
+    settings = settings or settings_of(table, scale)
+    runner = Runner(results, settings, verbose)
     match table:
         case "1" | "2" | "3" | "4":
             return glue_table(table, runner, scale)
@@ -417,7 +441,7 @@ def make(table, scale, results, verbose=1):
         case "7":
             return loss_table(runner, scale)
         case "methods":
-            return methods_table(runner, scale)
+            return methods_table(runner, scale, rows)
     return nlg_table(table, runner)
 
 
@@ -436,6 +460,16 @@ def main(argv=None):
         type=int,
         help="runs at a time, on one core each; for small models on a CPU",
     )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=methods.METHODS,
+        choices=methods.METHODS,
+        help="of the table of methods",
+    )
+    parser.add_argument(
+        "--rank", type=int, help="of the table of methods; default: the scale's"
+    )
     args = parser.parse_args(argv)
     if args.processes < 1:
         parser.error(
@@ -452,26 +486,38 @@ def main(argv=None):
             f"Table {args.table} has no small scale: generation is measured by "
             "perplexity there, `python -m examples.nlg_gpt2 --task reviews`."
         )
+    if args.rank and args.table != "methods":
+        parser.error(
+            "`--rank` is for the table of methods. "
+            f"Received: --table {args.table} --rank {args.rank}"
+        )
     path = args.output / "runs.jsonl"
+    settings = settings_of(args.table, args.scale, args.rank)
     try:
         if args.processes > 1:
             # The longest first, so that no core idles while the last one runs.
             runs = [
-                (path, args.scale, seed, *run)
+                (path, settings, seed, *run)
                 for run in sorted(
-                    runs_of(args.table, args.scale),
+                    runs_of(args.table, args.scale, args.rows, args.rank),
                     key=lambda run: run[1] not in LONG,
                 )
-                for seed in glue.SCALES[args.scale].seeds
+                for seed in settings.seeds
             ]
             parallel.run_all(run_alone, runs, args.processes)
         text, notes, curves, task = make(
-            args.table, args.scale, Results(path), args.verbose
+            args.table,
+            args.scale,
+            Results(path),
+            args.verbose,
+            args.rows,
+            settings,
         )
     except NotFetchedError as error:
         parser.exit(2, f"{error}\n")
     text = "\n\n".join([text, *notes]) + "\n"
-    path = args.output / f"table_{args.table}_{args.scale}"
+    name = f"table_{args.table}_{args.scale}"
+    path = args.output / (f"{name}_{args.rank}" if args.rank else name)
     path.with_suffix(".md").write_text(text)
     draw(path.with_suffix(".png"), curves, task)
     print(f"\n{text}\n{path}.md, {path}.png")

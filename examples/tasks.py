@@ -78,8 +78,12 @@ def get_task(name):
     return TASKS[name]
 
 
-def load(name):
+def load(name, test_size=TEST_SIZE):
     """Sentences and labels of a task.
+
+    Args:
+        name: str. A name of `TASKS`.
+        test_size: int. Test sentences of the offline tasks.
 
     Returns:
         Dict of `"train"` and the task's evaluation splits to
@@ -87,25 +91,25 @@ def load(name):
     """
     task = get_task(name)
     if name == "movies":
-        train, test = data.movie_reviews(test_size=TEST_SIZE)
+        train, test = data.movie_reviews(test_size=test_size)
         return {
             "train": ((train[0],), train[1]),
             "validation": ((test[0],), test[1]),
         }
     if name == "ratings":
-        return _ratings()
+        return _ratings(test_size)
     return {
         split: data.glue(name, split, task.columns)
         for split in ("train", *task.evaluation)
     }
 
 
-def _ratings():
+def _ratings(test_size):
     texts, ratings = data.vader_corpus("movieReviewSnippets")
     order = np.random.default_rng(0).permutation(len(texts))
     texts = np.array(texts, dtype=object)[order]
     ratings = ratings[order].astype("float32")
     return {
-        "train": ((list(texts[:-TEST_SIZE]),), ratings[:-TEST_SIZE]),
-        "validation": ((list(texts[-TEST_SIZE:]),), ratings[-TEST_SIZE:]),
+        "train": ((list(texts[:-test_size]),), ratings[:-test_size]),
+        "validation": ((list(texts[-test_size:]),), ratings[-test_size:]),
     }

@@ -15,18 +15,25 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
         learning_rate: float. The peak.
         steps: int. Steps in all.
         warmup: float. The share of them in which the rate rises.
+        restart: int. After so many steps the decay begins anew, to 0 at the
+            last step too. Defaults to `None`, never.
+        height: float. Where it begins then, over the peak.
     """
 
-    def __init__(self, learning_rate, steps, warmup):
+    def __init__(self, learning_rate, steps, warmup, restart=None, height=1.0):
         super().__init__()
         self.learning_rate, self.steps = learning_rate, steps
-        self.warmup = warmup
+        self.warmup, self.restart, self.height = warmup, restart, height
 
     def __call__(self, step):
         step = keras.ops.cast(step, "float32") + 1.0
         rising = step / max(self.steps * self.warmup, 1.0)
         falling = (self.steps - step) / (self.steps * (1.0 - self.warmup))
         factor = keras.ops.clip(keras.ops.minimum(rising, falling), 0.0, 1.0)
+        if self.restart is not None:
+            again = (self.steps - step) / max(self.steps - self.restart, 1)
+            after = step > self.restart
+            factor = keras.ops.where(after, self.height * again, factor)
         return self.learning_rate * factor
 
     def get_config(self):
@@ -34,6 +41,8 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
             "learning_rate": self.learning_rate,
             "steps": self.steps,
             "warmup": self.warmup,
+            "restart": self.restart,
+            "height": self.height,
         }
 
 

@@ -185,14 +185,14 @@ class DyLoRAConfig:
     def progressive(cls, full_rank_steps, **fields):
         """The recipe that makes every rank as good as we know how to.
 
-        LoRA at the maximum rank first; then its columns are put in order and
-        half of each batch is trained at ranks drawn for each example, the
-        other half at the maximum, all at the one scale `alpha / rank`.
+        LoRA at the maximum rank first; then its columns are put in order, and
+        each example has a rank of its own, a quarter of them the maximum
+        besides, all at the one scale `alpha / rank`. A learning rate that
+        decays should begin anew at the order.
 
         Args:
-            full_rank_steps: int. Steps at the maximum rank. Half to three
-                quarters of all steps: the more, the better the higher ranks
-                and the worse the lowest.
+            full_rank_steps: int. Steps at the maximum rank, half of all. The
+                more, the better the highest ranks and the worse the lowest.
             **fields: further fields, which take precedence.
 
         Returns:
@@ -213,7 +213,7 @@ class DyLoRAConfig:
         recipe = {
             "scaling": "constant",
             "draw": "example",
-            "rank_distribution": Uniform(full=0.5),
+            "rank_distribution": Uniform(full=0.25),
         }
         return cls(full_rank_steps=full_rank_steps, **{**recipe, **fields})
 
