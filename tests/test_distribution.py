@@ -3,30 +3,48 @@
 import json
 import sys
 
+import keras
 import numpy as np
 import pytest
 
+from keras_dylora.distributions import RankDraw
 from tests import backend
 
 TOLERANCE = 1e-5  # after ten AdamW steps of 1e-3
 
 RUN = """
-import sys
 from examples import multi_device
 multi_device.main()
 """
+METHODS = ("dylora-frozen", "progressive")
+PARTS = 2
 
 
-def check(result):
+def draw_in_parts(patch=setattr):
+    """Gives a whole batch on one device the ranks of its replicas' parts."""
+    from examples.multi_device import BATCH
+
+    for_examples = RankDraw.for_examples
+
+    def of_parts(self, position, size):
+        part = for_examples(self, position, BATCH // PARTS)
+        return keras.ops.concatenate([part] * PARTS)[:size]
+
+    patch(RankDraw, "for_examples", of_parts)
+
+
+def check(result, method):
     assert result["ranks"] == result["ranks_of_one_device"]
-    assert len(result["ranks"]) == 10 and len(set(result["ranks"])) > 1
+    if method == "dylora-frozen":
+        assert len(result["ranks"]) == 10 and len(set(result["ranks"])) > 1
     assert result["difference"] <= TOLERANCE
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="keras.distribution is JAX's")
-def test_eight_jax_devices():
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_jax_devices(method):
     printed = backend.run_python(
-        RUN, "data_parallel", "model_parallel", "--frozen"
+        RUN, "data_parallel", "model_parallel", "--method", method
     )
     results = [json.loads(line) for line in printed.splitlines()]
     assert [result["way"] for result in results] == [
@@ -34,26 +52,35 @@ def test_eight_jax_devices():
         "model_parallel",
     ]
     for result in results:
-        check(result)
+        check(result, method)
 
 
 @pytest.mark.skipif(
     backend.NAME != "tensorflow", reason="tf.distribute is TensorFlow's"
 )
-def test_mirrored_strategy():
-    printed = backend.run_python(RUN, "mirrored", "--frozen")
-    check(json.loads(printed.splitlines()[-1]))
+@pytest.mark.parametrize("method", METHODS)
+def test_mirrored_strategy(method):
+    printed = backend.run_python(
+        "from tests.test_distribution import draw_in_parts\n"
+        f"draw_in_parts()\n{RUN}",
+        "mirrored",
+        "--method",
+        method,
+    )
+    check(json.loads(printed.splitlines()[-1]), method)
 
 
 @pytest.mark.skipif(backend.NAME != "torch", reason="gloo is torch's")
-def test_two_torch_processes():
+@pytest.mark.parametrize("method", METHODS)
+def test_two_torch_processes(method, monkeypatch):
     from examples import multi_device
 
-    ranks, weights = multi_device.ddp(frozen=True)
-    model = multi_device.classifier(frozen=True)
+    ranks, weights = multi_device.ddp(method)
+    draw_in_parts(monkeypatch.setattr)
+    model = multi_device.classifier(method)
     start = backend.snapshot(model.trainable_variables)
     expected_ranks, expected = multi_device.fit(model)
-    assert ranks == expected_ranks and len(set(ranks)) > 1
+    assert ranks == expected_ranks
     assert any((a != b).any() for a, b in zip(start, expected, strict=True))
     for a, b in zip(weights, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=TOLERANCE)

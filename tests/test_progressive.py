@@ -419,7 +419,7 @@ def test_recipe():
     config = kd.DyLoRAConfig.progressive(10, rank=4, draw="step")
     assert config.scaling == "constant"
     assert config.full_rank_steps == 10
-    assert config.rank_distribution == kd.Uniform(full=0.5)
+    assert config.rank_distribution == kd.Uniform(full=0.25)
     assert config.draw == "step"
     assert kd.DyLoRAConfig.from_config(config.get_config()) == config
 
