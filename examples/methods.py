@@ -28,7 +28,7 @@ LABELS = {
 }
 # A progressive run: the share of its steps that is at the maximum rank, and
 # the learning rate that it goes on with, over the peak.
-FULL_RANK_SHARE, RESTART = 0.5, 1.5
+FULL_RANK_SHARE, RESTART = 0.4, 2.0
 
 
 def config(method, steps, rank, alpha, **fields):
@@ -84,6 +84,7 @@ def finish(model, method):
 
 
 def own_ranks(rank):
-    """The ranks of `lora-each`: 1 to 4, then every doubling, up to `rank`."""
-    doublings = [2**i for i in range(3, rank.bit_length())]
-    return sorted({*range(1, min(rank, 4) + 1), *doublings, rank})
+    """The ranks of `lora-each`: all up to 4, or every doubling up to more."""
+    if rank <= 4:
+        return list(range(1, rank + 1))
+    return sorted({*(2**i for i in range(rank.bit_length())), rank})

@@ -291,6 +291,7 @@ def main(argv=None):
     )
     parser.add_argument("--rank", type=int, help="default: the task's")
     parser.add_argument("--target-layers", help="such as all-linear")
+    parser.add_argument("--learning-rate", type=float, help="as --rank")
     parser.add_argument("--output", default="results/nlg", type=pathlib.Path)
     parser.add_argument(
         "--results", default="results/runs.jsonl", type=pathlib.Path
@@ -305,10 +306,10 @@ def main(argv=None):
         else:
             settings = Settings(preset=args.preset)
             metrics = nlg_metrics.available_metrics()
+        names = ("rank", "target_layers", "learning_rate")
+        changes = {name: getattr(args, name) for name in names}
         settings = dataclasses.replace(
-            settings,
-            rank=args.rank or settings.rank,
-            target_layers=args.target_layers,
+            settings, **{k: v for k, v in changes.items() if v is not None}
         )
         for seed in args.seeds:
             for method in args.method:

@@ -103,32 +103,31 @@ class Adaptation:
         self.draw = RankDraw(
             config.distribution, config.min_rank, config.rank, config.seed
         )
-        common = {
-            "trainable": False,
-            "autocast": False,
-            "aggregation": "only_first_replica",
-        }
-        with keras.name_scope(self.model.name, caller=self.model):
-            # Positions in the rank sequence: how many ranks were drawn.
-            self.ranks_drawn = keras.Variable(
-                ranks_drawn, dtype="int", name="ranks_drawn", **common
-            )
+        # Positions in the rank sequence: how many ranks were drawn.
+        state = {"ranks_drawn": (ranks_drawn, "int")}
+        if config.frozen:
             # Columns of the ranks drawn since the last weight update.
-            self.open_columns = config.frozen and keras.Variable(
-                np.zeros((config.rank,), dtype="float32"),
-                name="open_columns",
-                **common,
-            )
+            columns = np.zeros((config.rank,), dtype="float32")
+            state["open_columns"] = columns, "float32"
+        if config.full_rank_steps:
             # 1 while steps are at the maximum rank, before the columns are
             # put in order.
-            self.full_rank = config.full_rank_steps and keras.Variable(
-                full_rank, dtype="int", name="full_rank", **common
-            )
-        self.state = {"ranks_drawn": self.ranks_drawn}
-        if config.frozen:
-            self.state["open_columns"] = self.open_columns
-        if config.full_rank_steps:
-            self.state["full_rank"] = self.full_rank
+            state["full_rank"] = full_rank, "int"
+        with keras.name_scope(self.model.name, caller=self.model):
+            self.state = {
+                name: keras.Variable(
+                    value,
+                    dtype=dtype,
+                    name=name,
+                    trainable=False,
+                    autocast=False,
+                    aggregation="only_first_replica",
+                )
+                for name, (value, dtype) in state.items()
+            }
+        self.ranks_drawn = self.state["ranks_drawn"]
+        self.open_columns = self.state.get("open_columns")
+        self.full_rank = self.state.get("full_rank")
 
     @property
     def gates(self):

@@ -188,11 +188,12 @@ class DyLoRAConfig:
         LoRA at the maximum rank first; then its columns are put in order, and
         each example has a rank of its own, a quarter of them the maximum
         besides, all at the one scale `alpha / rank`. A learning rate that
-        decays should begin anew at the order.
+        decays should begin anew at the order, at up to twice its peak.
 
         Args:
-            full_rank_steps: int. Steps at the maximum rank, half of all. The
-                more, the better the highest ranks and the worse the lowest.
+            full_rank_steps: int. Steps at the maximum rank, about two fifths
+                of all. The more, the better the highest ranks and the worse
+                the lowest.
             **fields: further fields, which take precedence.
 
         Returns:
@@ -206,7 +207,7 @@ class DyLoRAConfig:
 
         ```python
         steps = epochs * len(texts) // batch_size
-        config = keras_dylora.DyLoRAConfig.progressive(steps // 2, rank=8)
+        config = keras_dylora.DyLoRAConfig.progressive(2 * steps // 5, rank=8)
         keras_dylora.enable_dylora(model, config)
         ```
         """

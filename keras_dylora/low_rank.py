@@ -230,32 +230,34 @@ class LowRankAdapter:
         bottleneck = ops.matmul(rows, down)
         gate = ops.cast(gate, bottleneck.dtype)
         if len(gate.shape) == 2:
-            # One rank for each example, of which there may be more here: beam
-            # search folds its beams into the batch.
-            size = ops.shape(gate)[0]
-            if isinstance(size, int) and isinstance(kept[0], int):
-                size = max(size, 1)
-                self._check_examples(inputs.shape, size)
-                copies = kept[0] // size
-            else:
-                copies = kept[0] // ops.maximum(size, 1)
-            if not isinstance(copies, int) or copies > 1:
-                gate = ops.repeat(gate, copies, axis=0)
-            middle = (1,) * (len(kept) - 1)
-            gate = ops.reshape(gate, (-1, *middle, self.rank))
+            gate = self._gate_of_examples(gate, inputs, kept)
             bottleneck = ops.reshape(bottleneck, (*kept, self.rank))
         bottleneck = ops.reshape(bottleneck * gate, (-1, self.rank))
         return self._geometry.back(ops.matmul(bottleneck, up), kept)
 
-    def _check_examples(self, shape, size):
-        """Raises a `ValueError` if an input can't be of so many examples."""
-        if shape[0] % size:
-            raise ValueError(
-                "With a rank for each example, the input of every adapted "
-                "layer must have the examples along its first axis. Use "
-                "`draw='step'` or other `target_layers`. Received: an input "
-                f"of shape {tuple(shape)} of {self.path} for {size} examples"
-            )
+    def _gate_of_examples(self, gate, inputs, kept):
+        """A gate `(batch, rank)`, to be multiplied by `(*kept, rank)`.
+
+        An input may have more rows than there are examples: beam search folds
+        its beams into the batch.
+        """
+        size, rows = ops.shape(gate)[0], kept[0]
+        if isinstance(size, int) and isinstance(rows, int):
+            size = max(size, 1)
+            if rows % size:
+                raise ValueError(
+                    "With a rank for each example, the input of every adapted "
+                    "layer must have the examples along its first axis. Use "
+                    "`draw='step'` or other `target_layers`. Received: an "
+                    f"input of shape {tuple(inputs.shape)} of {self.path} for "
+                    f"{size} examples"
+                )
+            copies = rows // size
+        else:
+            copies = rows // ops.maximum(size, 1)
+        if not isinstance(copies, int) or copies > 1:
+            gate = ops.repeat(gate, copies, axis=0)
+        return ops.reshape(gate, (-1, *(1,) * (len(kept) - 1), self.rank))
 
     def factors(self, rank=None):
         """The adapter as `Factors`, cut to a rank, by default the highest."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from examples import data, tables, tasks
+from examples import data, methods, tables, tasks
 from examples import glue_roberta as glue
 from examples.flop import Flop
 from examples.runs import Results
@@ -90,6 +90,14 @@ def test_warmup_then_linear_decay():
     np.testing.assert_allclose(rates, [0.1, 1.0, 0.5, 0.0], atol=1e-6)
 
 
+def test_a_decay_that_begins_anew():
+    schedule = WarmupLinear(1.0, 100, warmup=0.1, restart=55, height=1.5)
+    schedule = WarmupLinear.from_config(schedule.get_config())
+    rates = [float(schedule(step)) for step in (9, 54, 55, 99)]
+    expected = [1.0, 0.5, 1.5 * 44 / 45, 0.0]
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+
+
 class TestResults:
     def test_runs_are_found_by_their_whole_key(self, tmp_path):
         results = Results(tmp_path / "deep" / "runs.jsonl")
@@ -149,6 +157,7 @@ def tiny(preset, monkeypatch):
         ("cola", "fine-tune"),
         ("mrpc", "flop"),
         ("rte", "matryoshka"),
+        ("cola", "progressive"),
     ],
 )
 def test_a_run_is_made_once(task, method, tiny, tmp_path):
@@ -179,6 +188,28 @@ def test_what_makes_another_run_is_in_its_key(tiny, tmp_path):
     # A run of a search is that of a table, which wants it at every rank.
     found = glue.run(results, "cola", "lora", 1, tiny, rank=4, verbose=0)
     assert list(found["metrics"]["validation"]) == ["1", "2", "3", "4"]
+
+
+def test_lora_at_each_rank_is_a_run_for_each(tiny, tmp_path, monkeypatch):
+    results = Results(tmp_path / "runs.jsonl")
+    found = glue.run(results, "cola", "lora-each", 1, tiny, verbose=0)
+    lora = {
+        b: glue.run(results, "cola", "lora", 1, tiny, rank=b, verbose=0)
+        for b in (1, 2)
+    }
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+    for b, run in lora.items():
+        assert glue.score(found, b) == glue.score(run, b)
+    assert found["seconds"] == sum(run["seconds"] for run in lora.values())
+    # Every method at every rank, in a table.
+    monkeypatch.setitem(tables.SMALL, "methods", {"cola": None})
+    tables.main(
+        ["--table", "methods", "--scale", "small", "--output", str(tmp_path)]
+        + ["--rows", "lora-each", "lora-svd", "--rank", "4", "--verbose", "0"]
+    )
+    text = (tmp_path / "table_methods_small_4.md").read_text()
+    assert text.startswith("| cola at rank | 1 | 2 | 3 | 4 | area | time |")
+    assert "| LoRA at each rank | " in text and "| LoRA, ordered | " in text
 
 
 def test_micro_batches_make_one_update(tiny, tmp_path):
@@ -221,6 +252,14 @@ def test_runs_of_a_table_are_those_it_makes(table, scale, monkeypatch):
     monkeypatch.setattr(glue, "run", run)
     tables.make(table, scale, results=None)
     rank = glue.SCALES[scale].rank
+    each = {("lora", b) for b in methods.own_ranks(rank)}
+    made |= {
+        (task, *run, "uniform")
+        for task, method, *_ in made
+        for run in each
+        if method == "lora-each"
+    }
+    made = {run for run in made if run[1] != "lora-each"}
     assert made == {
         (task, method, b or rank, distribution)
         for task, method, b, distribution in tables.runs_of(table, scale)
@@ -233,6 +272,12 @@ def test_generation_has_no_small_scale(tmp_path, capsys):
             ["--table", "6", "--scale", "small", "--output", str(tmp_path)]
         )
     assert "nlg_gpt2 --task reviews" in capsys.readouterr().err
+
+
+def test_a_maximum_rank_is_for_the_methods(capsys):
+    with pytest.raises(SystemExit):
+        tables.main(["--table", "2", "--rank", "16"])
+    assert "Received: --table 2 --rank 16" in capsys.readouterr().err
 
 
 def test_wrong_processes(capsys):

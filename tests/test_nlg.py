@@ -363,6 +363,24 @@ def test_reviews_run_is_kept_and_not_run_again(preset, results, monkeypatch):
         nlg_gpt2.run(reopened, "reviews", "lora", 10, settings, verbose=0)
 
 
+def test_lora_at_each_rank(preset, results, tmp_path):
+    settings = dataclasses.replace(
+        TINY, preset=str(preset), target_layers="all-linear"
+    )
+    arguments = ("reviews", "lora-each", 10, settings)
+    found = nlg_gpt2.run(results, *arguments, verbose=0)
+    lines = results.path.read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert [run["key"]["settings"]["rank"] for run in runs] == [1, 2]
+    assert found["metrics"] == {
+        b: run["result"]["metrics"][b]
+        for b, run in zip("12", runs, strict=True)
+    }
+    nlg_gpt2.write(tmp_path, "reviews", {"lora-each": [found]}, rank=2)
+    text = (tmp_path / "reviews.md").read_text()
+    assert text.startswith("| perplexity at rank | 1 | 2 | time |")
+
+
 def test_pretrained_model_is_trained_once(preset, monkeypatch):
     monkeypatch.delattr(nlg_reviews, "new_tokenizer")
     settings = json.loads((preset / "settings.json").read_text())
@@ -386,12 +404,14 @@ def test_e2e_run_generates_at_every_rank(
     assert list(found["metrics"]) == ["1", "2"]
     assert list(found["metrics"]["1"]) == ["BLEU", "TER"]
     assert found["metrics"]["1"]["TER"] > 0
-    full = {"metrics": {"full": {"BLEU": 1.0}}}  # an older run, with less
+    # An older run, with less.
+    full = {"metrics": {"full": {"BLEU": 1.0}}, "seconds": 2.0}
     runs = {"dylora": [found], "fine-tune": [full, full]}
     nlg_gpt2.write(tmp_path, "e2e", runs, rank=2)
     text = (tmp_path / "e2e.md").read_text()
-    assert "| BLEU at rank | 1 | 2 | full |" in text and "TER" not in text
-    assert "| fine-tune |  |  | 1.00 ± 0.00 |" in text
+    assert "| BLEU at rank | 1 | 2 | full | time |" in text
+    assert "TER" not in text
+    assert "| fine-tune |  |  | 1.00 ± 0.00 | 2 s |" in text
     assert (tmp_path / "e2e.png").exists()
 
 
