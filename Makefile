@@ -7,14 +7,16 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+# What is imported is compiled then: compiling all of it takes minutes.
+INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 BACKENDS := tensorflow jax torch
 
 .PHONY: demo test test-parity lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt -e ".[dev]"
+	$(INSTALL) torch
+	$(INSTALL) -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed

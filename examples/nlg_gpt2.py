@@ -229,7 +229,7 @@ def table(runs, metric):
 
     rows = [
         [
-            method,
+            methods.LABELS.get(method, method),
             *(cell(found, b) for b in ranks),
             f"{np.mean([r['seconds'] for r in found]):.0f} s",
         ]
@@ -239,11 +239,15 @@ def table(runs, metric):
 
 
 def curve(found, metric, min_rank):
-    """A `RankReport` of the means over the seeds of one method."""
+    """A `RankReport` of the means over the seeds of one method.
+
+    Without the pretrained model, beside which all ranks look alike.
+    """
     return kd.RankReport(
         {
             b: {metric: np.mean([r["metrics"][b][metric] for r in found])}
             for b in found[0]["metrics"]
+            if b != "0"
         },
         min_rank,
     )
@@ -264,12 +268,14 @@ def write(folder, task, runs, rank):
     (folder / f"{task}.md").write_text(text + "\n")
     print(f"\n{text}")
     curves = {
-        method: curve(found, names[0], rank if method in methods.FIXED else 1)
+        methods.LABELS[method]: curve(
+            found, names[0], rank if method in methods.FIXED else 1
+        )
         for method, found in runs.items()
         if method != "fine-tune"
     }
-    if "dylora" in curves:
-        first = curves.pop("dylora")
+    if "DyLoRA" in curves:
+        first = curves.pop("DyLoRA")
         first.plot(folder / f"{task}.png", others=curves)
 
 
