@@ -202,13 +202,15 @@ def test_lora_at_each_rank_is_a_run_for_each(tiny, tmp_path, monkeypatch):
         assert glue.score(found, b) == glue.score(run, b)
     assert found["seconds"] == sum(run["seconds"] for run in lora.values())
     # Every method at every rank, in a table.
+    settings = dataclasses.replace(tiny, seeds=(2,), rank=1)
+    monkeypatch.setitem(glue.SCALES, "small", settings)
     monkeypatch.setitem(tables.SMALL, "methods", {"cola": None})
     tables.main(
         ["--table", "methods", "--scale", "small", "--output", str(tmp_path)]
-        + ["--rows", "lora-each", "lora-svd", "--rank", "4", "--verbose", "0"]
+        + ["--rows", "lora-each", "lora-svd", "--rank", "2", "--verbose", "0"]
     )
-    text = (tmp_path / "table_methods_small_4.md").read_text()
-    assert text.startswith("| cola at rank | 1 | 2 | 3 | 4 | area | time |")
+    text = (tmp_path / "table_methods_small_2.md").read_text()
+    assert text.startswith("| cola at rank | 1 | 2 | area | time |")
     assert "| LoRA at each rank | " in text and "| LoRA, ordered | " in text
 
 
