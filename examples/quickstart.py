@@ -144,7 +144,9 @@ def compare(args):
     name = f"LoRA {args.rank}, ordered and cut below"
     args.output.mkdir(parents=True, exist_ok=True)
     plot = args.output / "ranks.png"
-    progressive.plot(plot, "accuracy", rank=chosen, others={name: lora})
+    progressive.plot(
+        plot, "accuracy", chosen, others={name: lora}, label="progressive"
+    )
     progressive.to_json(args.output / "progressive.json")
     lora.to_json(args.output / "lora.json")
 
@@ -158,7 +160,7 @@ def compare(args):
     directory = args.output / "adapter"
     kd.save_adapter(model, directory, rank=chosen)
     size = sum(file.stat().st_size for file in directory.iterdir())
-    print(f"Its adapter and head: {directory} ({size / 1e6:.1f} MB).")
+    print(f"Its adapter and head: {directory} ({size / 1e6:.2f} MB).")
     print(f"The curves: {plot}.\nIn a fresh process:", flush=True)
     command = [sys.executable, "-m", "examples.quickstart"]
     command += ["--preset", args.preset, "--classify", str(directory)]

@@ -197,7 +197,9 @@ class RankReport:
             _write(path, lambda beside: beside.write(text.encode()))
         return text
 
-    def plot(self, path=None, metric=None, rank=None, others=None):
+    def plot(
+        self, path=None, metric=None, rank=None, others=None, label="DyLoRA"
+    ):
         """Draws a metric over the ranks and marks the chosen rank.
 
         Untrained ranks are drawn hollow.
@@ -209,6 +211,7 @@ class RankReport:
             rank: int. The chosen rank. Defaults to `None`, `best(metric)`.
             others: dict of label to `RankReport` to draw beside, such as a
                 fixed-rank LoRA. Defaults to `None`.
+            label: str. What this report is called. Defaults to `"DyLoRA"`.
 
         Returns:
             The `matplotlib.figure.Figure`.
@@ -232,10 +235,10 @@ class RankReport:
             )
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for label, report in [("DyLoRA", self), *(others or {}).items()]:
+        for name, report in [(label, self), *(others or {}).items()]:
             values = report.values(metric)
             (line,) = axes.plot(
-                report.ranks, values, marker="o", mfc="white", label=label
+                report.ranks, values, marker="o", mfc="white", label=name
             )
             trained = [
                 (b, value)
