@@ -207,14 +207,17 @@ def run(
     """
     rank = rank or settings.rank
     if method == "lora-each":
-        return joined(
-            {
-                str(b): run(
-                    results, task, "lora", seed, settings, b, verbose=verbose
-                )
-                for b in methods.own_ranks(rank)
-            }
-        )
+        runs = {
+            str(b): run(
+                results, task, "lora", seed, settings, b, verbose=verbose
+            )
+            for b in methods.own_ranks(rank)
+        }
+        metrics = {
+            split: {b: r["metrics"][split][b] for b, r in runs.items()}
+            for split in get_task(task).evaluation
+        }
+        return methods.joined(runs, metrics)
     key = {"task": task, "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
     key |= {"rank": rank} if method in ADAPTERS else {}
@@ -265,17 +268,6 @@ def summary(name, result):
     if "kept" in result:
         lines.append(f"  {result['kept']:.1%} of the matrices are kept")
     return "\n".join(lines)
-
-
-def joined(runs):
-    """One result of runs by rank, each evaluated at its own alone."""
-    (*_, last) = runs.values()
-    metrics = {
-        split: {b: run["metrics"][split][b] for b, run in runs.items()}
-        for split in last["metrics"]
-    }
-    seconds = sum(run["seconds"] for run in runs.values())
-    return {**last, "seconds": seconds, "metrics": metrics}
 
 
 def search(results, task, seed, settings, verbose=1):

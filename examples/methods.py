@@ -83,6 +83,12 @@ def finish(model, method):
         kd.order_ranks(model)
 
 
+def joined(runs, metrics):
+    """One result of the runs of `lora-each`, with the metrics of all."""
+    seconds = sum(run["seconds"] for run in runs.values())
+    return {**runs[max(runs, key=int)], "seconds": seconds, "metrics": metrics}
+
+
 def own_ranks(rank):
     """The ranks of `lora-each`: all up to 4, or every doubling up to more."""
     if rank <= 4:

@@ -155,20 +155,20 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
                 f"`{name}` must be one of {known}. Received: {name}={value!r}"
             )
     if method == "lora-each":
-        return joined(
-            {
-                str(b): run(
-                    results,
-                    task,
-                    "lora",
-                    seed,
-                    dataclasses.replace(settings, rank=b),
-                    metrics,
-                    verbose,
-                )
-                for b in methods.own_ranks(settings.rank)
-            }
-        )
+        runs = {
+            str(b): run(
+                results,
+                task,
+                "lora",
+                seed,
+                dataclasses.replace(settings, rank=b),
+                metrics,
+                verbose,
+            )
+            for b in methods.own_ranks(settings.rank)
+        }
+        own = {b: r["metrics"][b] for b, r in runs.items()}
+        return methods.joined(runs, own)
     key = {"task": task, "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
     key |= methods.described(method)
@@ -200,14 +200,6 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     )
     print(f"  in {result['seconds']:.0f} s; at rank {values}", flush=True)
     return result
-
-
-def joined(runs):
-    """One result of runs by rank, each evaluated at its own alone."""
-    (*_, last) = runs.values()
-    metrics = {b: run["metrics"][b] for b, run in runs.items()}
-    seconds = sum(run["seconds"] for run in runs.values())
-    return {**last, "seconds": seconds, "metrics": metrics}
 
 
 def table(runs, metric):

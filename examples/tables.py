@@ -129,7 +129,7 @@ def runs_of(table, scale, rows=methods.METHODS, rank=None):
             runs += [("dylora-frozen", highest, "uniform")]
             runs += [("dylora", highest, "uniform")]
     elif table == "methods":
-        highest = rank or glue.SCALES[scale].rank
+        highest = settings_of(table, scale, rank).rank
         runs = []
         for method in rows:
             own = method == "lora-each"
