@@ -463,9 +463,8 @@ def main(argv=None):
     parser.add_argument(
         "--rows",
         nargs="+",
-        default=methods.METHODS,
         choices=methods.METHODS,
-        help="of the table of methods",
+        help="of the table of methods; default: all",
     )
     parser.add_argument(
         "--rank", type=int, help="of the table of methods; default: the scale's"
@@ -486,11 +485,14 @@ def main(argv=None):
             f"Table {args.table} has no small scale: generation is measured by "
             "perplexity there, `python -m examples.nlg_gpt2 --task reviews`."
         )
-    if args.rank and args.table != "methods":
-        parser.error(
-            "`--rank` is for the table of methods. "
-            f"Received: --table {args.table} --rank {args.rank}"
-        )
+    for name in ("rank", "rows"):
+        value = getattr(args, name)
+        if value is not None and args.table != "methods":
+            parser.error(
+                f"`--{name}` is for the table of methods. "
+                f"Received: --table {args.table} --{name} {value}"
+            )
+    rows = args.rows or methods.METHODS
     path = args.output / "runs.jsonl"
     settings = settings_of(args.table, args.scale, args.rank)
     try:
@@ -499,7 +501,7 @@ def main(argv=None):
             runs = [
                 (path, settings, seed, *run)
                 for run in sorted(
-                    runs_of(args.table, args.scale, args.rows, args.rank),
+                    runs_of(args.table, args.scale, rows, args.rank),
                     key=lambda run: run[1] not in LONG,
                 )
                 for seed in settings.seeds
@@ -510,7 +512,7 @@ def main(argv=None):
             args.scale,
             Results(path),
             args.verbose,
-            args.rows,
+            rows,
             settings,
         )
     except NotFetchedError as error:

@@ -280,6 +280,9 @@ def test_a_maximum_rank_is_for_the_methods(capsys):
     with pytest.raises(SystemExit):
         tables.main(["--table", "2", "--rank", "16"])
     assert "Received: --table 2 --rank 16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tables.main(["--table", "2", "--rows", "lora"])
+    assert "Received: --table 2 --rows ['lora']" in capsys.readouterr().err
 
 
 def test_wrong_processes(capsys):
