@@ -1,4 +1,5 @@
 # Two commands: make demo, make test. KERAS_BACKEND picks the demo's backend.
+# make test-long: the longest tests, which make test runs on TensorFlow alone.
 
 PYTHON ?= python3
 KERAS_BACKEND ?= tensorflow
@@ -10,8 +11,9 @@ RUN := $(VENV)/bin/python
 # What is imported is compiled then: compiling all of it takes minutes.
 INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 BACKENDS := tensorflow jax torch
+SUITE = $(RUN) -m pytest --quiet --ignore tests/test_parity.py
 
-.PHONY: demo test test-parity lint clean
+.PHONY: demo test test-long test-parity lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +33,17 @@ test: $(VENV)/installed lint
 test-parity: $(VENV)/installed
 	$(RUN) -m pytest --quiet tests/test_parity.py
 
+test-tensorflow: $(VENV)/installed
+	KERAS_BACKEND=tensorflow $(SUITE)
+
 test-%: $(VENV)/installed
-	KERAS_BACKEND=$* $(RUN) -m pytest --quiet --ignore tests/test_parity.py
+	KERAS_BACKEND=$* $(SUITE) -m "not long"
+
+# On JAX and torch: examples, and formats that TensorFlow writes for them too.
+test-long: test-long-jax test-long-torch
+
+test-long-%: $(VENV)/installed
+	KERAS_BACKEND=$* $(SUITE) -m long
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -150,15 +150,28 @@ class Adaptation:
             for gate, override in before:
                 gate.override = override
 
+    @contextlib.contextmanager
+    def rank_chosen(self):
+        """Within it, the layers know that their rank is meant."""
+        before = [(gate, gate.chosen) for gate in self.gates]
+        for gate, _ in before:
+            gate.chosen = True
+        try:
+            yield
+        finally:
+            for gate, chosen in before:
+                gate.chosen = chosen
+
     def train(self, variables):
         """Leaves these variables trainable, and nothing else."""
         self.trained = variables if self.upgraded else []
         keep = {id(v) for v in variables}
         for item, _ in self.flags:
-            if isinstance(item, keras.Layer):
-                item.trainable = item is self.model or any(
-                    id(v) in keep for v in item.variables
-                )
+            if item is self.model:
+                # Past its own setter, which calls this.
+                keras.Layer.trainable.fset(item, True)
+            elif isinstance(item, keras.Layer):
+                item.trainable = any(id(v) in keep for v in item.variables)
         for variable in self.model.variables:
             variable.trainable = id(variable) in keep
 

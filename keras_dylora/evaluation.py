@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import ranks as rank_functions
+from keras_dylora import summary
 from keras_dylora.model import adaptation_of
 from keras_dylora.report import RankReport
 
@@ -27,15 +28,17 @@ def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
         ranks: ints in `0..config.rank`. Ranks below `min_rank` are reported
             as untrained. Defaults to `None`, all from 1 to the maximum.
         **evaluate_kwargs: further arguments of `model.evaluate`. `verbose`
-            shows a progress bar over the ranks.
+            shows a progress bar over the ranks; `steps` is needed for data
+            without an end.
 
     Returns:
         A `RankReport`. The model's rank is what it was.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if a rank is out of range, the data is empty or can be
-            read only once, or the model isn't enabled or compiled.
+        ValueError: if a rank is out of range, the data is empty, has no end
+            or can be read only once, targets are missing, or the model isn't
+            enabled or compiled.
 
     Example:
 
@@ -73,13 +76,25 @@ class _Data:
             )
         if _is_empty(x):
             raise ValueError("The data must not be empty. Received no example")
+        steps = self.kwargs.get("steps")
+        if steps is None and _is_endless(x):
+            raise ValueError(
+                "Data without an end needs `steps`, the number of batches to "
+                f"evaluate on. Received: {x!r} with steps=None"
+            )
         self.preprocessed = getattr(model, "preprocessor", None) is not None
         if self.preprocessed and hasattr(x, "cardinality"):
+            x = x if steps is None else x.take(steps)
             x = x.map(model.preprocess_samples).cache()
         elif self.preprocessed:
             sample_weight = self.kwargs.pop("sample_weight", None)
             x, y, self.kwargs["sample_weight"] = _preprocessed(
                 model, x, y, sample_weight
+            )
+        if y is None and _needs_targets(model, x):
+            raise ValueError(
+                "A model with a loss is evaluated on inputs and targets. "
+                "Received: y=None"
             )
         self.x, self.y = x, y
 
@@ -104,7 +119,20 @@ class _Data:
             metrics[b] = _scalars(found)
             if verbose != 0:
                 bar.update(done)
-        return RankReport(metrics, min_rank=config.min_rank)
+        sizes = summary.parameters_by_rank(
+            model.dylora_layers, model.trainable_variables, config.rank
+        )
+        return RankReport(metrics, config.min_rank, sizes)
+
+
+def _needs_targets(model, x):
+    """Whether `x` is inputs alone, and the model is compiled for more."""
+    arrays = keras.tree.flatten(x)
+    return (
+        model.compiled
+        and model.loss is not None
+        and all(isinstance(v, np.ndarray) or ops.is_tensor(v) for v in arrays)
+    )
 
 
 def _is_empty(x):
@@ -113,6 +141,13 @@ def _is_empty(x):
     while isinstance(x, (dict, tuple)) and x:
         x = next(iter(x.values() if isinstance(x, dict) else x))
     return hasattr(x, "__len__") and len(x) == 0
+
+
+def _is_endless(x):
+    if hasattr(x, "cardinality"):  # a `tf.data.Dataset`
+        return int(x.cardinality()) == -1
+    # A `keras.utils.PyDataset`.
+    return hasattr(x, "num_batches") and x.num_batches is None
 
 
 def _preprocessed(model, x, y, sample_weight):
@@ -184,11 +219,15 @@ class RankEvaluation(keras.callbacks.Callback):
         ranks: ints in `0..config.rank`. Defaults to `None`, all from 1 to
             the maximum.
         every: int. Epochs from one evaluation to the next. Defaults to `1`.
+        **evaluate_kwargs: further arguments of `model.evaluate`, such as
+            `steps` for data without an end, or `batch_size`.
 
     Raises:
         ValueError: if `every` isn't positive; when training starts, if a
-            rank is out of range or the data is empty.
-        TypeError: if `every` or a rank isn't an integer.
+            rank is out of range, the data is empty, or it has no end and
+            there are no `steps`.
+        TypeError: if `every` or a rank isn't an integer, or the data isn't
+            one argument.
 
     Example:
 
@@ -202,10 +241,17 @@ class RankEvaluation(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, data, ranks=None, every=1):
+    def __init__(self, data, ranks=None, every=1, **evaluate_kwargs):
         super().__init__()
+        if hasattr(ranks, "shape"):  # targets
+            raise TypeError(
+                "The data must be one argument, `(x, y)` or a dataset, and "
+                "`ranks` a list of integers. "
+                f"Received: ranks={type(ranks)} of shape {ranks.shape}"
+            )
         self.data = data
         self.ranks = ranks
+        self.evaluate_kwargs = evaluate_kwargs
         self.every = rank_functions.as_rank(every, 1, 2**31 - 1, "every")
         self._ready = self._prepared_for = None
 
@@ -220,7 +266,7 @@ class RankEvaluation(keras.callbacks.Callback):
             if not isinstance(data, (tuple, list)):
                 data = (data,)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            kwargs = {}
+            kwargs = dict(self.evaluate_kwargs)
             if sample_weight is not None:
                 kwargs["sample_weight"] = sample_weight
             self._ready = _Data(model, x, y, kwargs)

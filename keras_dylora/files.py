@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and what is read of them."""
+"""What appears whole or not at all, and what is read of it."""
 
 import contextlib
 import hashlib
@@ -62,6 +62,23 @@ def new_directory(directory, overwrite, written):
             raise
     finally:
         shutil.rmtree(parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path):
+    """Writes a file beside its place, then renames it.
+
+    Yields the path to write to, of the same ending; an error leaves nothing
+    there, and a kill no file that is half of the new one.
+    """
+    final = pathlib.Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.with_name(f".partial-{os.getpid()}-{final.name}")
+    try:
+        yield beside
+        os.replace(beside, final)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def together(marker, *others):

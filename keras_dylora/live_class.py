@@ -11,7 +11,7 @@ from keras_dylora import _keras
 from keras_dylora.recompile import new_optimizer, reset_compiled
 
 # What would lose the adapters: the first of a backbone alone.
-REFUSED = ("save", "save_to_preset", "export_to_transformers")
+REFUSED = ("save", "save_to_preset", "export_to_transformers", "enable_lora")
 
 
 def to_dylora_class(model, adaptation, dylora_class):
@@ -51,6 +51,11 @@ def to_original_class(model):
 
 def _refuse(method, *args, **kwargs):
     path, *_ = *args, *kwargs.values(), None
+    if method == "enable_lora":
+        raise ValueError(
+            "A model has adapters of one kind. Use `disable_dylora` before "
+            f"Keras's own LoRA. Received: enable_lora({path!r})"
+        )
     raise ValueError(
         "A preset, a Transformers export or a file of the backbone alone "
         "holds a plain model. Use `merge(model, rank)` and save that, or "

@@ -96,6 +96,12 @@ class LowRankAdapter:
             self.__dict__.pop(name, None)
         _keras.set_class(self, self.original_class)
 
+    def enable_lora(self, rank, *args, **kwargs):
+        raise ValueError(
+            "A layer has one adapter. Use `disable_dylora` before Keras's own "
+            f"LoRA. Received: enable_lora({rank!r}) of {self.path}"
+        )
+
     def build(self, input_shape):
         super().build(input_shape)
         row = GateRow(RankGate(1, self.scale))
@@ -200,6 +206,8 @@ class LowRankAdapter:
         return self._call_adapted(super().quantized_call, inputs, training)
 
     def _call_adapted(self, base_call, inputs, training):
+        if training and self.min_rank < self.rank:
+            self._gate.warn_unless_chosen(self.path)
         activation = self.activation
         if activation in (None, keras.activations.linear):
             return base_call(inputs) + self._call_adapter(inputs, training)

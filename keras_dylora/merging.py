@@ -126,7 +126,7 @@ def truncate(model, rank):
     config = adaptation.config.truncated(rank, (x.factors() for x in layers))
     optimizer = new_optimizer(model)
     cut = {
-        id(gate): RankGate(len(gate.active_ranks), config.scale)
+        id(gate): RankGate(gate.variable.shape[0], config.scale)
         for gate in adaptation.gates
     }
     for layer in layers:

@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
+import os
 
 import keras
 from keras import ops
 
-from keras_dylora import _keras, training
+from keras_dylora import _keras, files, summary, training
 from keras_dylora.adaptation import Adaptation, as_plain
 from keras_dylora.live_class import (
     combined_class,
@@ -14,7 +15,7 @@ from keras_dylora.live_class import (
     is_combined,
     to_dylora_class,
 )
-from keras_dylora.paths import adapted_layers
+from keras_dylora.paths import adapted_layers, layer_paths
 from keras_dylora.quantization import quantize_base
 from keras_dylora.ranks import as_rank
 from keras_dylora.recompile import (
@@ -56,6 +57,32 @@ def reconfigure(model, config, optimizer=None):
     adaptation.configure(config, **place)
     _keras.track_for_torch(model)
     reset_compiled(model, optimizer)
+
+
+def check_savable(model):
+    """Raises a `ValueError` if a file of an enabled model couldn't be loaded.
+
+    With Keras's own LoRA beside, or where a class of KerasHub's doesn't say in
+    its config how it was made (Llama 3's `tie_word_embeddings`, 0.32).
+    """
+    layers = layer_paths(model)
+    lora = [p for p, x in layers.items() if getattr(x, "lora_enabled", False)]
+    if lora:
+        raise ValueError(
+            "A model that is enabled can't be saved with Keras's own LoRA in "
+            f"it. Received: LoRA at {lora}"
+        )
+    for each in [model, *layers.values()]:
+        if not isinstance(each, keras.Model):
+            continue
+        cls = getattr(type(each), "original_class", type(each))
+        tied = "tie_word_embeddings"
+        if getattr(each, tied, False) and tied not in cls.get_config(each):
+            raise ValueError(
+                f"{cls.__name__} forgets `{tied}` in its config, so that its "
+                "file couldn't be loaded. Use `save_adapter`, or untied "
+                f"embeddings. Received: {each.name} with {tied}=True"
+            )
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -114,6 +141,15 @@ class DyLoRAModel(keras.Model):
         **kwargs,
     ):
         functional = len(args) == 2 or "outputs" in kwargs
+        if is_combined(type(self)) and not issubclass(
+            functional_class(), type(self).original_class
+        ):
+            raise ValueError(
+                "The class of an enabled model makes no other one, as "
+                "`clone_model` would: use `model.from_config(model.get_config"
+                "())` for a model of fresh weights, or `save` and "
+                f"`load_model`. Received: {type(self).__name__}{args}"
+            )
         if functional:
             # Left alone, Keras would make `Functional` a base of this very
             # class, and so of every subclassed model.
@@ -155,7 +191,22 @@ class DyLoRAModel(keras.Model):
 
         Training and validation keep it; `dylora_config.rank` is the maximum.
         """
-        return self.dylora_layers[0].active_rank
+        layers = self.dylora_layers
+        training.write_back(self)
+        return layers[0].active_rank
+
+    @property
+    def trainable(self):
+        """Whether the model trains what `enable_dylora` left trainable."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.Model.trainable.fset(self, value)
+        # Keras makes all below it trainable, also what was never to be.
+        adaptation = self.__dict__.get("_dylora")
+        if value and adaptation is not None:
+            adaptation.train(adaptation.trained)
 
     def set_rank(self, rank):
         """Sets the rank of `predict`, `evaluate`, `generate` and calls.
@@ -181,6 +232,22 @@ class DyLoRAModel(keras.Model):
         for gate in gates:
             gate.set_rank(rank)
 
+    def dylora_summary(self, print_fn=None):
+        """Prints the adapted layers, and what is trained for each rank.
+
+        Paths, sizes of the matrices, ranks and parameters; by rank, the
+        number of parameters with those that are trained in full, and bytes.
+
+        Args:
+            print_fn: callable that takes the text. Defaults to `None`,
+                `print`.
+
+        Raises:
+            ValueError: if a hand-built model isn't built yet.
+        """
+        adaptation_of(self)
+        (print_fn or print)(summary.tables(self))
+
     @contextlib.contextmanager
     def rank_scope(self, rank):
         """Sets the rank for the time of a `with` block.
@@ -202,12 +269,16 @@ class DyLoRAModel(keras.Model):
             with adaptation.overridden(adaptation.config.scale.gate(rank)):
                 yield self
             return
-        previous = self.rank
-        self.set_rank(rank)
+        training.write_back(self)
+        before = [(x.variable, ops.copy(x.variable)) for x in adaptation.gates]
         try:
-            yield self
+            self.set_rank(rank)
+            with adaptation.rank_chosen():
+                yield self
         finally:
-            self.set_rank(previous)
+            training.write_back(self)
+            for variable, value in before:
+                variable.assign(value)
 
     @contextlib.contextmanager
     def draw_ranks(self, x, non_trainable_variables=None):
@@ -304,6 +375,29 @@ class DyLoRAModel(keras.Model):
                 self._dylora.objective.loss, self, training.forward, compute
             )
         return compute(x, y, y_pred, sample_weight, **kwargs)
+
+    def save(self, filepath, overwrite=True, **kwargs):
+        """Saves the model with its adapters, as `keras.Model.save` does.
+
+        A `.keras` file is written beside its place, then renamed.
+
+        Raises:
+            ValueError: if the file is HDF5, or the model can't be loaded from
+                a file.
+        """
+        path = str(filepath)
+        if path.endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "HDF5 can't hold the adapters of a model. Use a `.keras` file "
+                f"or `save_adapter`. Received: filepath={path!r}"
+            )
+        if is_combined(type(self)):
+            check_savable(self)
+        asks = not overwrite and os.path.exists(path)
+        if not path.endswith(".keras") or "://" in path or asks:
+            return super().save(filepath, overwrite, **kwargs)
+        with files.new_file(path) as beside:
+            super().save(beside, **kwargs)
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
         """Quantizes the base model; the adapters stay in float32.
@@ -419,6 +513,7 @@ class DyLoRAModel(keras.Model):
         if not is_combined(type(self)):
             return super().get_config()
         adaptation = adaptation_of(self)
+        check_savable(self)
         trainable = [w.trainable for w in self.weights]
         with as_plain(self):
             base = keras.saving.serialize_keras_object(self)

@@ -1,8 +1,10 @@
 """The gates that adapted layers read: one variable, with a row a layer."""
 
 import dataclasses
+import warnings
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_dylora import ranks
@@ -18,8 +20,8 @@ class RankGate:
 
     def __init__(self, layers, scale):
         self.scale = scale
-        self.active_ranks = [scale.rank] * layers
         self.override = None
+        self.chosen = False  # whether a step or a `rank_scope` set the rank
         self.variable = keras.Variable(
             # Callable, as a layer may be built while JAX traces.
             lambda shape, dtype: scale.gate([scale.rank] * layers),
@@ -31,21 +33,28 @@ class RankGate:
             name="gate",
         )
 
+    @property
+    def active_ranks(self):
+        """The rank of each layer, a list of int; not for traced functions.
+
+        Read from the variable, which a checkpoint may set.
+        """
+        gates = ops.convert_to_numpy(self.variable)
+        return np.count_nonzero(gates, axis=1).tolist()
+
     def set_rank(self, rank):
         """Sets one rank for all layers, in `0..rank`."""
-        self.set_ranks([rank] * len(self.active_ranks))
+        self.set_ranks([rank] * self.variable.shape[0])
 
     def set_ranks(self, active_ranks):
         """Sets the rank of each layer, a list of int in `0..rank`."""
-        self.active_ranks = [
-            ranks.as_rank(b, 0, self.scale.rank) for b in active_ranks
-        ]
-        self.variable.assign(self.scale.gate(self.active_ranks))
+        checked = [ranks.as_rank(b, 0, self.scale.rank) for b in active_ranks]
+        self.variable.assign(self.scale.gate(checked))
 
     def rescale(self, scale):
         """Takes another `Scale` of the same rank."""
-        self.scale = scale
-        self.set_ranks(self.active_ranks)
+        active_ranks, self.scale = self.active_ranks, scale
+        self.set_ranks(active_ranks)
 
     def assign(self, row):
         """Sets the gates of a step, all alike: `(rank,)`."""
@@ -76,8 +85,22 @@ class GateRow:
     def active_rank(self):
         return self.gate.active_ranks[self.index]
 
+    def warn_unless_chosen(self, path):
+        """Warns once if a layer trains and nobody chose its rank."""
+        if self.gate.chosen or self.override is not None:
+            return
+        self.gate.chosen = True
+        warnings.warn(
+            "Only a model that is enabled itself, or is a `DyLoRAModel`, "
+            "draws ranks in `fit`; in a training loop of your own, "
+            "`model.draw_ranks` does. A model around an enabled one doesn't: "
+            "use `disable_dylora`, then enable the outer model. Received: "
+            f"a training call of {path}, which trains at its active rank alone",
+            stacklevel=2,
+        )
+
     def set_rank(self, rank):
         """Sets the rank of this layer alone."""
-        active_ranks = list(self.gate.active_ranks)
+        active_ranks = self.gate.active_ranks
         active_ranks[self.index] = rank
         self.gate.set_ranks(active_ranks)

@@ -45,12 +45,18 @@ def compile_from(model, config):
 
 
 def _compile(model, arguments, build_optimizer):
-    """Returns whether the `compile` of the model takes the arguments."""
+    """Returns whether the `compile` of the model takes the arguments.
+
+    One of a class's own may take others, or hand them on with its own. Keras
+    leaves such a model uncompiled then, and warns.
+    """
     try:
         inspect.signature(model.compile).bind(**arguments)
-    except TypeError:
+        model.compile(**arguments)
+    except Exception:
+        if type(model).compile is keras.Model.compile:
+            raise
         return False
-    model.compile(**arguments)
     if model.optimizer is not None and model.built and build_optimizer:
         model.optimizer.build(model.trainable_variables)
     return True

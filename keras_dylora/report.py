@@ -1,14 +1,14 @@
 """RankReport: the metrics of one model at many ranks."""
 
-import io
+import html
 import json
 import math
-import os
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from keras_dylora import files, summary
 
 # Parts of the names of Keras's losses and error metrics.
 _LOWER_IS_BETTER = (
@@ -35,6 +35,8 @@ class RankReport:
         metrics: dict of rank to dict of metric name to value.
         min_rank: int. The lowest rank that was trained; ranks below it are
             marked as untrained.
+        parameters: dict of rank to the number of parameters that it has, with
+            those that are trained in full. Defaults to `None`, not known.
 
     Example:
 
@@ -46,13 +48,15 @@ class RankReport:
     ```
     """
 
-    def __init__(self, metrics, min_rank=1):
+    def __init__(self, metrics, min_rank=1, parameters=None):
         by_rank = {int(b): values for b, values in metrics.items()}
         self.metrics = {
             b: {name: float(v) for name, v in by_rank[b].items()}
             for b in sorted(by_rank)
         }
         self.min_rank = min_rank
+        known = parameters or {}
+        self.parameters = {b: known[b] for b in self.metrics if b in known}
 
     @property
     def ranks(self):
@@ -82,7 +86,7 @@ class RankReport:
             )
         return [values[metric] for values in self.metrics.values()]
 
-    def best(self, metric, tolerance=0, mode="auto"):
+    def best(self, metric, tolerance=0, mode="auto", max_parameters=None):
         """The smallest trained rank within a tolerance of the best one.
 
         Args:
@@ -91,13 +95,16 @@ class RankReport:
                 the units of the metric. Defaults to `0`.
             mode: `"max"`, `"min"` or `"auto"`. Defaults to `"auto"`, `"min"`
                 for losses and errors.
+            max_parameters: int. Ranks with more `parameters` are left out.
+                Defaults to `None`, none is.
 
         Returns:
             int.
 
         Raises:
             ValueError: if the metric or the mode is unknown, the tolerance is
-                negative, or no trained rank has a finite value.
+                negative or above all values and 1, or no trained rank has a
+                finite value and few enough parameters.
 
         Example:
 
@@ -129,10 +136,31 @@ class RankReport:
                 f"A trained rank must have a finite {metric!r}. "
                 f"Received: {self.metrics}"
             )
+        if max_parameters is not None:
+            scores = self._within(scores, max_parameters)
         top = max(scores.values())
+        if mode == "max" and tolerance > max(top, 1):
+            raise ValueError(
+                "`tolerance` is in the units of the metric. Received: "
+                f"tolerance={tolerance!r}, but no {metric!r} is above {top:.4g}"
+            )
         # The slack lets a rank that is exactly the tolerance away pass.
         slack = 1e-9 * max(1.0, abs(top))
         return min(b for b, s in scores.items() if s >= top - tolerance - slack)
+
+    def _within(self, scores, max_parameters):
+        few = {
+            b: score
+            for b, score in scores.items()
+            if self.parameters.get(b, math.inf) <= max_parameters
+        }
+        if not few:
+            raise ValueError(
+                "A trained rank must have at most `max_parameters`. Received: "
+                f"max_parameters={max_parameters!r} for ranks with "
+                f"{self.parameters or 'unknown numbers of them'}"
+            )
+        return few
 
     def area(self, metric):
         """Area under the metric over the ranks from 1, divided by its width.
@@ -156,25 +184,60 @@ class RankReport:
             return float(value[0])
         return float(np.trapezoid(value, b) / (b[-1] - b[0]))
 
-    def __str__(self):
-        table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("rank", justify="right")
-        for name in self.metric_names:
-            table.add_column(name, justify="right")
-        marks = not all(map(self.is_trained, self.ranks))
-        if marks:
-            table.add_column("")
-        for b in self.ranks:
-            row = [str(b)]
-            row += [f"{self.metrics[b][n]:.4f}" for n in self.metric_names]
-            if marks:
+    def _rows(self):
+        """The names of the columns, and the cells of each rank, as shown."""
+        names = ["rank", *self.metric_names]
+        rows = [
+            [str(b), *(f"{values[n]:.4f}" for n in self.metric_names)]
+            for b, values in self.metrics.items()
+        ]
+        if self.parameters:
+            names.append("parameters")
+            for b, row in zip(self.ranks, rows, strict=True):
+                size = self.parameters.get(b)
+                row.append("" if size is None else f"{size:,}")
+        if not all(map(self.is_trained, self.ranks)):
+            names.append("")
+            for b, row in zip(self.ranks, rows, strict=True):
                 untrained = "base model" if b == 0 else "untrained"
                 row.append("" if self.is_trained(b) else untrained)
+        return names, rows
+
+    def __str__(self):
+        names, rows = self._rows()
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in names:
+            table.add_column(name, justify="right" if name else "left")
+        for row in rows:
             table.add_row(*row)
-        console = Console(file=io.StringIO(), width=200, color_system=None)
-        console.print(table)
-        lines = console.file.getvalue().splitlines()
-        return "\n".join(line.rstrip() for line in lines if line.strip())
+        return summary.text(table)
+
+    def _repr_html_(self):
+        names, rows = self._rows()
+        lines = [
+            "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells)
+            for tag, cells in [("th", names), *(("td", row) for row in rows)]
+        ]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+    def to_dataframe(self):
+        """The report as a `pandas.DataFrame`, a row for each rank.
+
+        Raises:
+            ImportError: if pandas isn't installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "`to_dataframe` needs pandas: pip install pandas"
+            ) from error
+        frame = pandas.DataFrame.from_dict(self.metrics, orient="index")
+        frame = frame[self.metric_names].rename_axis("rank")
+        if self.parameters:
+            frame["parameters"] = pandas.Series(self.parameters)
+        frame["trained"] = [self.is_trained(b) for b in self.ranks]
+        return frame
 
     def __repr__(self):
         return f"RankReport(ranks={self.ranks}, metrics={self.metric_names})"
@@ -183,18 +246,22 @@ class RankReport:
         """The report as JSON, also written to `path` if one is given.
 
         Returns:
-            str: `{"min_rank": 1, "metrics": {"1": {"accuracy": …}, …}}`. A
-            value that isn't finite is `null`.
+            str: `{"min_rank": 1, "metrics": {"1": {"accuracy": …}, …},
+            "parameters": {"1": …}}`. A value that isn't finite is `null`.
         """
         metrics = {
             b: {k: v if math.isfinite(v) else None for k, v in values.items()}
             for b, values in self.metrics.items()
         }
-        text = json.dumps(
-            {"min_rank": self.min_rank, "metrics": metrics}, indent=2
-        )
+        content = {
+            "min_rank": self.min_rank,
+            "metrics": metrics,
+            "parameters": self.parameters,
+        }
+        text = json.dumps(content, indent=2)
         if path is not None:
-            _write(path, lambda beside: beside.write(text.encode()))
+            with files.new_file(path) as beside:
+                beside.write_text(text)
         return text
 
     def plot(
@@ -264,19 +331,6 @@ class RankReport:
         axes.grid(alpha=0.3)
         axes.legend()
         if path is not None:
-            kind = os.path.splitext(path)[1].lstrip(".") or "png"
-            _write(path, lambda beside: figure.savefig(beside, format=kind))
+            with files.new_file(path) as beside:
+                figure.savefig(beside, format=beside.suffix[1:] or "png")
         return figure
-
-
-def _write(path, write):
-    """Writes a file beside its place, then renames it."""
-    beside = f"{os.fspath(path)}.partial"
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-        os.replace(beside, path)
-    except BaseException:
-        if os.path.exists(beside):
-            os.remove(beside)
-        raise

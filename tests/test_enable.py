@@ -159,6 +159,7 @@ def test_by_hand_and_by_predict_agree_at_every_rank(case):
     assert model.rank == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "count"), [(8, 887_042), (1, 628_994)])
 def test_trainable_parameters_of_roberta_base(rank, count):
     model = roberta_classifier(
@@ -176,6 +177,7 @@ def test_trainable_parameters_of_roberta_base(rank, count):
     assert f"Trainable params: {count:,}" in "".join(lines)
 
 
+@pytest.mark.long
 def test_trainable_parameters_of_gpt2_medium():
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=97,  # not adapted, so of no account

@@ -224,7 +224,9 @@ def byte_pair_classifier():
     return roberta_classifier(preprocessor=preprocessor)
 
 
-@pytest.mark.parametrize("kind", ["list", "array"])
+@pytest.mark.parametrize(
+    "kind", ["list", pytest.param("array", marks=pytest.mark.long)]
+)
 def test_strings_are_split_as_in_evaluate(kind):
     model = kd.enable_dylora(byte_pair_classifier(), rank=2)
     randomize_adapters(randomize(model))

@@ -16,6 +16,8 @@ from examples.training import WarmupLinear
 from tests import backend
 from tests.text import text_classifier
 
+pytestmark = pytest.mark.long
+
 GLUE = [name for name in tasks.TASKS if name not in ("movies", "ratings")]
 
 

@@ -135,7 +135,11 @@ def prompts():
     }
 
 
-@pytest.fixture(scope="module", params=[roberta, gpt2], ids=["roberta", "gpt2"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(roberta, marks=pytest.mark.long), gpt2],
+    ids=["roberta", "gpt2"],
+)
 def exported(request, tmp_path_factory):
     """A model, both its layouts, and all that a server made of them."""
     folder = tmp_path_factory.mktemp("exported")
@@ -261,6 +265,7 @@ def test_generate_may_mix_ranks(exported):
         np.testing.assert_array_equal(mixed[i], single[i])
 
 
+@pytest.mark.long
 def test_beam_search_may_mix_ranks(tmp_path):
     model = gpt2()
     model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=3))
@@ -305,7 +310,10 @@ def roberta_text():
 
 @pytest.mark.parametrize(
     "make, layout, ranks",
-    [(roberta_text, "shared", (1, 4)), (text_classifier, "merged", (2,))],
+    [
+        pytest.param(roberta_text, "shared", (1, 4), marks=pytest.mark.long),
+        (text_classifier, "merged", (2,)),
+    ],
     ids=["roberta_bpe", "bert_wordpiece"],
 )
 def test_serve_text_equals_predict_on_strings(tmp_path, make, layout, ranks):
@@ -461,6 +469,7 @@ def test_subclassed_model_with_custom_parts(tmp_path, custom):
     assert max(manifest["largest_difference"].values()) <= 1e-5
 
 
+@pytest.mark.long
 def test_artifact_that_differs_is_not_kept(tmp_path, custom):
     model = custom_model(custom, custom.Noise())
     with pytest.raises(RuntimeError, match="must give the live model's"):
@@ -545,6 +554,7 @@ def named_input(structure):
     return kd.DyLoRAModel(structure(inputs), outputs)
 
 
+@pytest.mark.long
 def test_input_name_that_no_argument_can_have(tmp_path):
     path = tmp_path / "artifact"
     with pytest.raises(ValueError, match="identifiers. Received: 'my-input'"):
@@ -635,6 +645,7 @@ export_ranks(mlp(), sys.argv[1])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=str)
 def test_interruption_leaves_no_artifact(tmp_path, monkeypatch, stop):
     for name in ("out", "temporary"):
@@ -661,6 +672,7 @@ def test_interruption_leaves_no_artifact(tmp_path, monkeypatch, stop):
         assert not list((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "format, file", [("onnx", "model.onnx"), ("litert", "model.tflite")]
 )

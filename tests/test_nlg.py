@@ -17,6 +17,8 @@ from examples.beam_search import BeamSearch
 from examples.runs import Results
 from tests.backend import to_numpy
 
+pytestmark = pytest.mark.long
+
 SENTENCES = [
     "the vaults is a cheap pub near the river",
     "a pub by the river, the vaults is cheap",

@@ -1,31 +1,39 @@
-"""The JSON beside an adapter's weights: configuration, format, SHA-256."""
+"""The JSON beside an adapter's weights: configuration, identity, SHA-256."""
 
+import hashlib
 import json
 
 from keras_dylora import files
+from keras_dylora.adapters.identity import Identity
 from keras_dylora.config import DyLoRAConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
-def write(path, weights, config):
-    """Writes the `DyLoRAConfig` beside a file of weights that is written."""
+def write(path, weights, config, identity):
+    """Writes the `DyLoRAConfig` and the `Identity` of the adapter's model.
+
+    Beside a file of weights that is written.
+    """
     content = {
         "format_version": FORMAT_VERSION,
         "config": config.get_config(),
+        "model": identity.get_config(),
         "sha256": files.sha256(weights),
     }
+    content["sha256_of_this"] = _sha256(content)
     path.write_text(json.dumps(content, indent=2))
 
 
 def read(path, weights, writer, advice=""):
-    """The `DyLoRAConfig` of an adapter whose weights are as they were written.
+    """The `DyLoRAConfig` and the `Identity` of an adapter, as written.
 
-    Raises a `ValueError` if the file is damaged or from a newer format, or if
-    the weights aren't those that it names. The message names the function that
-    writes such files, and the way out where the weights are others.
+    The last is `None` in files of format 1. Raises a `ValueError` if a file is
+    damaged or from a newer format. The message names the function that writes
+    such files, and the way out where the weights are others.
     """
     content = files.read_json(path)
+    identity = None
     try:
         version, expected = content["format_version"], content["sha256"]
         if version > FORMAT_VERSION:
@@ -34,8 +42,16 @@ def read(path, weights, writer, advice=""):
                 "older; a newer keras_dylora wrote it. Received: "
                 f"format_version={version}"
             )
+        if version > 1:
+            mine = content.pop("sha256_of_this")
+            if mine != _sha256(content):
+                raise ValueError(
+                    f"{path.name} must be as `{writer}` wrote it; it is "
+                    f"damaged or changed. Received: {str(path)!r}"
+                )
+            identity = Identity.from_config(content["model"])
         config = DyLoRAConfig.from_config(content["config"])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path.name} must be one that `{writer}` wrote. "
             f"Received: {str(path)!r} ({error!r})"
@@ -47,4 +63,9 @@ def read(path, weights, writer, advice=""):
             f"file is damaged, changed or from another adapter. {advice}"
             f"Received: {received} instead of {expected}"
         )
-    return config
+    return config, identity
+
+
+def _sha256(content):
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -51,28 +51,36 @@ def save_adapter(model, directory, rank=None, overwrite=True):
     with files.new_directory(directory, overwrite, written) as folder:
         safetensors.save_file(tensors, folder / WEIGHTS_NAME)
         metadata.write(
-            folder / CONFIG_NAME, folder / WEIGHTS_NAME, weights.config
+            folder / CONFIG_NAME,
+            folder / WEIGHTS_NAME,
+            weights.config,
+            weights.identity,
         )
 
 
-def load_adapter(model, directory):
+def load_adapter(model, directory, strict=True):
     """Loads what `save_adapter` wrote, in place.
 
     A model that isn't enabled yet is enabled with the configuration of the
-    file. An enabled one must have the same rank, alpha and layers.
+    file. An enabled one must have the same rank, alpha and layers. Layers are
+    found by their place in the model, as Keras numbers those without a name
+    anew in each process; older files have their names alone.
 
     Args:
         model: a built Keras or KerasHub model.
         directory: str or path.
+        strict: bool. Whether the model must have the layers and the base
+            weights that the adapter was trained with. If not, all adapted
+            layers must be there still. Defaults to `True`.
 
     Returns:
         `model` itself.
 
     Raises:
         ValueError: if the files are missing, damaged or from a newer format,
-            or if the rank, alpha, a layer or a shape differs, or if the head
-            of the model is quantized. The message lists what is missing,
-            extra or mis-shaped; the model is unchanged then.
+            or if the rank, alpha, a layer, a shape or the base differs, or if
+            the head of the model is quantized. The message lists what is
+            missing, extra or mis-shaped; the model is unchanged then.
 
     Example:
 
@@ -83,7 +91,8 @@ def load_adapter(model, directory):
     keras_dylora.load_adapter(clf, "adapter/")
     ```
     """
-    config, tensors = _read(directory)
+    weights = _read(directory)
+    config = weights.config
     for name in ("alpha", "scaling") if isinstance(model, DyLoRAModel) else ():
         mine, wanted = getattr(config, name), getattr(model.dylora_config, name)
         if mine != wanted:
@@ -92,12 +101,12 @@ def load_adapter(model, directory):
                 f"into. Received: {name}={mine!r} for a model of "
                 f"{name}={wanted!r}"
             )
-    AdapterWeights.of_tensors(tensors, config).put_on(model)
+    weights.put_on(model, strict=strict)
     return model
 
 
 def _read(directory):
-    """The config and the tensors of an adapter directory."""
+    """The `AdapterWeights` in a directory."""
     folder = pathlib.Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
@@ -105,13 +114,14 @@ def _read(directory):
                 f"An adapter directory must hold {CONFIG_NAME} and "
                 f"{WEIGHTS_NAME}. Received: {str(folder)!r} without {name}"
             )
-    config = metadata.read(
+    config, identity = metadata.read(
         folder / CONFIG_NAME, folder / WEIGHTS_NAME, "save_adapter"
     )
     try:
-        return config, safetensors.load_file(folder / WEIGHTS_NAME)
+        tensors = safetensors.load_file(folder / WEIGHTS_NAME)
     except SafetensorError as error:
         raise ValueError(
             f"{WEIGHTS_NAME} must be a safetensors file. "
             f"Received: {str(folder / WEIGHTS_NAME)!r} ({error})"
         ) from error
+    return AdapterWeights.of_tensors(tensors, config, identity)

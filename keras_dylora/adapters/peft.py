@@ -92,7 +92,7 @@ def to_peft(model, directory, rank=None, overwrite=True):
         peft_files.WEIGHTS_NAME,
     )
     with files.new_directory(directory, overwrite, written) as folder:
-        peft_files.write(folder, tensors, described, config)
+        peft_files.write(folder, tensors, config, described, weights.identity)
 
 
 def _check_exportable(model, head, modules, weights):
@@ -142,7 +142,7 @@ def _fuse(layers):
     return Factors(down, up, first.scale)
 
 
-def from_peft(model, directory):
+def from_peft(model, directory, strict=True):
     """Loads a Hugging Face PEFT adapter of plain LoRA kind, in place.
 
     A model that isn't enabled yet is enabled for the layers of the adapter.
@@ -158,6 +158,9 @@ def from_peft(model, directory):
             backbone of one, with the base weights that the adapter is for.
         directory: str or path, with `adapter_config.json` and
             `adapter_model.safetensors`.
+        strict: bool. Whether the model must have the layers and the base
+            weights of the one that `to_peft` saved the adapter of; any other
+            adapter doesn't tell. Defaults to `True`.
 
     Returns:
         `model` itself.
@@ -183,7 +186,8 @@ def from_peft(model, directory):
     - [PEFT checkpoint format](
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
-    _read(model, directory).put_on(model, whole=False)
+    weights = _read(model, directory)
+    weights.put_on(model, whole=False, strict=strict)
     return model
 
 
@@ -191,6 +195,7 @@ def _read(model, directory):
     """The adapter for a model, as `AdapterWeights`."""
     layout = layout_of(model)
     adapter = peft_files.read(directory)
+    _check_prefix(layout, adapter)
     modules = _adapted(layout.modules(model), adapter)
     # The head may be left out, but as a whole.
     has_head = adapter.config.get("modules_to_save") or any(
@@ -215,7 +220,28 @@ def _read(model, directory):
     if not ours:
         parts = {path: factors.ordered()[0] for path, factors in parts.items()}
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
-    return AdapterWeights(parts, trained, config)
+    return AdapterWeights(parts, trained, config, adapter.identity)
+
+
+def _check_prefix(layout, adapter):
+    """Raises a `ValueError` if an adapter of a task is for a bare model.
+
+    Or the other way about: transformers has a prefix for the layers of one.
+    """
+    names = [x.removeprefix(peft_files.PREFIX) for x in adapter.tensors]
+    block = layout.block.format("")
+    if layout.prefix and any(x.startswith(block) for x in names):
+        raise ValueError(
+            "An adapter of a bare model is for `model.backbone`, one of a task "
+            f"for the task. Received: tensors {names[:2]} for a model whose "
+            f"layers are in {layout.prefix!r}"
+        )
+    inside = [x for x in names if f".{block}" in x]
+    if not layout.prefix and inside:
+        raise ValueError(
+            "An adapter of a task is for the task model, one of a bare model "
+            f"for its backbone. Received: tensors {inside[:2]} for a backbone"
+        )
 
 
 def _adapted(modules, adapter):

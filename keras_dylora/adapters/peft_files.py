@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from keras_dylora import files, ranks
 from keras_dylora.adapters import metadata
+from keras_dylora.adapters.identity import Identity
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.geometry import Factors
 
@@ -41,6 +42,7 @@ class PeftAdapter:
     config: dict
     tensors: dict[str, np.ndarray]
     dylora: DyLoRAConfig | None
+    identity: Identity | None
 
     def rank(self, module):
         """int. The rank of the adapter of a linear layer."""
@@ -118,7 +120,7 @@ def read(directory):
     config = files.read_json(folder / CONFIG_NAME)
     _check_plain_lora(config)
     tensors = _load(folder / WEIGHTS_NAME)
-    return PeftAdapter(config, tensors, _dylora_config(folder))
+    return PeftAdapter(config, tensors, *_dylora_config(folder))
 
 
 def _check_plain_lora(config):
@@ -172,11 +174,11 @@ def _load(path):
 
 
 def _dylora_config(folder):
-    """The config that `to_peft` left beside its files, or `None`."""
+    """The config and the identity that `to_peft` left, or `None` for each."""
     path = folder / DYLORA_NAME
     if not path.is_file():
-        return None
-    config = metadata.read(
+        return None, None
+    config, identity = metadata.read(
         path,
         folder / WEIGHTS_NAME,
         "to_peft",
@@ -187,18 +189,21 @@ def _dylora_config(folder):
             f"{DYLORA_NAME} must be one that `to_peft` wrote. "
             f"Received: target_layers={config.target_layers!r}"
         )
-    return config
+    return config, identity
 
 
-def write(folder, tensors, dylora, config):
+def write(folder, tensors, config, dylora, identity):
     """Writes tensors, less PEFT's prefix, and PEFT's own configuration.
 
-    And beside it the `DyLoRAConfig`, which PEFT has no place for.
+    And beside it the `DyLoRAConfig` and the `Identity` of the model, which
+    PEFT has no place for.
     """
     arrays = {PREFIX + k: np.ascontiguousarray(v) for k, v in tensors.items()}
     save_file(arrays, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
-    metadata.write(folder / DYLORA_NAME, folder / WEIGHTS_NAME, dylora)
+    metadata.write(
+        folder / DYLORA_NAME, folder / WEIGHTS_NAME, dylora, identity
+    )
 
 
 def peft_config(layout, fused, dylora):

@@ -4,12 +4,14 @@ In NumPy: of a model, cut to ranks, checked against a model, put on it.
 """
 
 import dataclasses
+import warnings
 
 import keras
 import numpy as np
 
 from keras_dylora import _keras
 from keras_dylora import ranks as rank_functions
+from keras_dylora.adapters.identity import Identity, renamed
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.enable import enable_dylora
 from keras_dylora.geometry import Factors, float32_array
@@ -23,22 +25,35 @@ class AdapterWeights:
     """The adapters of a model, and what was trained besides.
 
     Each layer has a rank and a scale of its own; the config's rank is the
-    highest. Moving averages beside what was trained are with it.
+    highest. Moving averages beside what was trained are with it. The identity
+    of the model that they are of may be unknown, in an old file.
     """
 
     layers: dict[str, Factors]
     trained: dict[str, np.ndarray]
     config: DyLoRAConfig
+    identity: Identity | None = None
 
     @classmethod
     def of(cls, model):
         """Those of an enabled model, at its highest rank."""
         adaptation = adaptation_of(model)
-        trained = trained_weights(model) | _statistics(model)
+        trained = trained_weights(model)
+        chosen = {id(v) for v in adaptation.trained}
+        others = [p for p, v in trained.items() if id(v) not in chosen]
+        if others and adaptation.upgraded:
+            warnings.warn(
+                "An adapter holds all that is trainable. Received: "
+                f"{len(others)} weights that `enable_dylora` froze, such as "
+                f"{others[0]!r}, and that are trainable now",
+                stacklevel=3,
+            )
+        trained |= _statistics(model)
         return cls(
             {p: layer.factors() for p, layer in adaptation.layers.items()},
             {p: float32_array(v) for p, v in trained.items()},
             adaptation.named_config,
+            Identity.of(model, trained),
         )
 
     def cut(self, ranks):
@@ -57,6 +72,27 @@ class AdapterWeights:
             config=self.config.truncated(
                 max(ranks.values()), self.layers.values(), stacklevel=4
             ),
+        )
+
+    def placed(self, model, strict=True):
+        """The same by the paths of a model.
+
+        Raises a `ValueError` if it is of another model, unless not `strict`.
+        """
+        if self.identity is None:
+            return self
+        try:
+            paths = self.identity.paths_in(model)
+        except ValueError:
+            if strict:
+                raise
+            return self
+        if strict:
+            self.identity.check_base(model, paths)
+        return dataclasses.replace(
+            self,
+            layers={paths.get(p, p): x for p, x in self.layers.items()},
+            trained={renamed(p, paths): x for p, x in self.trained.items()},
         )
 
     def check(self, model, whole=True):
@@ -109,20 +145,27 @@ class AdapterWeights:
             )
         check_float({path: every[path] for path in self.trained})
 
-    def put_on(self, model, whole=True):
+    def put_on(self, model, whole=True, strict=True):
         """Gives a model these weights, once checked; enables it if it isn't.
 
-        A layer of a lower rank than the model's gets columns of zeros, and
-        where its scale is another one, that goes into its rows.
+        As `placed` in it. A layer of a lower rank than the model's gets
+        columns of zeros, and where its scale is another one, that goes into
+        its rows.
         """
+        self = self.placed(model, strict)
         self.check(model, whole)
         if not isinstance(model, DyLoRAModel):
             # Exactly these: a path may be a name or a pattern of others too.
-            enable_dylora(
-                model, self.config, target_layers=lambda p, _: p in self.layers
-            )
+            exactly = {"target_layers": lambda p, _: p in self.layers}
+            if whole or self.trained:
+                trained = {path.rpartition("/")[0] for path in self.trained}
+                exactly["trainable_layers"] = lambda p, _: p in trained
+            enable_dylora(model, self.config, verbose=0, **exactly)
             adaptation = adaptation_of(model)
-            adaptation.config = adaptation.named_config
+            adaptation.config = dataclasses.replace(
+                adaptation.named_config,
+                trainable_layers=self.config.trainable_layers,
+            )
         config = model.dylora_config
         scale = config.scale.at(config.rank)
         for path, layer in adaptation_of(model).layers.items():
@@ -143,7 +186,7 @@ class AdapterWeights:
         return named
 
     @classmethod
-    def of_tensors(cls, tensors, config):
+    def of_tensors(cls, tensors, config, identity=None):
         """Undoes `tensors`, all of one rank; a `ValueError` says what isn't."""
         kinds = {"adapter": {}, "head": {}}
         for name in tensors:
@@ -164,7 +207,7 @@ class AdapterWeights:
             for path in kinds["adapter"]
         }
         trained = {path: tensors[x] for path, x in kinds["head"].items()}
-        return cls(layers, trained, config)
+        return cls(layers, trained, config, identity)
 
 
 def trained_weights(model):
@@ -178,14 +221,26 @@ def trained_weights(model):
 
 
 def _statistics(model):
-    """What training changes beside them without a gradient, by its path."""
+    """What training changes beside them without a gradient, by its path.
+
+    Of the layers that are trained, and those within: one that is trainable for
+    the sake of an adapter in it has none.
+    """
     adapted = {id(layer) for layer in model.dylora_layers}
-    trained = _trained_ids(model)
+    trained, paths = _trained_ids(model), layer_paths(model)
+    whole = {
+        id(x)
+        for path in adaptation_of(model).trained_layers
+        for x in [paths[path], *layer_paths(paths[path]).values()]
+    }
     ids = {
         id(v)
-        for layer in layer_paths(model).values()
+        for layer in paths.values()
         if id(layer) not in adapted
-        and (layer.trainable or any(id(v) in trained for v in layer.weights))
+        and (
+            id(layer) in whole
+            or any(id(v) in trained for v in _keras.own_weights(layer))
+        )
         for v in _keras.statistics(layer)
     }
     return {p: v for p, v in weight_paths(model).items() if id(v) in ids}

@@ -38,15 +38,22 @@ def restore_rank_on_error(model, function):
     """
 
     def train_function(iterator):
+        inference = {id(x): ops.copy(x.variable) for x in _gates(model)}
         try:
             return function(iterator)
         except BaseException:
-            if hasattr(model, "_dylora"):
-                for gate in model._dylora.gates:
-                    gate.set_ranks(gate.active_ranks)
+            for gate in _gates(model):
+                if id(gate) in inference:
+                    gate.variable.assign(inference[id(gate)])
+                else:  # built in this step
+                    gate.set_rank(gate.scale.rank)
             raise
 
     return train_function
+
+
+def _gates(model):
+    return model._dylora.gates if hasattr(model, "_dylora") else []
 
 
 def tracing():

@@ -75,7 +75,7 @@ def training(model, gates):
     adaptation = model._dylora
     adaptation.training = True
     try:
-        with adaptation.overridden(gates):
+        with adaptation.rank_chosen(), adaptation.overridden(gates):
             yield
     finally:
         adaptation.training = False

@@ -1,0 +1,152 @@
+"""Which model an adapter is of: its layers in order, a trace of its base.
+
+Keras numbers layers without a name anew in each process, so that a path alone
+may name another layer; a shape may fit another base.
+"""
+
+import dataclasses
+import re
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora import _keras
+from keras_dylora.geometry import float32_array
+from keras_dylora.paths import layer_paths, weight_paths
+
+# What is kept of the base: the first entries of a few weights.
+WEIGHTS, ENTRIES = 8, 4
+# A base may be in bfloat16 on one side.
+TOLERANCE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """The layers that have weights, in order, and some of their weights.
+
+    `layers` is a list of path and class of each, `base` a dict of the path of
+    a frozen weight to its first entries.
+    """
+
+    layers: list[list[str]]
+    base: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, model, trained):
+        """That of an enabled model; `trained` are paths of weights to skip."""
+        frozen = {
+            path: weight
+            for path, weight in _base(model).items()
+            if path not in trained
+        }
+        base = {}
+        for dimensions in (1, 2):
+            paths = [p for p, v in frozen.items() if _has(dimensions, v)]
+            step = max(len(paths) / WEIGHTS, 1)
+            for i in range(min(len(paths), WEIGHTS)):
+                path = paths[int(i * step)]
+                base[path] = _first(frozen[path])
+        return cls(_layers(model), base)
+
+    def get_config(self):
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config):
+        """Undoes `get_config`; a `TypeError` if it isn't of one."""
+        layers, base = config["layers"], config["base"]
+        if not all(
+            isinstance(x, list) and [str, str] == [type(y) for y in x]
+            for x in layers
+        ) or not all(isinstance(x, list) for x in base.values()):
+            raise TypeError(f"not an identity: {config!r:.200}")
+        return cls(layers, base)
+
+    def paths_in(self, model):
+        """Dict of the path of each layer to that of the same one in a model.
+
+        Raises a `ValueError` if the model has other layers.
+        """
+        here = _layers(model)
+        if len(here) != len(self.layers):
+            raise ValueError(
+                "An adapter must be loaded into a model of as many layers. "
+                f"Received: one of {len(self.layers)} layers with weights, "
+                f"for a model of {len(here)}"
+            )
+        paths = {}
+        for (path, cls), (mine, my_class) in zip(
+            self.layers, here, strict=True
+        ):
+            paths[path] = mine
+            if (_unnumbered(path), cls) != (_unnumbered(mine), my_class):
+                raise ValueError(
+                    "An adapter must be loaded into a model of the same "
+                    f"layers, in the same order. Received: {path!r}, a {cls}, "
+                    f"in the place of {mine!r}, a {my_class}"
+                )
+        return paths
+
+    def check_base(self, model, paths):
+        """Raises a `ValueError` if a model has another base.
+
+        `paths` is what `paths_in` returned. Quantized weights can't tell.
+        """
+        here = _base(model)
+        for path, wanted in self.base.items():
+            mine = renamed(path, paths)
+            if mine not in here or not keras.backend.is_float_dtype(
+                here[mine].dtype
+            ):
+                continue
+            found = _first(here[mine])
+            if len(found) != len(wanted) or not np.allclose(
+                found, wanted, rtol=TOLERANCE, atol=TOLERANCE * 1e-2
+            ):
+                raise ValueError(
+                    "An adapter must be loaded onto the base model that it "
+                    "was trained on; `strict=False` loads it onto any. "
+                    f"Received: an adapter of a base whose {path!r} begins "
+                    f"with {wanted}, for one where it begins with {found}"
+                )
+
+
+def renamed(path, layers):
+    """The path of a weight whose layer has another path."""
+    layer, _, name = path.rpartition("/")
+    return f"{layers[layer]}/{name}" if layer in layers else path
+
+
+def _layers(model):
+    found = []
+    for path, layer in layer_paths(model).items():
+        if _keras.own_weights(layer):
+            cls = getattr(layer, "original_class", type(layer))
+            found.append([path, cls.__name__])
+    return found
+
+
+def _base(model):
+    """The weights of a model by path, without adapters."""
+    layers = getattr(model, "dylora_layers", [])
+    adapters = {id(v) for x in layers for v in (x.down, x.up)}
+    return {
+        p: v for p, v in weight_paths(model).items() if id(v) not in adapters
+    }
+
+
+def _has(dimensions, weight):
+    return (
+        keras.backend.is_float_dtype(weight.dtype)
+        and min(len(weight.shape), 2) == dimensions
+    )
+
+
+def _first(weight):
+    flat = ops.reshape(ops.convert_to_tensor(weight), (-1,))
+    return float32_array(flat[:ENTRIES]).tolist()
+
+
+def _unnumbered(path):
+    return re.sub(r"_\d+(?=/|$)", "", path)

@@ -1,0 +1,103 @@
+"""What was done to a model, in a line and in tables; its sizes by rank."""
+
+import io
+import math
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from keras_dylora import _keras
+from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
+from keras_dylora.paths import layer_paths
+
+BYTES = 4  # of a float32; all that is trained is of those
+
+
+def parameters_by_rank(layers, variables, rank):
+    """Dict of each rank in `0..rank` to the number of trained parameters.
+
+    Columns and rows of the adapters of `layers` up to the rank, and all else
+    of the trainable `variables`.
+    """
+    column = sum(sum(matrix_shape(layer)) for layer in layers)
+    full = sum(math.prod(v.shape) for v in _besides(layers, variables))
+    return {b: full + b * column for b in range(rank + 1)}
+
+
+def _besides(layers, variables):
+    adapters = {id(v) for layer in layers for v in (layer.down, layer.up)}
+    return [v for v in variables if id(v) not in adapters]
+
+
+def announcement(model, targets):
+    """One line on what `enable_dylora` did to a model, by its `Targets`."""
+    config, adapted = model.dylora_config, targets.adapted
+    paths = layer_paths(model)
+    linear = [
+        path
+        for path, layer in paths.items()
+        if path in adapted or isinstance(layer, tuple(ADAPTED_CLASSES))
+    ]
+    # Custom weights count: experts, for one, are no `Dense` layers.
+    body = sum(
+        math.prod(v.shape)
+        for path, layer in paths.items()
+        if path not in targets.trained
+        and not type(layer).__name__.endswith("Embedding")
+        for v in _besides(adapted.values(), _keras.own_weights(layer))
+        if len(v.shape) > 1
+    )
+    covered = sum(math.prod(x.kernel.shape) for x in adapted.values())
+    sizes = parameters_by_rank(
+        adapted.values(), model.trainable_variables, config.rank
+    )
+    ranks = f"ranks {config.min_rank} to {config.rank}"
+    if config.min_rank == config.rank:
+        ranks = f"rank {config.rank}"
+    line = (
+        f"{model.name} has adapters of {ranks} on {len(adapted)} of "
+        f"{len(linear)} linear layers, {covered / body:.0%} of its matrices; "
+        f"{sizes[config.rank]:,} parameters are trained"
+    )
+    if sizes[0]:
+        full = [path for path, trained in targets.trained.items() if trained]
+        line += f", {sizes[0]:,} of them in full: {', '.join(full)}"
+    reasons = {}
+    for path, reason in targets.left_out.items():
+        reasons.setdefault(reason, []).append(path)
+    for reason, left_out in reasons.items():
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        line += f"; left out: {left_out[0]}{more}, which {reason}"
+    return line
+
+
+def tables(model):
+    """The adapted layers of a model, and its sizes by rank, as text."""
+    layers = Table(box=box.SIMPLE_HEAD)
+    layers.add_column("adapted layer", overflow="fold")
+    for name in ("matrix", "rank", "parameters"):
+        layers.add_column(name, justify="right")
+    rank = model.dylora_config.rank
+    for path, layer in model._dylora.layers.items():
+        inputs, outputs = matrix_shape(layer)
+        size = f"{rank * (inputs + outputs):,}"
+        layers.add_row(path, f"{inputs} x {outputs}", str(rank), size)
+    by_rank = Table(box=box.SIMPLE_HEAD)
+    for name in ("rank", "trained parameters", "bytes"):
+        by_rank.add_column(name, justify="right")
+    sizes = parameters_by_rank(
+        model.dylora_layers, model.trainable_variables, rank
+    )
+    for b, size in sizes.items():
+        if b:
+            by_rank.add_row(str(b), f"{size:,}", f"{BYTES * size:,}")
+    return text(layers, by_rank)
+
+
+def text(*tables):
+    """Tables of `rich` as plain text."""
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console.print(*tables, sep="\n")
+    lines = console.file.getvalue().splitlines()
+    return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -1,0 +1,174 @@
+"""What a user does to a model besides, and where it would go wrong."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dylora as kd
+from tests import backend
+from tests.models import (
+    classification_loss,
+    labels,
+    mlp_data,
+    randomize,
+    randomize_adapters,
+    roberta_classifier,
+    tokens,
+)
+
+
+def enabled(**arguments):
+    model = randomize(roberta_classifier(), scale=0.1)
+    kd.enable_dylora(model, rank=4, verbose=0, **arguments)
+    return randomize_adapters(model)
+
+
+def fit(model):
+    model.compile("sgd", classification_loss())
+    model.fit(tokens(), labels(), verbose=0)
+
+
+def around_a_backbone():
+    model = roberta_classifier()
+    kd.enable_dylora(model.backbone, rank=2, verbose=0)
+    return model
+
+
+def distiller():
+    return keras.distillation.Distiller(
+        teacher=roberta_classifier(),
+        student=enabled(),
+        distillation_losses=keras.distillation.LogitsDistillation(),
+    )
+
+
+@pytest.mark.parametrize("make", [around_a_backbone, distiller])
+def test_fit_of_a_model_around_an_enabled_one_warns(make):
+    with pytest.warns(UserWarning, match="enable the outer model") as caught:
+        fit(make())
+    assert len([w for w in caught if "outer model" in str(w.message)]) == 1
+
+
+def test_fit_of_a_plain_model_with_adapted_layers_warns():
+    inputs = keras.Input((10,))
+    model = keras.Model(inputs, kd.DyLoRADense(3)(inputs))
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="`DyLoRAModel`, draws ranks"):
+        model.fit(*mlp_data(), verbose=0)
+
+
+def at_a_chosen_rank(model):
+    with model.rank_scope(2):
+        model(tokens(), training=True)
+
+
+def at_drawn_ranks(model):
+    with model.draw_ranks(tokens()):
+        model(tokens(), training=True)
+
+
+def at_no_other_rank(model):
+    one = kd.enable_dylora(roberta_classifier(), rank=2, min_rank=2, verbose=0)
+    one(tokens(), training=True)
+
+
+@pytest.mark.parametrize(
+    "train", [fit, at_a_chosen_rank, at_drawn_ranks, at_no_other_rank]
+)
+def test_no_warning_where_the_rank_is_meant(train):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Only a model that is enabled")
+        train(enabled())
+
+
+def test_a_loop_of_ones_own_without_ranks_warns():
+    with pytest.warns(UserWarning, match="`model.draw_ranks` does"):
+        enabled()(tokens(), training=True)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [lambda m: m, lambda m: m.backbone, lambda m: m.dylora_layers[1]],
+    ids=["task", "backbone", "layer"],
+)
+def test_keras_lora_is_refused(of):
+    model = enabled()
+    weights = list(model.weights)
+    with pytest.raises(ValueError, match="Use `disable_dylora` before Keras"):
+        of(model).enable_lora(4)
+    assert [id(w) for w in model.weights] == [id(w) for w in weights]
+
+
+def test_keras_lora_of_another_layer_cannot_be_saved(tmp_path):
+    model = enabled()
+    model.get_layer("pooled_dense").enable_lora(2)
+    with pytest.raises(ValueError, match=r"LoRA at \['pooled_dense'\]"):
+        model.save(tmp_path / "clf.keras")
+    assert not any(tmp_path.iterdir())
+
+
+def test_trainable_again_is_what_was_chosen():
+    model = enabled()
+    chosen = [v.path for v in model.trainable_variables]
+    model.trainable = False
+    assert not model.trainable_variables
+    model.trainable = True
+    assert [v.path for v in model.trainable_variables] == chosen
+
+
+def test_trainable_is_anything_once_disabled():
+    model = kd.disable_dylora(enabled())
+    model.trainable = False
+    model.trainable = True
+    assert len(model.trainable_variables) == len(model.weights)
+
+
+def test_an_adapter_with_the_base_warns(tmp_path):
+    model = enabled()
+    model.backbone.trainable = False  # TensorFlow skips what is so already
+    model.backbone.trainable = True
+    with pytest.warns(UserWarning, match="28 weights .*froze") as caught:
+        kd.save_adapter(model, tmp_path / "adapter")
+    assert caught[0].filename == __file__
+
+
+def by_state_tree(model, set_rank):
+    state = model.get_state_tree("numpy_array")
+    set_rank()
+    model.set_state_tree(state)
+
+
+def by_state_dict(model, set_rank):
+    if backend.NAME != "torch":
+        pytest.skip("torch's own way to keep a state")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    set_rank()
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("restore", [by_state_tree, by_state_dict])
+def test_the_rank_is_that_of_a_restored_state(restore):
+    model = enabled()
+    model.set_rank(2)
+    at_2 = model.predict(tokens(), verbose=0)
+    restore(model, lambda: model.set_rank(4))
+    assert model.rank == 2
+    np.testing.assert_allclose(
+        model.predict(tokens(), verbose=0), at_2, atol=1e-6
+    )
+    merged = kd.merge(model).predict(tokens(), verbose=0)
+    np.testing.assert_allclose(merged, at_2, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["model.h5", "model.hdf5"])
+def test_hdf5_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"`.keras` file.*{name}"):
+        enabled().save(tmp_path / name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_clone_is_refused():
+    with pytest.raises(ValueError, match="`clone_model` would"):
+        keras.models.clone_model(enabled())
