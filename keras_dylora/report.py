@@ -55,7 +55,7 @@ class RankReport:
             for b in sorted(by_rank)
         }
         self.min_rank = min_rank
-        known = parameters or {}
+        known = {int(b): size for b, size in (parameters or {}).items()}
         self.parameters = {b: known[b] for b in self.metrics if b in known}
 
     @property

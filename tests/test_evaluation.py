@@ -257,3 +257,57 @@ def test_metrics_of_several_values():
     callback = kd.RankEvaluation((x, y), ranks=[2])
     history = model.fit(x, y, verbose=0, callbacks=[callback]).history
     assert "val_rank2_f1_score_2" in history
+
+
+def endless():
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices(mlp_data())
+    return data.batch(8).repeat()
+
+
+class Endless(keras.utils.PyDataset):
+    num_batches = None
+
+    def __getitem__(self, index):
+        return mlp_data(8, seed=index)
+
+
+@pytest.mark.parametrize("make", [endless, Endless])
+def test_data_without_an_end(make):
+    model = compiled()
+    with pytest.raises(ValueError, match="`steps`.*steps=None"):
+        kd.evaluate_ranks(model, make(), verbose=0)
+    with pytest.raises(ValueError, match="`steps`.*steps=None"):
+        model.fit(
+            *mlp_data(),
+            verbose=0,
+            callbacks=[kd.RankEvaluation(make())],
+        )  # fmt: skip
+    report = kd.evaluate_ranks(model, make(), steps=2, verbose=0)
+    callback = kd.RankEvaluation(make(), steps=2, ranks=[1])
+    model.optimizer.learning_rate = 0.0
+    logs = model.fit(*mlp_data(), verbose=0, callbacks=[callback])
+    assert logs.history["val_rank1_loss"] == [
+        pytest.approx(report.metrics[1]["loss"], rel=1e-5)
+    ]
+
+
+def test_targets_in_the_place_of_ranks():
+    with pytest.raises(TypeError, match=r"one argument, `\(x, y\)`"):
+        kd.RankEvaluation(tokens(), labels())
+
+
+def test_inputs_without_targets():
+    with pytest.raises(ValueError, match="inputs and targets.*y=None"):
+        kd.evaluate_ranks(compiled(), mlp_data()[0], verbose=0)
+
+
+def test_parameters_are_those_of_a_model_of_that_rank():
+    report = kd.evaluate_ranks(compiled(), *mlp_data(), verbose=0)
+    assert list(report.parameters) == [1, 2, 3, 4]
+    for rank, size in report.parameters.items():
+        smaller = mlp(rank=rank)
+        assert size == sum(
+            np.prod(v.shape) for v in smaller.trainable_variables
+        )

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import keras_dylora as kd
@@ -9,10 +10,12 @@ import keras_dylora as kd
 ACCURACY = {1: 0.80, 2: 0.84, 3: 0.85, 4: 0.855}
 
 
-def report(values=ACCURACY, min_rank=1, name="accuracy"):
-    return kd.RankReport(
-        {b: {"loss": 1 - v, name: v} for b, v in values.items()}, min_rank
-    )
+SIZES = {0: 40, 1: 100, 2: 160, 3: 220, 4: 280}
+
+
+def report(values=ACCURACY, min_rank=1, name="accuracy", parameters=None):
+    metrics = {b: {"loss": 1 - v, name: v} for b, v in values.items()}
+    return kd.RankReport(metrics, min_rank, parameters)
 
 
 @pytest.mark.parametrize(
@@ -92,15 +95,26 @@ def test_plot(ending, tmp_path):
         (lambda r, p: r.best("f1"), "metric='f1'"),
         (lambda r, p: r.best("accuracy", mode="high"), "mode='high'"),
         (lambda r, p: r.best("accuracy", -1), "tolerance=-1"),
+        (lambda r, p: r.best("accuracy", 5), "in the units.*tolerance=5"),
+        (lambda r, p: r.best("accuracy", max_parameters=9), "=9.*1: 100"),
         (lambda r, p: r.plot(p / "a.png", rank=7), "rank=7"),
         (lambda r, p: r.plot(p / "a.png", metric="f1"), "metric='f1'"),
         (lambda r, p: r.plot(p / "a.nonsense"), "nonsense"),
     ],
-    ids=["metric", "mode", "tolerance", "rank", "plot-metric", "format"],
+    ids=[
+        "metric",
+        "mode",
+        "tolerance",
+        "percent",
+        "parameters",
+        "rank",
+        "plot-metric",
+        "format",
+    ],
 )
 def test_bad_arguments(call, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        call(report(), tmp_path)
+        call(report(parameters=SIZES), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,3 +134,49 @@ def test_plot_keeps_its_own_curve():
     figure = report().plot(others={"DyLoRA": report({1: 0.1, 4: 0.2})})
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert labels.count("DyLoRA") == 2
+
+
+def test_the_best_of_few_parameters():
+    sized = report(parameters=SIZES)
+    assert sized.parameters == {1: 100, 2: 160, 3: 220, 4: 280}
+    assert sized.best("accuracy", max_parameters=230) == 3
+    assert sized.best("accuracy", 0.02, max_parameters=230) == 2
+    assert sized.best("accuracy", 0.02, max_parameters=100) == 1
+    again = kd.RankReport(**json.loads(sized.to_json()))
+    assert again.parameters == sized.parameters
+
+
+def test_best_of_unknown_sizes():
+    with pytest.raises(ValueError, match="unknown numbers"):
+        report().best("accuracy", max_parameters=100)
+
+
+def test_parameters_in_the_table():
+    lines = str(report(parameters=SIZES | {4: 28_000})).splitlines()
+    assert lines[0].split()[-1] == "parameters"
+    assert lines[-1].split()[-1] == "28,000"
+
+
+def test_notebook():
+    shown = report(name="<b>", min_rank=3, parameters=SIZES)._repr_html_()
+    assert shown.startswith("<table><tr><th>rank</th><th>&lt;b&gt;</th>")
+    assert "<td>1</td><td>0.8000</td><td>0.2000</td><td>100</td>" in shown
+    assert shown.count("<td>untrained</td>") == 2
+
+
+def test_data_frame():
+    frame = report(min_rank=2, parameters=SIZES).to_dataframe()
+    assert list(frame) == ["accuracy", "loss", "parameters", "trained"]
+    assert frame.index.name == "rank"
+    assert (
+        frame.loc[3, "accuracy"] == 0.85 and frame.loc[3, "parameters"] == 220
+    )
+    np.testing.assert_array_equal(frame["trained"], [False, True, True, True])
+
+
+def test_files_in_a_folder_that_is_not_there(tmp_path):
+    report().plot(tmp_path / "plots" / "ranks.png")
+    report().to_json(tmp_path / "reports" / "ranks.json")
+    assert {x.name for x in tmp_path.rglob("ranks.*")} == {
+        "ranks.png", "ranks.json",
+    }  # fmt: skip
