@@ -43,7 +43,7 @@ test-%: $(VENV)/installed
 test-long: test-long-jax test-long-torch
 
 test-long-%: $(VENV)/installed
-	KERAS_BACKEND=$* $(SUITE) -m long
+	KERAS_BACKEND=$* KILLS=10 $(SUITE) -m long
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

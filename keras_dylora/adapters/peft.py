@@ -216,7 +216,11 @@ def _read(model, directory):
     config = _config(modules, adapter)
     ours, parts = adapter.dylora is not None, {}
     for module, paths in modules.items():
-        parts |= _split(adapter.factors(module), paths, ours)
+        factors = adapter.factors(module)
+        if ours:  # PEFT's own file may be changed, which ours isn't
+            scale = config.scale.at(config.rank)
+            factors = dataclasses.replace(factors, scale=scale)
+        parts |= _split(factors, paths, ours)
     if not ours:
         parts = {path: factors.ordered()[0] for path, factors in parts.items()}
     trained = {path: adapter.tensor(name).T for name, path in head.items()}

@@ -35,6 +35,18 @@ _HARMLESS_KEYS = {
 }  # fmt: skip
 
 
+# Of the others that are read here, the types that PEFT writes.
+_TYPES = {
+    "alpha_pattern": dict,
+    "exclude_modules": (str, list),
+    "layers_to_transform": (int, list),
+    "modules_to_save": list,
+    "rank_pattern": dict,
+    "target_modules": (str, list),
+    "use_rslora": bool,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter:
     """What an adapter directory holds; `dylora` if `to_peft` wrote it."""
@@ -144,6 +156,13 @@ def _check_plain_lora(config):
             "The adapter must be a plain LoRA. Received: "
             + ", ".join(f"{k}={v!r}" for k, v in wrong.items())
         )
+    for key, types in _TYPES.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, types):
+            raise ValueError(
+                f"`{key}` in {CONFIG_NAME} must be as PEFT writes it. "
+                f"Received: {key}={value!r}"
+            )
 
 
 def _load(path):

@@ -1,0 +1,185 @@
+"""Damaged files are refused, and a kill leaves the old file or the new one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+import keras_dylora as kd
+from tests import backend
+from tests.models import randomize, randomize_adapters, roberta_classifier
+
+
+def enabled():
+    model = randomize(roberta_classifier(num_layers=1), scale=0.1)
+    kd.enable_dylora(model, rank=2, verbose=0)
+    return randomize_adapters(model)
+
+
+def plain_peft(model, folder):
+    kd.to_peft(model, folder)
+    (folder / "keras_dylora.json").unlink()
+
+
+DOORS = {
+    "native": (kd.save_adapter, kd.load_adapter),
+    "peft": (kd.to_peft, kd.from_peft),
+    "plain-peft": (plain_peft, kd.from_peft),
+}
+
+
+def cut(content):
+    for size in range(0, len(content), 10):
+        yield content[:size]
+
+
+def flipped(content):
+    rng = np.random.default_rng(0)
+    for place in range(0, len(content), max(len(content) // 400, 1)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(rng.integers(8))
+        yield bytes(changed)
+
+
+def huge_header(content):
+    for size in (2**20, 2**40, 2**63, 2**64 - 1):
+        yield size.to_bytes(8, "little") + content[8:]
+
+
+def swapped(content):
+    tensors = safetensors.load(content)
+    names = sorted(tensors)
+    for a in names:
+        for b in names[names.index(a) + 1 :]:
+            if tensors[a].shape == tensors[b].shape:
+                yield safetensors.save(
+                    {**tensors, a: tensors[b], b: tensors[a]}
+                )
+
+
+def other_fields(content):
+    fields = json.loads(content)
+    for value in (None, -1, 1e400, "x", [], {}, True, {"a": [[]]}):
+        for name in [*fields, "unknown"]:
+            yield json.dumps({**fields, name: value}).encode()
+    for name in fields:
+        rest = {k: v for k, v in fields.items() if k != name}
+        yield json.dumps(rest).encode()
+
+
+DAMAGES = {
+    "json": (cut, flipped, other_fields),
+    "safetensors": (cut, flipped, huge_header, swapped),
+}
+
+
+def values(model):
+    return [type(model), *backend.snapshot(model.variables)]
+
+
+def same(first, second):
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_damaged_files(door, tmp_path):
+    save, load = DOORS[door]
+    source = enabled()
+    save(source, tmp_path / "whole")
+    model = enabled()
+    for layer in model.dylora_layers:
+        layer.up.assign(keras.ops.zeros_like(layer.up))
+    untouched, loaded = values(model), values(source)
+    damaged = 0
+    for path in sorted((tmp_path / "whole").iterdir()):
+        content = path.read_bytes()
+        kind = path.suffix[1:]
+        for damage in DAMAGES[kind]:
+            for changed in damage(content):
+                folder = tmp_path / "damaged"
+                shutil.copytree(tmp_path / "whole", folder)
+                (folder / path.name).write_bytes(changed)
+                damaged += 1
+                what = f"{damage.__name__} {path.name} {changed!r:.300}"
+                try:
+                    load(model, folder)
+                except (ValueError, TypeError) as error:
+                    assert "Received" in str(error), (what, error)
+                    assert same(values(model), untouched), what
+                else:
+                    # What changed is of no effect. PEFT's own files have no
+                    # checksum, so there it may be another adapter.
+                    if door != "plain-peft":
+                        assert same(values(model), loaded), what
+                    for a, b in zip(
+                        model.variables, untouched[1:], strict=True
+                    ):
+                        a.assign(b)
+                shutil.rmtree(folder)
+    print(f"{damaged} damaged files")
+    assert damaged > 1000
+
+
+KILLS = int(os.environ.get("KILLS", 2))  # of each writer
+WRITERS = {
+    "keras": "model.save(path + '.keras')",
+    "adapter": "kd.save_adapter(model, path)",
+    "peft": "kd.to_peft(model, path)",
+}
+WRITES = """
+import sys
+import numpy as np
+import keras_dylora as kd
+from tests.test_faults import enabled
+
+path = sys.argv[1]
+model = enabled()
+number = 0
+while True:
+    number += 1
+    for layer in model.dylora_layers:
+        layer.up.assign(np.full(layer.up.shape, float(number)))
+    {write}
+    print(number, flush=True)
+"""
+
+
+def stored(kind, path):
+    if kind == "keras":
+        return keras.saving.load_model(f"{path}.keras")
+    model = enabled()
+    load = kd.load_adapter if kind == "adapter" else kd.from_peft
+    return load(model, path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_kill_loses_nothing(kind, tmp_path):
+    """Kills at moments of their own, each after some whole writes."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "written"
+    code = WRITES.format(write=WRITERS[kind])
+    for _ in range(KILLS):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ,
+        )
+        whole = int(process.stdout.readline())
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read().split()
+        process.wait()
+        whole = int(rest[-1]) if rest else whole
+        found = backend.to_numpy(stored(kind, path).dylora_layers[0].up)
+        assert np.ptp(found) == 0 and found[0, 0] in (whole, whole + 1)
