@@ -1,5 +1,6 @@
 # Two commands: make demo, make test. KERAS_BACKEND picks the demo's backend.
 # make test-long: the longest tests, which make test runs on TensorFlow alone.
+# make test-families: all of KerasHub, which make test runs on torch alone.
 
 PYTHON ?= python3
 KERAS_BACKEND ?= tensorflow
@@ -13,7 +14,7 @@ INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.t
 BACKENDS := tensorflow jax torch
 SUITE = $(RUN) -m pytest --quiet --ignore tests/test_parity.py
 
-.PHONY: demo test test-long test-parity lint clean
+.PHONY: demo test test-long test-families test-parity lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,16 +35,25 @@ test-parity: $(VENV)/installed
 	$(RUN) -m pytest --quiet tests/test_parity.py
 
 test-tensorflow: $(VENV)/installed
-	KERAS_BACKEND=tensorflow $(SUITE)
+	KERAS_BACKEND=tensorflow $(SUITE) -m "not families"
 
-test-%: $(VENV)/installed
-	KERAS_BACKEND=$* $(SUITE) -m "not long"
+test-jax: $(VENV)/installed
+	KERAS_BACKEND=jax $(SUITE) -m "not long and not families"
 
-# On JAX and torch: examples, and formats that TensorFlow writes for them too.
+# Where nothing is compiled, a hundred models take the least.
+test-torch: $(VENV)/installed
+	KERAS_BACKEND=torch $(SUITE) -m "not long"
+
+# Examples, and formats that TensorFlow writes for the other backends too.
 test-long: test-long-jax test-long-torch
 
 test-long-%: $(VENV)/installed
 	KERAS_BACKEND=$* KILLS=10 $(SUITE) -m long
+
+test-families: $(BACKENDS:%=test-families-%)
+
+test-families-%: $(VENV)/installed
+	KERAS_BACKEND=$* $(SUITE) -m families
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

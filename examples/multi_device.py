@@ -57,7 +57,8 @@ def classifier(method):
     model = keras_hub.models.RobertaTextClassifier(
         backbone, num_classes=2, preprocessor=None, dropout=0.0
     )
-    kd.enable_dylora(model, methods.config(method, STEPS, 4, 16.0, seed=3))
+    config = methods.config(method, STEPS, 4, 16.0, seed=3)
+    kd.enable_dylora(model, config, verbose=0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-3), loss)
     return model

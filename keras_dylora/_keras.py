@@ -111,6 +111,20 @@ def unpickle(archive):
     return keras.Model._unpickle_model(archive)
 
 
+def graph_calls(model):
+    """The calls of layers that a functional model is made of, in order.
+
+    Yields each layer with the arguments, in which `KerasTensor`s stand for
+    tensors; none for another model. Keras shows the layers alone.
+    """
+    nodes = getattr(model, "_nodes_by_depth", {})
+    for depth in sorted(nodes, reverse=True):
+        for node in nodes[depth]:
+            if isinstance(node.operation, keras.Layer):
+                arguments = node.arguments
+                yield node.operation, arguments.args, arguments.kwargs
+
+
 # Quantization.
 
 

@@ -206,7 +206,8 @@ class LowRankAdapter:
         return self._call_adapted(super().quantized_call, inputs, training)
 
     def _call_adapted(self, base_call, inputs, training):
-        if training and self.min_rank < self.rank:
+        # With rematerialization on JAX it is a tracer, which has no truth.
+        if training is True and self.min_rank < self.rank:
             self._gate.warn_unless_chosen(self.path)
         activation = self.activation
         if activation in (None, keras.activations.linear):

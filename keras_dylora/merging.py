@@ -66,9 +66,13 @@ def merge(model, rank=None):
     merged = keras.saving.deserialize_keras_object(config, safe_mode=False)
     _keras.settle_dtype_policies(merged)
     # By position: Keras numbers unnamed layers anew.
-    pairs = zip(
-        layer_paths(model).values(), layer_paths(merged).values(), strict=True
-    )
+    here, there = (list(layer_paths(x).values()) for x in (model, merged))
+    if len(here) != len(there):
+        raise ValueError(
+            "The config of a model must give the same layers again. Received: "
+            f"{model.name} with {len(here)} layers, {len(there)} once rebuilt"
+        )
+    pairs = zip(here, there, strict=True)
     adapted = [
         (layer, target)
         for layer, target in pairs

@@ -211,7 +211,9 @@ class DyLoRAModel(keras.Model):
     def set_rank(self, rank):
         """Sets the rank of `predict`, `evaluate`, `generate` and calls.
 
-        Compiled functions read the new rank; nothing is traced again.
+        Compiled functions read the new rank; nothing is traced again. A live
+        model has one rank at a time, which threads share: to serve several at
+        once, use `export_ranks` or a `merge` for each.
 
         Args:
             rank: int in `0..config.rank`. `0` gives the base model.

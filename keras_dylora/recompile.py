@@ -39,8 +39,14 @@ def compile_from(model, config):
     """
     config = _keras.settled_jit(config)
     build_optimizer = config.pop("optimizer_built", True)
-    arguments = keras.saving.deserialize_keras_object(config)
-    if not _compile(model, arguments, build_optimizer):
+    try:
+        arguments = keras.saving.deserialize_keras_object(config)
+        compiled = _compile(model, arguments, build_optimizer)
+    except Exception:
+        if not _compiles_itself(model):
+            raise
+        compiled = False
+    if not compiled:
         keras.Model.compile_from_config(model, config)
 
 
@@ -54,12 +60,16 @@ def _compile(model, arguments, build_optimizer):
         inspect.signature(model.compile).bind(**arguments)
         model.compile(**arguments)
     except Exception:
-        if type(model).compile is keras.Model.compile:
+        if not _compiles_itself(model):
             raise
         return False
     if model.optimizer is not None and model.built and build_optimizer:
         model.optimizer.build(model.trainable_variables)
     return True
+
+
+def _compiles_itself(model):
+    return type(model).compile is not keras.Model.compile
 
 
 @contextlib.contextmanager

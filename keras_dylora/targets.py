@@ -9,6 +9,7 @@ import warnings
 
 import keras
 
+from keras_dylora import _keras
 from keras_dylora.adaptation import restore, trainable_flags
 from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.paths import layer_paths
@@ -25,8 +26,8 @@ ROUTER = (
     r"(.*_)?router(_.*)?|sparse_feedforward_gate_dense"
     r"|shared_expert_gate(_dense)?"
 )
-# For the axes of a model's input that have any size.
-SIZES = (16, 64, 8, 256)
+# For the axes of an input that have any size: as Keras does, or these.
+SIZES = (None, 16, 64, 8, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _backbones(model, paths):
     if isinstance(backbone, keras.Model):
         return [backbone]
     within = [x for x in paths.values() if is_backbone(type(x))]
-    return within or _taken_apart(paths)
+    return within + _taken_apart(paths)
 
 
 def _taken_apart(paths):
@@ -225,6 +226,7 @@ def _taken_apart(paths):
     `keras.Model(backbone.input, head(backbone.output))` doesn't know of the
     backbone, but the program that made it does, as long as it keeps it.
     """
+    gc.collect()  # what isn't kept any more doesn't count
     ids = {id(layer) for layer in paths.values()}
     return [
         x
@@ -266,42 +268,74 @@ def _variables_if_trained(layer):
 
 
 def _never_called(model, layers):
-    """The paths of layers that a pass through the model doesn't call.
+    """The paths of layers that a functional model has and never calls.
 
-    None where it can't be told: a subclassed model doesn't say what its inputs
-    are.
+    Each layer of the model is traced by itself, in its place. What can't be
+    traced, or is a subclassed model, passes.
     """
-    if not getattr(model, "inputs", None):
-        return []
-    for size in SIZES:
-        called = set()
-        with _recorded(layers, called):
-            try:
-                _Pass(model)(_any_size(model.input, size))
-            except Exception:  # not a size that the model takes
-                continue
-        return [path for path in layers if path not in called]
-    return []
+    called = set()
+    with _recorded(layers, called):
+        traced = _trace(model, {id(x): path for path, x in layers.items()})
+    return [path for path in layers if path in traced - called]
 
 
-class _Pass(keras.Layer):
-    """Traces a whole call of a model, without one of its layers' shortcuts."""
+def _trace(model, paths):
+    """Traces the calls of a model; the paths of the layers within them.
 
-    def __init__(self, model):
+    `paths` is a dict of id to path of the layers that matter.
+    """
+    traced, failed = set(), set()
+    for layer, args, kwargs in _keras.graph_calls(model):
+        below = [layer, *layer_paths(layer).values()]
+        inside = {id(x): paths[id(x)] for x in below if id(x) in paths}
+        if any(_keras.graph_calls(layer)):
+            traced |= _trace(layer, inside)
+        elif inside:
+            fits = any(_traces(layer, args, kwargs, size) for size in SIZES)
+            (traced if fits else failed).update(inside.values())
+    return traced - failed
+
+
+def _traces(layer, args, kwargs, size):
+    """Whether a call of a layer can be traced, with open axes of a size."""
+    arguments = keras.tree.flatten([args, kwargs])
+    tensors = {
+        i: _of_size(x, size)
+        for i, x in enumerate(arguments)
+        if isinstance(x, keras.KerasTensor)
+    }
+
+    def call(values):
+        filled = [
+            values[i] if i in values else x for i, x in enumerate(arguments)
+        ]
+        a, k = keras.tree.pack_sequence_as([args, kwargs], filled)
+        return layer(*a, **k)
+
+    try:
+        _Function(call)(tensors)
+    except Exception:  # not a size that it takes
+        return False
+    return True
+
+
+def _of_size(x, size):
+    if size is None:
+        return x
+    shape = [size if n is None else n for n in x.shape]
+    shape[:1] = [2] * len(shape[:1])  # the batch
+    return keras.KerasTensor(shape, x.dtype)
+
+
+class _Function(keras.Layer):
+    """A function as a layer: Keras traces it whole, without shortcuts."""
+
+    def __init__(self, function):
         super().__init__()
-        self._trace = lambda inputs: model(inputs)
+        self.function = function
 
     def call(self, inputs):
-        return self._trace(inputs)
-
-
-def _any_size(inputs, size):
-    return keras.tree.map_structure(
-        lambda x: keras.KerasTensor(
-            (2, *(size if n is None else n for n in x.shape[1:])), x.dtype
-        ),
-        inputs,
-    )
+        return self.function(inputs)
 
 
 @contextlib.contextmanager

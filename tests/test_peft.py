@@ -403,7 +403,7 @@ def test_round_trip_is_bit_equal(name, targets, rank, pair, tmp_path):
     if head is not None:
         head.set_weights([0 * w for w in head.get_weights()])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert from_peft(again, tmp_path / "adapter") is again
     config = again.dylora_config
     assert (config.rank, config.min_rank, config.alpha) == (rank, 2, 7.0)
@@ -508,7 +508,7 @@ def test_an_enabled_model_keeps_its_alpha(tmp_path):
     source = enabled(roberta_classifier(), alpha=7.0)
     to_peft(source, tmp_path)
     model = kd.enable_dylora(roberta_classifier(), rank=3, alpha=2.0)
-    from_peft(model, tmp_path)
+    from_peft(model, tmp_path, strict=False)
     assert model.dylora_config.alpha == 2.0
     for a, b in zip(source.dylora_layers, model.dylora_layers, strict=True):
         np.testing.assert_allclose(
@@ -520,7 +520,7 @@ def test_an_enabled_model_keeps_its_alpha(tmp_path):
 def test_a_head_that_is_not_trained_is_saved(trainable_layers, tmp_path):
     model = enabled(roberta_classifier(), trainable_layers=trainable_layers)
     to_peft(model, tmp_path)
-    again = from_peft(roberta_classifier(), tmp_path)
+    again = from_peft(roberta_classifier(), tmp_path, strict=False)
     for name in ("pooled_dense", "logits"):
         for a, b in zip(
             model.get_layer(name).weights,

@@ -264,7 +264,7 @@ def test_adapter_round_trip_at_every_rank(rank, shared_model, tmp_path):
     for b in range(1, rank + 1):
         found = _at(other, b, tokens())
         np.testing.assert_allclose(found, expected[f"rank{b}"], atol=1e-6)
-    again = roberta_classifier()
+    again = randomize(roberta_classifier(), scale=0.1)
     kd.enable_dylora(again, rank=rank)
     kd.load_adapter(again, tmp_path / "adapter")
 
@@ -403,7 +403,9 @@ def test_adapter_holds_a_head_that_is_frozen_by_now(reloaded, tmp_path):
         model = keras.saving.load_model(tmp_path / "model.keras")
     model.get_layer("logits").trainable = False
     kd.save_adapter(model, tmp_path / "adapter")
-    other = kd.load_adapter(roberta_classifier(), tmp_path / "adapter")
+    other = kd.load_adapter(
+        randomize(roberta_classifier()), tmp_path / "adapter"
+    )
     np.testing.assert_array_equal(
         backend.to_numpy(other.get_layer("logits").kernel),
         backend.to_numpy(model.get_layer("logits").kernel),

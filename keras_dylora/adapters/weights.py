@@ -74,26 +74,31 @@ class AdapterWeights:
             ),
         )
 
-    def placed(self, model, strict=True):
-        """The same by the paths of a model.
+    def placed(self, model, whole=True, strict=True):
+        """The same by the paths of a model, into which they fit.
 
-        Raises a `ValueError` if it is of another model, unless not `strict`.
+        Raises a `ValueError` if they don't, see `check`; and if `strict`, if
+        the model isn't the one that they are of.
         """
         if self.identity is None:
+            self.check(model, whole)
             return self
         try:
             paths = self.identity.paths_in(model)
         except ValueError:
+            self.check(model, whole)  # which may tell more
             if strict:
                 raise
             return self
-        if strict:
-            self.identity.check_base(model, paths)
-        return dataclasses.replace(
+        placed = dataclasses.replace(
             self,
             layers={paths.get(p, p): x for p, x in self.layers.items()},
             trained={renamed(p, paths): x for p, x in self.trained.items()},
         )
+        placed.check(model, whole)
+        if strict:
+            self.identity.check_base(model, paths)
+        return placed
 
     def check(self, model, whole=True):
         """Raises a `ValueError` if the weights don't fit a model.
@@ -152,8 +157,7 @@ class AdapterWeights:
         columns of zeros, and where its scale is another one, that goes into
         its rows.
         """
-        self = self.placed(model, strict)
-        self.check(model, whole)
+        self = self.placed(model, whole, strict)
         if not isinstance(model, DyLoRAModel):
             # Exactly these: a path may be a name or a pattern of others too.
             exactly = {"target_layers": lambda p, _: p in self.layers}
