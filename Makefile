@@ -1,6 +1,7 @@
 # Two commands: make demo, make test. KERAS_BACKEND picks the demo's backend.
 # make test-long: the longest tests, which make test runs on TensorFlow alone.
 # make test-families: all of KerasHub, which make test runs on torch alone.
+# make test-lowest: the oldest versions that pyproject.toml allows.
 
 PYTHON ?= python3
 KERAS_BACKEND ?= tensorflow
@@ -14,7 +15,7 @@ INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.t
 BACKENDS := tensorflow jax torch
 SUITE = $(RUN) -m pytest --quiet --ignore tests/test_parity.py
 
-.PHONY: demo test test-long test-families test-parity lint clean
+.PHONY: demo test test-long test-families test-lowest test-parity lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,9 +56,28 @@ test-families: $(BACKENDS:%=test-families-%)
 test-families-%: $(VENV)/installed
 	KERAS_BACKEND=$* $(SUITE) -m families
 
+# The oldest versions that we allow, in a .venv of their own, without what only
+# examples, PEFT and new families need.
+LOWEST := .venv-lowest
+
+test-lowest: test-lowest-jax test-lowest-tensorflow
+
+test-lowest-%: $(LOWEST)/installed
+	KERAS_BACKEND=$* $(LOWEST)/bin/python -m pytest --quiet \
+		-m "not long and not families" --ignore tests/families \
+		--ignore tests/test_parity.py --ignore tests/test_peft.py \
+		--ignore tests/test_experiments.py --ignore tests/test_nlg.py
+
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile \
+		--constraint constraints-lowest.txt \
+		-e ".[hub,plot,tensorflow,jax]" pandas pytest
+	touch $@
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) demo build dist *.egg-info

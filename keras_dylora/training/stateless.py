@@ -3,11 +3,15 @@
 import contextlib
 
 import keras
-from jax.extend.core import get_opaque_trace_state
 from keras import ops
 
 from keras_dylora import _keras
 from keras_dylora.training import step
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # JAX before 0.10
+    from jax.core import get_opaque_trace_state
 
 _EAGER = get_opaque_trace_state(convention="flax")
 
