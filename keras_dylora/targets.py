@@ -1,6 +1,5 @@
 """Which layers of a model are adapted, and which are trained in full."""
 
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -9,8 +8,8 @@ import warnings
 
 import keras
 
-from keras_dylora import _keras
 from keras_dylora.adaptation import restore, trainable_flags
+from keras_dylora.calls import never_called
 from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.paths import layer_paths
 
@@ -26,8 +25,6 @@ ROUTER = (
     r"(.*_)?router(_.*)?|sparse_feedforward_gate_dense"
     r"|shared_expert_gate(_dense)?"
 )
-# For the axes of an input that have any size: as Keras does, or these.
-SIZES = (None, 16, 64, 8, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +73,7 @@ def find_targets(model, config):
         raise ValueError(_no_target(config.target_layers, linear))
     for path, layer in chosen.items():
         _check(path, layer)
-    unused = _never_called(model, chosen)
+    unused = never_called(model, chosen)
     if unused:
         message = (
             "An adapter needs a layer that the model calls; this one reads "
@@ -265,98 +262,3 @@ def _variables_if_trained(layer):
         return list(layer.trainable_variables)
     finally:
         restore(flags)
-
-
-def _never_called(model, layers):
-    """The paths of layers that a functional model has and never calls.
-
-    Each layer of the model is traced by itself, in its place. What can't be
-    traced, or is a subclassed model, passes.
-    """
-    called = set()
-    with _recorded(layers, called):
-        traced = _trace(model, {id(x): path for path, x in layers.items()})
-    return [path for path in layers if path in traced - called]
-
-
-def _trace(model, paths):
-    """Traces the calls of a model; the paths of the layers within them.
-
-    `paths` is a dict of id to path of the layers that matter.
-    """
-    traced, failed = set(), set()
-    for layer, args, kwargs in _keras.graph_calls(model):
-        below = [layer, *layer_paths(layer).values()]
-        inside = {id(x): paths[id(x)] for x in below if id(x) in paths}
-        if any(_keras.graph_calls(layer)):
-            traced |= _trace(layer, inside)
-        elif inside:
-            fits = any(_traces(layer, args, kwargs, size) for size in SIZES)
-            (traced if fits else failed).update(inside.values())
-    return traced - failed
-
-
-def _traces(layer, args, kwargs, size):
-    """Whether a call of a layer can be traced, with open axes of a size."""
-    arguments = keras.tree.flatten([args, kwargs])
-    tensors = {
-        i: _of_size(x, size)
-        for i, x in enumerate(arguments)
-        if isinstance(x, keras.KerasTensor)
-    }
-
-    def call(values):
-        filled = [
-            values[i] if i in values else x for i, x in enumerate(arguments)
-        ]
-        a, k = keras.tree.pack_sequence_as([args, kwargs], filled)
-        return layer(*a, **k)
-
-    try:
-        _Function(call)(tensors)
-    except Exception:  # not a size that it takes
-        return False
-    return True
-
-
-def _of_size(x, size):
-    if size is None:
-        return x
-    shape = [size if n is None else n for n in x.shape]
-    shape[:1] = [2] * len(shape[:1])  # the batch
-    return keras.KerasTensor(shape, x.dtype)
-
-
-class _Function(keras.Layer):
-    """A function as a layer: Keras traces it whole, without shortcuts."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def call(self, inputs):
-        return self.function(inputs)
-
-
-@contextlib.contextmanager
-def _recorded(layers, called):
-    """Within it, the paths of layers that are called go into a set."""
-
-    def recorder(path, method):
-        def call(*args, **kwargs):
-            called.add(path)
-            return method(*args, **kwargs)
-
-        return call
-
-    methods = ("call", "quantized_call")
-    try:
-        for path, layer in layers.items():
-            for name in methods:
-                method = getattr(layer, name)
-                layer.__dict__[name] = recorder(path, method)
-        yield
-    finally:
-        for layer in layers.values():
-            for name in methods:
-                layer.__dict__.pop(name, None)

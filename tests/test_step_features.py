@@ -172,6 +172,9 @@ def test_accumulation_averages_the_gradients_of_several_ranks():
         )
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="of Keras 3.15"
+)
 def test_frozen_with_several_optimizers():
     def optimizers(**kwargs):
         one, other = (keras.optimizers.SGD(0.1, **kwargs) for _ in range(2))

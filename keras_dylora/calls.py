@@ -1,0 +1,106 @@
+"""Which layers a model calls, and does not just read the kernels of."""
+
+import contextlib
+
+import keras
+
+from keras_dylora import _keras
+from keras_dylora.paths import layer_paths
+
+# For the axes of an input that have any size: as Keras does, or these.
+SIZES = (None, 16, 64, 8, 256)
+
+
+def never_called(model, layers):
+    """The paths of layers that a functional model has and never calls.
+
+    Each layer of the model is traced by itself, in its place. What can't be
+    traced, or is a subclassed model, passes.
+    """
+    called = set()
+    with _recorded(layers, called):
+        traced = _trace(model, {id(x): path for path, x in layers.items()})
+    return [path for path in layers if path in traced - called]
+
+
+def _trace(model, paths):
+    """Traces the calls of a model; the paths of the layers within them.
+
+    `paths` is a dict of id to path of the layers that matter.
+    """
+    traced, failed = set(), set()
+    for layer, args, kwargs in _keras.graph_calls(model):
+        below = [layer, *layer_paths(layer).values()]
+        inside = {id(x): paths[id(x)] for x in below if id(x) in paths}
+        if any(_keras.graph_calls(layer)):
+            traced |= _trace(layer, inside)
+        elif inside:
+            fits = any(_traces(layer, args, kwargs, size) for size in SIZES)
+            (traced if fits else failed).update(inside.values())
+    return traced - failed
+
+
+def _traces(layer, args, kwargs, size):
+    """Whether a call of a layer can be traced, with open axes of a size."""
+    arguments = keras.tree.flatten([args, kwargs])
+    tensors = {
+        i: _of_size(x, size)
+        for i, x in enumerate(arguments)
+        if isinstance(x, keras.KerasTensor)
+    }
+
+    def call(values):
+        filled = [
+            values[i] if i in values else x for i, x in enumerate(arguments)
+        ]
+        a, k = keras.tree.pack_sequence_as([args, kwargs], filled)
+        return layer(*a, **k)
+
+    try:
+        _Function(call)(tensors)
+    except Exception:  # not a size that it takes
+        return False
+    return True
+
+
+def _of_size(x, size):
+    if size is None:
+        return x
+    shape = [size if n is None else n for n in x.shape]
+    shape[:1] = [2] * len(shape[:1])  # the batch
+    return keras.KerasTensor(shape, x.dtype)
+
+
+class _Function(keras.Layer):
+    """A function as a layer: Keras traces it whole, without shortcuts."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, inputs):
+        return self.function(inputs)
+
+
+@contextlib.contextmanager
+def _recorded(layers, called):
+    """Within it, the paths of layers that are called go into a set."""
+
+    def recorder(path, method):
+        def call(*args, **kwargs):
+            called.add(path)
+            return method(*args, **kwargs)
+
+        return call
+
+    methods = ("call", "quantized_call")
+    try:
+        for path, layer in layers.items():
+            for name in methods:
+                method = getattr(layer, name)
+                layer.__dict__[name] = recorder(path, method)
+        yield
+    finally:
+        for layer in layers.values():
+            for name in methods:
+                layer.__dict__.pop(name, None)
