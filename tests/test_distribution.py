@@ -41,7 +41,13 @@ def check(result, method):
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="keras.distribution is JAX's")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("dylora-frozen", marks=pytest.mark.long),
+        "progressive",
+    ],
+)
 def test_eight_jax_devices(method):
     printed = backend.run_python(
         RUN, "data_parallel", "model_parallel", "--method", method

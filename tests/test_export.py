@@ -137,7 +137,10 @@ def prompts():
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(roberta, marks=pytest.mark.long), gpt2],
+    params=[
+        pytest.param(roberta, marks=pytest.mark.long),
+        pytest.param(gpt2, marks=pytest.mark.long),
+    ],
     ids=["roberta", "gpt2"],
 )
 def exported(request, tmp_path_factory):
@@ -243,6 +246,7 @@ def test_live_model_is_left_as_it_was(exported):
     assert all(x._gate.override is None for x in model.dylora_layers)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exported", [gpt2], indirect=True, ids=["gpt2"])
 @pytest.mark.parametrize("end", [-1, 7], ids=["no_end", "end"])
 @pytest.mark.parametrize("layout", ["shared", "merged"])
@@ -257,6 +261,7 @@ def test_generate_signature_equals_generate(exported, layout, end):
     exported.model.set_rank(4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exported", [gpt2], indirect=True, ids=["gpt2"])
 def test_generate_may_mix_ranks(exported):
     mixed = exported.outputs["generate"]["token_ids"]
@@ -460,6 +465,7 @@ def custom_model(custom, layer=None):
     return randomize_adapters(model)
 
 
+@pytest.mark.long
 def test_subclassed_model_with_custom_parts(tmp_path, custom):
     model = custom_model(custom)
     export_ranks(

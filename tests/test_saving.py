@@ -70,7 +70,7 @@ NEXT = backend.BACKENDS[(backend.BACKENDS.index(backend.NAME) + 1) % 3]
 @pytest.mark.parametrize(
     ("make", "target"),
     [
-        (roberta_classifier, backend.NAME),
+        pytest.param(roberta_classifier, backend.NAME, marks=pytest.mark.long),
         (roberta_classifier, NEXT),
         (gpt2, backend.NAME),
     ],
