@@ -135,32 +135,27 @@ class Adaptation:
         gates = [layer._gate.gate for layer in self.layers.values()]
         return list({id(gate): gate for gate in gates}.values())
 
-    @contextlib.contextmanager
     def overridden(self, value):
         """Within it, the layers read a tensor in place of their gates.
 
         It is `(rank,)`, or `(batch, rank)` with a gate for each example.
         """
-        before = [(gate, gate.override) for gate in self.gates]
-        for gate, _ in before:
-            gate.override = value
-        try:
-            yield
-        finally:
-            for gate, override in before:
-                gate.override = override
+        return self._gates_with("override", value)
 
-    @contextlib.contextmanager
     def rank_chosen(self):
         """Within it, the layers know that their rank is meant."""
-        before = [(gate, gate.chosen) for gate in self.gates]
+        return self._gates_with("chosen", True)
+
+    @contextlib.contextmanager
+    def _gates_with(self, attribute, value):
+        before = [(gate, getattr(gate, attribute)) for gate in self.gates]
         for gate, _ in before:
-            gate.chosen = True
+            setattr(gate, attribute, value)
         try:
             yield
         finally:
-            for gate, chosen in before:
-                gate.chosen = chosen
+            for gate, previous in before:
+                setattr(gate, attribute, previous)
 
     def train(self, variables):
         """Leaves these variables trainable, and nothing else."""

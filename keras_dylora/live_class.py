@@ -10,8 +10,19 @@ import keras
 from keras_dylora import _keras
 from keras_dylora.recompile import new_optimizer, reset_compiled
 
-# What would lose the adapters: the first of a backbone alone.
-REFUSED = ("save", "save_to_preset", "export_to_transformers", "enable_lora")
+_PLAIN = (
+    "A preset, a Transformers export or a file of the backbone alone holds a "
+    "plain model. Use `merge(model, rank)` and save that, or `model.save` or "
+    "`save_adapter` of the whole model, which keep the adapters."
+)
+# What would lose the adapters, with the rule: the first of a backbone alone.
+REFUSED = {
+    "save": _PLAIN,
+    "save_to_preset": _PLAIN,
+    "export_to_transformers": _PLAIN,
+    "enable_lora": "A model has adapters of one kind. Use `disable_dylora` "
+    "before Keras's own LoRA.",
+}
 
 
 def to_dylora_class(model, adaptation, dylora_class):
@@ -29,8 +40,9 @@ def to_dylora_class(model, adaptation, dylora_class):
     _keras.track_for_torch(model)
     for each in _keras.submodels(model):
         if hasattr(each, "save_to_preset"):  # a task or a backbone
-            for name in REFUSED[1:] if each is model else REFUSED:
-                each.__dict__[name] = functools.partial(_refuse, name)
+            for name in REFUSED:
+                if name != "save" or each is not model:
+                    each.__dict__[name] = functools.partial(_refuse, name)
     reset_compiled(model, optimizer)
 
 
@@ -51,17 +63,9 @@ def to_original_class(model):
 
 def _refuse(method, *args, **kwargs):
     path, *_ = *args, *kwargs.values(), None
-    if method == "enable_lora":
-        raise ValueError(
-            "A model has adapters of one kind. Use `disable_dylora` before "
-            f"Keras's own LoRA. Received: enable_lora({path!r})"
-        )
     raise ValueError(
-        "A preset, a Transformers export or a file of the backbone alone "
-        "holds a plain model. Use `merge(model, rank)` and save that, or "
-        "`model.save` or `save_adapter` of the whole model, which keep the "
-        "adapters. "
-        f"Received: {method}({str(path)!r}) of an enabled model"
+        f"{REFUSED[method]} Received: {method}({str(path)!r}) of an enabled "
+        "model"
     )
 
 

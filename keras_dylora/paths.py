@@ -41,6 +41,12 @@ def adapted_layers(model):
     }
 
 
+def without_adapters(weights, layers):
+    """The weights that aren't `down` or `up` of one of the adapted layers."""
+    adapters = {id(v) for layer in layers for v in (layer.down, layer.up)}
+    return [v for v in weights if id(v) not in adapters]
+
+
 def weight_paths(model):
     """Every weight of a model by its path.
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from keras_dylora import _keras
 from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
-from keras_dylora.paths import layer_paths
+from keras_dylora.paths import layer_paths, without_adapters
 
 BYTES = 4  # of a float32; all that is trained is of those
 
@@ -21,13 +21,8 @@ def parameters_by_rank(layers, variables, rank):
     of the trainable `variables`.
     """
     column = sum(sum(matrix_shape(layer)) for layer in layers)
-    full = sum(math.prod(v.shape) for v in _besides(layers, variables))
+    full = sum(math.prod(v.shape) for v in without_adapters(variables, layers))
     return {b: full + b * column for b in range(rank + 1)}
-
-
-def _besides(layers, variables):
-    adapters = {id(v) for layer in layers for v in (layer.down, layer.up)}
-    return [v for v in variables if id(v) not in adapters]
 
 
 def announcement(model, targets):
@@ -45,7 +40,7 @@ def announcement(model, targets):
         for path, layer in paths.items()
         if path not in targets.trained
         and not type(layer).__name__.endswith("Embedding")
-        for v in _besides(adapted.values(), _keras.own_weights(layer))
+        for v in without_adapters(_keras.own_weights(layer), adapted.values())
         if len(v.shape) > 1
     )
     covered = sum(math.prod(x.kernel.shape) for x in adapted.values())

@@ -244,7 +244,7 @@ def is_backbone(cls):
 def _warn_of_frozen_output(model, paths, adapted):
     """Says that the last layer of a model stays frozen, which may be new."""
     *_, last = (path for path, layer in paths.items() if layer.weights)
-    if not any(path.startswith(last) for path in adapted):
+    if last not in adapted:
         warnings.warn(
             "Nothing but the adapters is trained: the model has no backbone "
             "of KerasHub's to tell a new head from. Name the layers that are "

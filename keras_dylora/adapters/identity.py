@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_dylora import _keras
 from keras_dylora.geometry import float32_array
-from keras_dylora.paths import layer_paths, weight_paths
+from keras_dylora.paths import layer_paths, weight_paths, without_adapters
 
 # What is kept of the base: the first entries of a few weights.
 WEIGHTS, ENTRIES = 8, 4
@@ -130,10 +130,8 @@ def _layers(model):
 def _base(model):
     """The weights of a model by path, without adapters."""
     layers = getattr(model, "dylora_layers", [])
-    adapters = {id(v) for x in layers for v in (x.down, x.up)}
-    return {
-        p: v for p, v in weight_paths(model).items() if id(v) not in adapters
-    }
+    base = {id(v) for v in without_adapters(model.weights, layers)}
+    return {p: v for p, v in weight_paths(model).items() if id(v) in base}
 
 
 def _has(dimensions, weight):
