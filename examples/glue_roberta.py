@@ -58,6 +58,9 @@ class Settings:
     rank: int = 8
     # Of the offline tasks, whose test part isn't given.
     test_size: int = TEST_SIZE
+    target_layers: str | None = None
+    # Shares of the parameters at which each layer has a rank of its own.
+    budgets: tuple = ()
     # Table 8 names seed 10 twice. A run is never run twice, so it counts once.
     seeds: tuple = (10, 42, 4242, 1010)
 
@@ -126,7 +129,7 @@ def build(task, method, rank, distribution, seed, settings, steps):
     """A model that is ready to be trained by one method."""
     model = classifier(task, settings)
     if method in ADAPTERS:
-        fields = {"seed": seed}
+        fields = {"seed": seed, "target_layers": settings.target_layers}
         if distribution != "uniform":
             fields["rank_distribution"] = distribution
         config = methods.config(method, steps, rank, settings.alpha, **fields)
@@ -161,17 +164,20 @@ def build(task, method, rank, distribution, seed, settings, steps):
 
 
 def evaluate(model, task, splits, ranks):
-    """Metrics by split, rank and name; the rank of a full model is `full`."""
+    """Metrics by split, rank and name; the rank of a full model is `full`.
+
+    `ranks` is a dict of name to rank, empty for a full model.
+    """
     found = {}
     for split in get_task(task).evaluation:
         x, labels = splits[split]
         batches = dataset(x, batch_size=100)
         found[split] = {}
-        for b in ranks or ["full"]:
+        for name in ranks or ["full"]:
             if ranks:
-                model.set_rank(b)
+                model.set_rank(ranks[name])
             outputs = model.predict(batches, verbose=0)
-            found[split][str(b)] = {
+            found[split][name] = {
                 metric.__name__: float(metric(labels, outputs))
                 for metric in get_task(task).metrics
             }
@@ -229,6 +235,9 @@ def run(
     del key["settings"]["rank"], key["settings"]["seeds"]
     if settings.test_size == TEST_SIZE:  # as 0.1.0 had it
         del key["settings"]["test_size"]
+    for name in ("target_layers", "budgets"):
+        if not getattr(settings, name):
+            del key["settings"][name]
     found = results.get(key)
     if found is not None:
         return found
@@ -247,7 +256,15 @@ def run(
     print(f"{name}: {steps} steps", flush=True)
     result = fit(model, splits["train"], each, seed, verbose)
     methods.finish(model, method)
-    ranks = evaluated_ranks(rank) if method in ADAPTERS else None
+    ranks = {}
+    if method in ADAPTERS:
+        ranks = {str(b): b for b in evaluated_ranks(rank)}
+    if settings.budgets:
+        own, seconds = methods.allocated(
+            model, splits["train"], settings.budgets
+        )
+        ranks |= own
+        result["search_seconds"] = seconds
     result["metrics"] = evaluate(model, task, splits, ranks)
     if method == "flop":
         result["kept"] = model.kept_share()

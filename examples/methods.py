@@ -1,5 +1,10 @@
 """What the examples compare: each method as the config of a run."""
 
+import time
+
+import keras
+import numpy as np
+
 import keras_dylora as kd
 
 # Fixed-rank LoRA. Below its rank it is cut off: as its columns come, at
@@ -94,3 +99,31 @@ def own_ranks(rank):
     if rank <= 4:
         return list(range(1, rank + 1))
     return sorted({*(2**i for i in range(rank.bit_length())), rank})
+
+
+def allocated(model, data, budgets, examples=400):
+    """A rank for each layer under budgets, chosen on training examples.
+
+    Args:
+        model: a trained model.
+        data: `(x, y)` or `(x, y, sample_weight)`, arrays of the training part.
+        budgets: tuple of float, ascending.
+        examples: int. How many of the data are used.
+
+    Returns:
+        Dict of the share in percent, as str, to `RankAllocation`, and the
+        seconds of the search.
+    """
+    size = len(data[1])
+    chosen = np.random.default_rng(0).permutation(size)[:examples]
+    x, y, *sample_weight = keras.tree.map_structure(lambda v: v[chosen], data)
+    start = time.perf_counter()
+    found = kd.allocate_ranks(
+        model, x, y, list(budgets), *sample_weight, verbose=0
+    )
+    seconds = time.perf_counter() - start
+    return dict(zip(map(percent, budgets), found, strict=True)), seconds
+
+
+def percent(share):
+    return f"{share:.1%}"

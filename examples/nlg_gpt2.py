@@ -54,6 +54,8 @@ class Settings:
     rank: int = 4
     alpha: float = 32.0
     target_layers: str | None = None
+    # Shares of the parameters at which each layer has a rank of its own.
+    budgets: tuple = ()
 
 
 REVIEWS = Settings(
@@ -115,17 +117,20 @@ def build(method, seed, settings, steps):
 
 
 def evaluate(model, task, tokenizer, data, ranks, metrics):
-    """Metrics by rank and name; the rank of a fully trained model is `full`."""
+    """Metrics by rank and name; the rank of a fully trained model is `full`.
+
+    `ranks` is a dict of name to rank, empty for a fully trained model.
+    """
     found = {}
-    for b in ranks or ["full"]:
+    for name in ranks or ["full"]:
         if ranks:
-            model.set_rank(b)
+            model.set_rank(ranks[name])
         if task == "reviews":
-            found[str(b)] = perplexity(model, *data)
+            found[name] = perplexity(model, *data)
         else:
             prompts, references = data
             texts = generate(model, tokenizer, prompts)
-            found[str(b)] = nlg_metrics.score(texts, references, metrics)
+            found[name] = nlg_metrics.score(texts, references, metrics)
     return found
 
 
@@ -173,8 +178,9 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     key["backend"] = keras.backend.backend()
     key |= methods.described(method)
     key["settings"] = dataclasses.asdict(settings)
-    if settings.target_layers is None:  # as 0.1.0 had it
-        del key["settings"]["target_layers"]
+    for name in ("target_layers", "budgets"):
+        if not getattr(settings, name):  # as 0.1.0 had it
+            del key["settings"][name]
     if task == "reviews":  # Made here, and named after its settings.
         key["settings"]["preset"] = pathlib.Path(settings.preset).name
     found = results.get(key)
@@ -188,10 +194,15 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
     result = fit(model, train, settings, seed, verbose)
     methods.finish(model, method)
-    ranks = []
+    ranks = {}
     if method != "fine-tune":
         # Rank 0 is the pretrained model.
-        ranks = list(range(task != "reviews", settings.rank + 1))
+        lowest = int(task != "reviews")
+        ranks = {str(b): b for b in range(lowest, settings.rank + 1)}
+    if settings.budgets:
+        own, seconds = methods.allocated(model, train, settings.budgets)
+        ranks |= own
+        result["search_seconds"] = seconds
     result["metrics"] = evaluate(model, task, tokenizer, data, ranks, metrics)
     results.add(key, result)
     values = ", ".join(

@@ -1,6 +1,8 @@
 """DyLoRA for Keras 3: fine-tune once, use at every rank."""
 
 from keras_dylora.adapters import from_peft, load_adapter, save_adapter, to_peft
+from keras_dylora.allocation import RankAllocation
+from keras_dylora.budget import allocate_ranks
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.distributions import Categorical, Geometric, Uniform
 from keras_dylora.enable import disable_dylora, enable_dylora
@@ -15,10 +17,11 @@ from keras_dylora.version import __version__
 
 __all__ = [
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
-    "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
-    "__version__", "disable_dylora", "enable_dylora", "evaluate_ranks",
-    "export_ranks", "from_peft", "load_adapter", "merge", "order_ranks",
-    "save_adapter", "to_peft", "truncate",
+    "DyLoRAModel", "Geometric", "RankAllocation", "RankEvaluation",
+    "RankReport", "Uniform", "__version__", "allocate_ranks", "disable_dylora",
+    "enable_dylora", "evaluate_ranks", "export_ranks", "from_peft",
+    "load_adapter", "merge", "order_ranks", "save_adapter", "to_peft",
+    "truncate",
 ]  # fmt: skip
 
 

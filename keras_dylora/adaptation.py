@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_dylora import _keras, paths
+from keras_dylora import ranks as rank_functions
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.distributions import RankDraw
 from keras_dylora.layers import ADAPTED_CLASSES
@@ -135,21 +136,45 @@ class Adaptation:
         gates = [layer._gate.gate for layer in self.layers.values()]
         return list({id(gate): gate for gate in gates}.values())
 
+    @property
+    def ranks(self):
+        """The rank that each layer computes at, a dict of path to int."""
+        gates = {id(gate): gate.active_ranks for gate in self.gates}
+        rows = {path: layer._gate for path, layer in self.layers.items()}
+        return {p: gates[id(x.gate)][x.index] for p, x in rows.items()}
+
+    def set_ranks(self, ranks):
+        """Sets them, from a dict of path to int or one for all."""
+        ranks = rank_functions.by_layer(ranks, self.layers, self.config.rank)
+        for gate, rows in self._by_gate(ranks).items():
+            gate.set_ranks([rows[i] for i in range(len(rows))])
+
     def overridden(self, value):
         """Within it, the layers read a tensor in place of their gates.
 
-        It is `(rank,)`, or `(batch, rank)` with a gate for each example.
+        It is `(rank,)`, or `(batch, rank)` with a gate for each example; or a
+        dict of path to such tensors.
         """
-        return self._gates_with("override", value)
+        if not isinstance(value, dict):
+            value = dict.fromkeys(self.layers, value)
+        return self._gates_with("override", self._by_gate(value))
 
     def rank_chosen(self):
         """Within it, the layers know that their rank is meant."""
-        return self._gates_with("chosen", True)
+        return self._gates_with("chosen", dict.fromkeys(self.gates, True))
+
+    def _by_gate(self, values):
+        """Dict of gate to dict of row to the value of its layer."""
+        found = {}
+        for path, layer in self.layers.items():
+            row = layer._gate
+            found.setdefault(row.gate, {})[row.index] = values[path]
+        return found
 
     @contextlib.contextmanager
-    def _gates_with(self, attribute, value):
-        before = [(gate, getattr(gate, attribute)) for gate in self.gates]
-        for gate, _ in before:
+    def _gates_with(self, attribute, values):
+        before = [(gate, getattr(gate, attribute)) for gate in values]
+        for gate, value in values.items():
             setattr(gate, attribute, value)
         try:
             yield

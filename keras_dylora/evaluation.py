@@ -2,6 +2,7 @@
 
 import collections.abc
 import importlib.util
+import itertools
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ from keras import ops
 
 from keras_dylora import ranks as rank_functions
 from keras_dylora import summary
+from keras_dylora.allocation import RankAllocation
 from keras_dylora.model import adaptation_of
 from keras_dylora.report import RankReport
 
@@ -25,8 +27,9 @@ def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
         x: inputs, as for `model.evaluate`. An iterator that can be read only
             once isn't enough.
         y: targets, as for `model.evaluate`.
-        ranks: ints in `0..config.rank`. Ranks below `min_rank` are reported
-            as untrained. Defaults to `None`, all from 1 to the maximum.
+        ranks: ints in `0..config.rank`, and `RankAllocation`s. Ranks below
+            `min_rank` are reported as untrained. Defaults to `None`, all from
+            1 to the maximum.
         **evaluate_kwargs: further arguments of `model.evaluate`. `verbose`
             shows a progress bar over the ranks; `steps` is needed for data
             without an end.
@@ -36,9 +39,9 @@ def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if a rank is out of range, the data is empty, has no end
-            or can be read only once, targets are missing, or the model isn't
-            enabled or compiled.
+        ValueError: if a rank is out of range, an allocation is of another
+            model, the data is empty, has no end or can be read only once,
+            targets are missing, or the model isn't enabled or compiled.
 
     Example:
 
@@ -50,21 +53,29 @@ def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
     """
     verbose = evaluate_kwargs.pop("verbose", "auto")
     evaluate_kwargs.pop("return_dict", None)
-    data = _Data(model, x, y, evaluate_kwargs)
+    data = EvaluationData(model, x, y, evaluate_kwargs)
     return data.report(model, _chosen(model, ranks), verbose)
 
 
 def _chosen(model, ranks):
-    config = adaptation_of(model).config
+    """Checked ranks, and allocations of the model, as a report has them."""
+    adaptation = adaptation_of(model)
+    high = adaptation.config.rank
     if ranks is None:
-        return list(range(1, config.rank + 1))
-    chosen = set(rank_functions.as_ranks(ranks, 0, config.rank))
+        return list(range(1, high + 1))
+    given = rank_functions.as_list(ranks)
+    one_for_all = [b for b in given if not isinstance(b, RankAllocation)]
+    allocations = [b for b in given if isinstance(b, RankAllocation)]
+    for each in allocations:
+        rank_functions.by_layer(each, adaptation.layers, high)
+    chosen = sorted(set(rank_functions.as_ranks(one_for_all, 0, high)))
+    chosen += sorted(set(allocations), key=lambda b: b.parameters)
     if not chosen:
         raise ValueError("`ranks` must name a rank. Received: ranks=[]")
-    return sorted(chosen)
+    return chosen
 
 
-class _Data:
+class EvaluationData:
     """Evaluation data that is ready for any number of passes."""
 
     def __init__(self, model, x, y, evaluate_kwargs):
@@ -98,8 +109,32 @@ class _Data:
             )
         self.x, self.y = x, y
 
+    def batches(self, batch_size):
+        """Yields the data once, as `(x, y, sample_weight)` in NumPy.
+
+        Arrays are shuffled, always alike: they may be sorted by class.
+        """
+        sample_weight = self.kwargs.get("sample_weight")
+        if not _is_array(self.x):
+            batches = self.x
+            if hasattr(self.x, "num_batches"):  # a `keras.utils.PyDataset`
+                count = self.x.num_batches
+                count = itertools.count() if count is None else range(count)
+                batches = (self.x[i] for i in count)
+            for batch in batches:
+                batch = keras.utils.unpack_x_y_sample_weight(batch)
+                yield keras.tree.map_structure(_numpy, batch)
+            return
+        data = keras.tree.map_structure(_numpy, (self.x, self.y, sample_weight))
+        size = len(keras.tree.flatten(self.x)[0])
+        order = np.random.default_rng(0).permutation(size)
+        for start in range(0, size, batch_size):
+            rows = order[start : start + batch_size]
+            yield keras.tree.map_structure(
+                lambda v, rows=rows: None if v is None else v[rows], data
+            )
+
     def report(self, model, ranks, verbose):
-        config = adaptation_of(model).config
         bar = keras.utils.Progbar(
             len(ranks), verbose=int(verbose != 0), unit_name="rank"
         )
@@ -119,20 +154,19 @@ class _Data:
             metrics[b] = _scalars(found)
             if verbose != 0:
                 bar.update(done)
-        sizes = summary.parameters_by_rank(
-            model.dylora_layers, model.trainable_variables, config.rank
-        )
-        return RankReport(metrics, config.min_rank, sizes)
+        sizes = {b: summary.parameters(model, b) for b in ranks}
+        return RankReport(metrics, adaptation_of(model).config.min_rank, sizes)
 
 
 def _needs_targets(model, x):
     """Whether `x` is inputs alone, and the model is compiled for more."""
+    return model.compiled and model.loss is not None and _is_array(x)
+
+
+def _is_array(x):
+    """Whether `x` is arrays of examples, and no dataset."""
     arrays = keras.tree.flatten(x)
-    return (
-        model.compiled
-        and model.loss is not None
-        and all(isinstance(v, np.ndarray) or ops.is_tensor(v) for v in arrays)
-    )
+    return all(isinstance(v, np.ndarray) or ops.is_tensor(v) for v in arrays)
 
 
 def _is_empty(x):
@@ -188,6 +222,8 @@ def _python_strings(x):
 
 
 def _numpy(x):
+    if x is None or isinstance(x, np.ndarray):
+        return x
     if ops.is_tensor(x) or not hasattr(x, "numpy"):
         return ops.convert_to_numpy(x)
     return x.numpy()  # a TensorFlow tensor, whatever the backend
@@ -269,7 +305,7 @@ class RankEvaluation(keras.callbacks.Callback):
             kwargs = dict(self.evaluate_kwargs)
             if sample_weight is not None:
                 kwargs["sample_weight"] = sample_weight
-            self._ready = _Data(model, x, y, kwargs)
+            self._ready = EvaluationData(model, x, y, kwargs)
             self._prepared_for = prepared_for
 
     def on_epoch_end(self, epoch, logs=None):

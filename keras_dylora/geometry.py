@@ -108,6 +108,13 @@ class Factors:
         at = scale.at(max(rank, 1))
         return Factors(self.down[:, :rank], self.up[:rank], at)
 
+    def padded(self, rank):
+        """The same with columns and rows of zeros up to a rank."""
+        rest = rank - self.rank
+        down = np.pad(self.down, ((0, 0), (0, rest)))
+        up = np.pad(self.up, ((0, rest), (0, 0)))
+        return Factors(down, up, self.scale)
+
     def ordered(self):
         """The same product, its columns by falling singular values.
 

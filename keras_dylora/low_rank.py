@@ -131,12 +131,13 @@ class LowRankAdapter:
         )
         self._gate = row
 
-    def truncate(self, arguments, row):
+    def truncate(self, arguments, row, rank):
         """Cuts `down` and `up` to a new maximum rank.
 
-        With the `AdapterArguments` at that rank, and its `GateRow`.
+        With the `AdapterArguments` at that rank, and its `GateRow`. Columns
+        above a `rank` of its own are zero.
         """
-        factors = self.factors(arguments.rank)
+        factors = self.factors(rank).padded(arguments.rank)
         trainable = [v.trainable for v in (self.down, self.up)]
         _keras.forget(self, "down", "up")
         self.set_arguments(arguments)

@@ -3,10 +3,9 @@
 import keras
 from keras import ops
 
-from keras_dylora import _keras, ranks
+from keras_dylora import _keras, ranks, training
 from keras_dylora.adaptation import as_plain
 from keras_dylora.config import AdapterArguments
-from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.model import DyLoRAModel, adaptation_of, reconfigure
 from keras_dylora.paths import layer_paths
 from keras_dylora.quantization import float_kernel
@@ -28,8 +27,8 @@ def merge(model, rank=None):
 
     Args:
         model: an enabled model, or a functional `DyLoRAModel`.
-        rank: int in `0..config.rank`. Defaults to `None`, the model's
-            current rank.
+        rank: int in `0..config.rank`, or `RankAllocation`. Defaults to
+            `None`, the model's current rank.
 
     Returns:
         A model of the original class with no part of keras_dylora in it. It
@@ -48,8 +47,10 @@ def merge(model, rank=None):
     ```
     """
     adaptation = adaptation_of(model)
-    rank = ranks.as_rank(
-        model.rank if rank is None else rank, 0, adaptation.config.rank
+    chosen = ranks.by_layer(
+        model.rank if rank is None else rank,
+        adaptation.layers,
+        adaptation.config.rank,
     )
     for each in _keras.submodels(model):
         cls = type(each)
@@ -72,14 +73,12 @@ def merge(model, rank=None):
             "The config of a model must give the same layers again. Received: "
             f"{model.name} with {len(here)} layers, {len(there)} once rebuilt"
         )
+    by_id = {id(x): chosen[path] for path, x in adaptation.layers.items()}
     pairs = zip(here, there, strict=True)
-    adapted = [
-        (layer, target)
-        for layer, target in pairs
-        if isinstance(layer, LowRankAdapter)
-    ]
+    adapted = [(layer, target) for layer, target in pairs if id(layer) in by_id]
     for layer, target in adapted:
-        target.kernel.assign(float_kernel(layer) + layer.delta_kernel(rank))
+        update = layer.delta_kernel(by_id[id(layer)])
+        target.kernel.assign(float_kernel(layer) + update)
         if layer.bias is not None:
             target.bias.assign(ops.convert_to_numpy(layer.bias))
     sources = _other_weights(model, [layer for layer, _ in adapted])
@@ -105,9 +104,14 @@ def truncate(model, rank):
     the same position of the rank sequence, with ranks up to the new maximum
     and a new optimizer state.
 
+    With a `RankAllocation`, the model computes at it, the highest of its ranks
+    is the new maximum, and what is above the rank of a layer is zero and stays
+    so.
+
     Args:
         model: an enabled model or a `DyLoRAModel`.
-        rank: int in `1..config.rank`. The new maximum rank.
+        rank: int in `1..config.rank`, the new maximum rank; or
+            `RankAllocation`.
 
     Returns:
         `model` itself.
@@ -124,18 +128,21 @@ def truncate(model, rank):
     ```
     """
     adaptation = adaptation_of(model)
-    rank = ranks.as_rank(rank, 1, adaptation.config.rank)
-    active_rank = min(model.rank, rank)
-    layers = adaptation.layers.values()
-    config = adaptation.config.truncated(rank, (x.factors() for x in layers))
+    kept = ranks.by_layer(rank, adaptation.layers, adaptation.config.rank, 1)
+    training.write_back(model)
+    active = {p: min(b, kept[p]) for p, b in adaptation.ranks.items()}
+    layers = adaptation.layers
+    config = adaptation.config.truncated(
+        max(kept.values()), [x.factors() for x in layers.values()]
+    )
     optimizer = new_optimizer(model)
     cut = {
         id(gate): RankGate(gate.variable.shape[0], config.scale)
         for gate in adaptation.gates
     }
-    for layer in layers:
+    for path, layer in layers.items():
         row = GateRow(cut[id(layer._gate.gate)], layer._gate.index)
-        layer.truncate(AdapterArguments.of(config), row)
+        layer.truncate(AdapterArguments.of(config), row, kept[path])
     reconfigure(model, config, optimizer)
-    model.set_rank(active_rank)
+    adaptation_of(model).set_ranks(active)
     return model

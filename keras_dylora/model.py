@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_dylora import _keras, files, summary, training
 from keras_dylora.adaptation import Adaptation, as_plain
+from keras_dylora.allocation import RankAllocation
 from keras_dylora.live_class import (
     combined_class,
     functional_class,
@@ -17,7 +18,7 @@ from keras_dylora.live_class import (
 )
 from keras_dylora.paths import adapted_layers, layer_paths
 from keras_dylora.quantization import quantize_base
-from keras_dylora.ranks import as_rank
+from keras_dylora.ranks import by_layer
 from keras_dylora.recompile import (
     compile_from,
     reset_compiled,
@@ -190,10 +191,14 @@ class DyLoRAModel(keras.Model):
         """int. The rank that the model computes at outside of training.
 
         Training and validation keep it; `dylora_config.rank` is the maximum.
+        A `RankAllocation` where layers have different ones.
         """
-        layers = self.dylora_layers
+        adaptation = adaptation_of(self)
         training.write_back(self)
-        return layers[0].active_rank
+        ranks = adaptation.ranks
+        if len(set(ranks.values())) > 1:
+            return RankAllocation.of(self, ranks)
+        return next(iter(ranks.values()))
 
     @property
     def trainable(self):
@@ -216,10 +221,12 @@ class DyLoRAModel(keras.Model):
         once, use `export_ranks` or a `merge` for each.
 
         Args:
-            rank: int in `0..config.rank`. `0` gives the base model.
+            rank: int in `0..config.rank`, or `RankAllocation`. `0` gives the
+                base model.
 
         Raises:
-            ValueError: if `rank` is out of range.
+            ValueError: if `rank` is out of range, or an allocation is of
+                another model.
             TypeError: if `rank` isn't an integer.
 
         Example:
@@ -229,10 +236,9 @@ class DyLoRAModel(keras.Model):
         clf.predict(texts)
         ```
         """
-        gates = adaptation_of(self).gates
+        adaptation = adaptation_of(self)
         training.write_back(self)
-        for gate in gates:
-            gate.set_rank(rank)
+        adaptation.set_ranks(rank)
 
     def dylora_summary(self, print_fn=None):
         """Prints the adapted layers, and what is trained for each rank.
@@ -267,8 +273,9 @@ class DyLoRAModel(keras.Model):
         """
         adaptation = adaptation_of(self)
         if adaptation.training or training.tracing():
-            rank = as_rank(rank, 0, adaptation.config.rank)
-            with adaptation.overridden(adaptation.config.scale.gate(rank)):
+            ranks = by_layer(rank, adaptation.layers, adaptation.config.rank)
+            gates = {b: adaptation.config.scale.gate(b) for b in ranks.values()}
+            with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
                 yield self
             return
         training.write_back(self)

@@ -20,7 +20,7 @@ class RankGate:
 
     def __init__(self, layers, scale):
         self.scale = scale
-        self.override = None
+        self.override = {}  # by row, what layers read in place of it
         self.chosen = False  # whether a step or a `rank_scope` set the rank
         self.variable = keras.Variable(
             # Callable, as a layer may be built while JAX traces.
@@ -78,8 +78,8 @@ class GateRow:
 
     @property
     def override(self):
-        """What all layers read in place of their rows, or `None`."""
-        return self.gate.override
+        """What the layer reads in place of its row, or `None`."""
+        return self.gate.override.get(self.index)
 
     @property
     def active_rank(self):

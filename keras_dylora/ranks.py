@@ -28,29 +28,43 @@ def as_rank(value, low, high, name="rank"):
 
 def as_ranks(values, low, high):
     """Returns `values` as a list of `int`, or raises if one isn't a rank."""
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    return [as_rank(b, low, high) for b in as_list(values)]
+
+
+def as_list(values):
+    """Returns `values` as a list, or raises if it isn't one of ranks."""
+    no_list = (str, bytes, collections.abc.Mapping)
+    if isinstance(values, no_list) or not hasattr(values, "__iter__"):
         raise TypeError(
             f"`ranks` must be a list of integers. Received: ranks={values!r}"
         )
-    return [as_rank(b, low, high) for b in values]
+    return list(values)
 
 
-def by_layer(ranks, paths, high):
+def by_layer(ranks, paths, high, low=0):
     """A dict of path to rank, from one that is for all or a dict like it.
+
+    A layer of a dict may be at rank 0 while `low` is 1, but not all of them.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if one isn't in `1..high`, or the paths are others.
+        ValueError: if one isn't in `low..high`, or the paths are others.
     """
     if not isinstance(ranks, collections.abc.Mapping):
-        return dict.fromkeys(paths, as_rank(ranks, 1, high))
+        return dict.fromkeys(paths, as_rank(ranks, low, high))
     if set(ranks) != set(paths):
         raise ValueError(
             "`rank` must be one number, or one for each adapted layer. "
             f"Received: ranks without {sorted(set(paths) - set(ranks))} and "
             f"with {sorted(set(ranks) - set(paths))}"
         )
-    return {p: as_rank(ranks[p], 1, high, f"rank of {p}") for p in paths}
+    checked = {p: as_rank(ranks[p], 0, high, f"rank of {p}") for p in paths}
+    if not any(b >= low for b in checked.values()):
+        raise ValueError(
+            "A layer at least must have a rank above 0. "
+            f"Received: rank 0 for all {len(checked)} layers"
+        )
+    return checked
 
 
 # By the maximum rank, alpha and a rank `b`, an int or a float32 tensor.

@@ -8,7 +8,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from keras_dylora import files, summary
+from keras_dylora import figures, files, summary
+from keras_dylora.allocation import RankAllocation
 
 # Parts of the names of Keras's losses and error metrics.
 _LOWER_IS_BETTER = (
@@ -32,11 +33,16 @@ class RankReport:
     """The metrics of one model at many ranks.
 
     Args:
-        metrics: dict of rank to dict of metric name to value.
+        metrics: dict of rank to dict of metric name to value. A rank is an
+            int or a `RankAllocation`.
         min_rank: int. The lowest rank that was trained; ranks below it are
             marked as untrained.
         parameters: dict of rank to the number of parameters that it has, with
             those that are trained in full. Defaults to `None`, not known.
+
+    Raises:
+        ValueError: if there is a `RankAllocation` and `parameters` lack that
+            of a rank.
 
     Example:
 
@@ -49,18 +55,27 @@ class RankReport:
     """
 
     def __init__(self, metrics, min_rank=1, parameters=None):
-        by_rank = {int(b): values for b, values in metrics.items()}
+        by_rank = {_rank(b): values for b, values in metrics.items()}
+        known = {_rank(b): size for b, size in (parameters or {}).items()}
+        self.allocations = [b for b in by_rank if isinstance(b, RankAllocation)]
+        if self.allocations and by_rank.keys() - known.keys():
+            raise ValueError(
+                "A report with allocations needs the `parameters` of each "
+                f"rank. Received: parameters of {list(known)} for ranks "
+                f"{list(by_rank)}"
+            )
         self.metrics = {
             b: {name: float(v) for name, v in by_rank[b].items()}
-            for b in sorted(by_rank)
+            for b in sorted(
+                by_rank, key=known.get if self.allocations else None
+            )
         }
         self.min_rank = min_rank
-        known = {int(b): size for b, size in (parameters or {}).items()}
         self.parameters = {b: known[b] for b in self.metrics if b in known}
 
     @property
     def ranks(self):
-        """The evaluated ranks, ascending."""
+        """The evaluated ranks, ascending, with allocations by their size."""
         return list(self.metrics)
 
     @property
@@ -70,8 +85,14 @@ class RankReport:
         return sorted(names, key=lambda name: name == "loss")
 
     def is_trained(self, rank):
-        """Whether a rank was trained: not the base, not below `min_rank`."""
-        return rank >= max(self.min_rank, 1)
+        """Whether a rank was trained: not the base, not below `min_rank`.
+
+        Those of an allocation's layers, but for the ones that are at 0.
+        """
+        ranks = [rank]
+        if isinstance(rank, RankAllocation):
+            ranks = [b for b in rank.values() if b > 0]
+        return bool(ranks) and min(ranks) >= max(self.min_rank, 1)
 
     def values(self, metric):
         """The values of one metric, in the order of `ranks`.
@@ -99,7 +120,7 @@ class RankReport:
                 Defaults to `None`, none is.
 
         Returns:
-            int.
+            int, or the `RankAllocation`, if that is the smallest.
 
         Raises:
             ValueError: if the metric or the mode is unknown, the tolerance is
@@ -146,7 +167,8 @@ class RankReport:
             )
         # The slack lets a rank that is exactly the tolerance away pass.
         slack = 1e-9 * max(1.0, abs(top))
-        return min(b for b, s in scores.items() if s >= top - tolerance - slack)
+        good = [b for b, s in scores.items() if s >= top - tolerance - slack]
+        return min(good, key=self.ranks.index)
 
     def _within(self, scores, max_parameters):
         few = {
@@ -165,7 +187,8 @@ class RankReport:
     def area(self, metric):
         """Area under the metric over the ranks from 1, divided by its width.
 
-        So it is in the units of the metric: the mean height of the curve.
+        Without allocations. So it is in the units of the metric: the mean
+        height of the curve.
 
         Raises:
             ValueError: if the metric is unknown or only rank 0 was evaluated.
@@ -173,7 +196,7 @@ class RankReport:
         points = [
             (b, value)
             for b, value in zip(self.ranks, self.values(metric), strict=True)
-            if b > 0
+            if b not in self.allocations and b > 0
         ]
         if not points:
             raise ValueError(
@@ -188,7 +211,7 @@ class RankReport:
         """The names of the columns, and the cells of each rank, as shown."""
         names = ["rank", *self.metric_names]
         rows = [
-            [str(b), *(f"{values[n]:.4f}" for n in self.metric_names)]
+            [_label(b), *(f"{values[n]:.4f}" for n in self.metric_names)]
             for b, values in self.metrics.items()
         ]
         if self.parameters:
@@ -232,10 +255,14 @@ class RankReport:
             raise ImportError(
                 "`to_dataframe` needs pandas: pip install pandas"
             ) from error
-        frame = pandas.DataFrame.from_dict(self.metrics, orient="index")
-        frame = frame[self.metric_names].rename_axis("rank")
+        index = pandas.Index(
+            [_label(b) if b in self.allocations else b for b in self.ranks],
+            name="rank",
+        )
+        frame = pandas.DataFrame(list(self.metrics.values()), index=index)
+        frame = frame[self.metric_names]
         if self.parameters:
-            frame["parameters"] = pandas.Series(self.parameters)
+            frame["parameters"] = [self.parameters.get(b) for b in self.ranks]
         frame["trained"] = [self.is_trained(b) for b in self.ranks]
         return frame
 
@@ -247,17 +274,30 @@ class RankReport:
 
         Returns:
             str: `{"min_rank": 1, "metrics": {"1": {"accuracy": …}, …},
-            "parameters": {"1": …}}`. A value that isn't finite is `null`.
+            "parameters": {"1": …}}`. A value that isn't finite is `null`. The
+            allocations are in a list, `{"allocations": [{"ranks": {path: 2,
+            …}, "metrics": {…}, "parameters": …}, …]}`.
         """
         metrics = {
             b: {k: v if math.isfinite(v) else None for k, v in values.items()}
             for b, values in self.metrics.items()
         }
+        mixed = {b: metrics.pop(b) for b in self.allocations}
+        sizes = self.parameters.items()
         content = {
             "min_rank": self.min_rank,
             "metrics": metrics,
-            "parameters": self.parameters,
+            "parameters": {b: n for b, n in sizes if b not in mixed},
         }
+        if mixed:
+            content["allocations"] = [
+                {
+                    "ranks": b.ranks,
+                    "metrics": values,
+                    "parameters": self.parameters[b],
+                }
+                for b, values in mixed.items()
+            ]
         text = json.dumps(content, indent=2)
         if path is not None:
             with files.new_file(path) as beside:
@@ -269,13 +309,15 @@ class RankReport:
     ):
         """Draws a metric over the ranks and marks the chosen rank.
 
-        Untrained ranks are drawn hollow.
+        Untrained ranks are drawn hollow. With allocations, over the parameters
+        and they beside the ranks that are one for all.
 
         Args:
             path: str or path of the picture, whose ending gives the format.
                 Defaults to `None`: nothing is written.
             metric: str. Defaults to `None`, the first one.
-            rank: int. The chosen rank. Defaults to `None`, `best(metric)`.
+            rank: int or `RankAllocation`. The chosen rank. Defaults to
+                `None`, `best(metric)`.
             others: dict of label to `RankReport` to draw beside, such as a
                 fixed-rank LoRA. Defaults to `None`.
             label: str. What this report is called. Defaults to `"DyLoRA"`.
@@ -287,50 +329,66 @@ class RankReport:
             ValueError: if the metric is unknown or the rank wasn't evaluated.
             ImportError: if matplotlib isn't installed.
         """
-        try:
-            from matplotlib.figure import Figure
-            from matplotlib.ticker import MaxNLocator
-        except ImportError as error:
-            raise ImportError(
-                "`plot` needs matplotlib: pip install matplotlib"
-            ) from error
+        figure = figures.new_figure((6.4, 4.0))
+        from matplotlib.ticker import MaxNLocator
+
         metric = metric or self.metric_names[0]
         rank = self.best(metric) if rank is None else rank
         if rank not in self.metrics:
             raise ValueError(
                 f"`rank` must be one of {self.ranks}. Received: rank={rank!r}"
             )
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for name, report in [(label, self), *(others or {}).items()]:
-            values = report.values(metric)
-            (line,) = axes.plot(
-                report.ranks, values, marker="o", mfc="white", label=name
-            )
-            trained = [
-                (b, value)
-                for b, value in zip(report.ranks, values, strict=True)
-                if report.is_trained(b)
-            ]
-            if trained:
-                axes.plot(
-                    *zip(*trained, strict=True), "o", color=line.get_color()
+        reports = [(label, self), *(others or {}).items()]
+        by_size = any(report.allocations for _, report in reports)
+        for name, report in reports:
+            if by_size and report.ranks != list(report.parameters):
+                raise ValueError(
+                    "Beside allocations, every report must have the "
+                    f"`parameters` of its ranks. Received: {name!r} with "
+                    f"parameters={report.parameters}"
                 )
+            for suffix, ranks in report._curves().items():
+                x = [report.parameters[b] if by_size else b for b in ranks]
+                y = [report.metrics[b][metric] for b in ranks]
+                (line,) = axes.plot(
+                    x, y, marker="o", mfc="white", label=f"{name}{suffix}"
+                )
+                trained = [report.is_trained(b) for b in ranks]
+                if any(trained):
+                    points = (np.asarray(v)[trained] for v in (x, y))
+                    axes.plot(*points, "o", color=line.get_color())
         axes.plot(
-            rank,
+            self.parameters[rank] if by_size else rank,
             self.metrics[rank][metric],
             "o",
             ms=14,
             mfc="none",
             mec="black",
-            label=f"chosen: rank {rank}",
+            label=f"chosen: rank {_label(rank)}",
         )
-        axes.set_xlabel("rank (hollow: untrained)")
+        unit = "trained parameters" if by_size else "rank"
+        axes.set_xlabel(f"{unit} (hollow: untrained)")
         axes.set_ylabel(metric)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-        if path is not None:
-            with files.new_file(path) as beside:
-                figure.savefig(beside, format=beside.suffix[1:] or "png")
+        figures.save(figure, path)
         return figure
+
+    def _curves(self):
+        """What is drawn as a line each, by the end of its label."""
+        mixed = self.allocations
+        curves = {
+            "": [b for b in self.ranks if b not in mixed],
+            ", a rank for each layer": [b for b in self.ranks if b in mixed],
+        }
+        return {suffix: ranks for suffix, ranks in curves.items() if ranks}
+
+
+def _rank(b):
+    return b if isinstance(b, RankAllocation) else int(b)
+
+
+def _label(b):
+    return b.label if isinstance(b, RankAllocation) else str(b)

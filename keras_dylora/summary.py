@@ -10,19 +10,22 @@ from rich.table import Table
 from keras_dylora import _keras
 from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
 from keras_dylora.paths import layer_paths, without_adapters
+from keras_dylora.ranks import by_layer
 
 BYTES = 4  # of a float32; all that is trained is of those
 
 
-def parameters_by_rank(layers, variables, rank):
-    """Dict of each rank in `0..rank` to the number of trained parameters.
+def parameters(model, rank):
+    """The number of trained parameters at a rank, or one for each layer.
 
-    Columns and rows of the adapters of `layers` up to the rank, and all else
-    of the trainable `variables`.
+    Columns and rows of the adapters up to it, and all that is trained in full.
     """
-    column = sum(sum(matrix_shape(layer)) for layer in layers)
-    full = sum(math.prod(v.shape) for v in without_adapters(variables, layers))
-    return {b: full + b * column for b in range(rank + 1)}
+    layers = model._dylora.layers
+    ranks = by_layer(rank, layers, model.dylora_config.rank)
+    full = without_adapters(model.trainable_variables, layers.values())
+    return sum(math.prod(v.shape) for v in full) + sum(
+        ranks[path] * sum(matrix_shape(x)) for path, x in layers.items()
+    )
 
 
 def announcement(model, targets):
@@ -44,20 +47,18 @@ def announcement(model, targets):
         if len(v.shape) > 1
     )
     covered = sum(math.prod(x.kernel.shape) for x in adapted.values())
-    sizes = parameters_by_rank(
-        adapted.values(), model.trainable_variables, config.rank
-    )
+    at_all, in_full = parameters(model, config.rank), parameters(model, 0)
     ranks = f"ranks {config.min_rank} to {config.rank}"
     if config.min_rank == config.rank:
         ranks = f"rank {config.rank}"
     line = (
         f"{model.name} has adapters of {ranks} on {len(adapted)} of "
         f"{len(linear)} linear layers, {covered / body:.0%} of its matrices; "
-        f"{sizes[config.rank]:,} parameters are trained"
+        f"{at_all:,} parameters are trained"
     )
-    if sizes[0]:
+    if in_full:
         full = [path for path, trained in targets.trained.items() if trained]
-        line += f", {sizes[0]:,} of them in full: {', '.join(full)}"
+        line += f", {in_full:,} of them in full: {', '.join(full)}"
     reasons = {}
     for path, reason in targets.left_out.items():
         reasons.setdefault(reason, []).append(path)
@@ -81,12 +82,9 @@ def tables(model):
     by_rank = Table(box=box.SIMPLE_HEAD)
     for name in ("rank", "trained parameters", "bytes"):
         by_rank.add_column(name, justify="right")
-    sizes = parameters_by_rank(
-        model.dylora_layers, model.trainable_variables, rank
-    )
-    for b, size in sizes.items():
-        if b:
-            by_rank.add_row(str(b), f"{size:,}", f"{BYTES * size:,}")
+    for b in range(1, rank + 1):
+        size = parameters(model, b)
+        by_rank.add_row(str(b), f"{size:,}", f"{BYTES * size:,}")
     return text(layers, by_rank)
 
 

@@ -1,4 +1,4 @@
-"""The JSON beside an adapter's weights: configuration, identity, SHA-256."""
+"""The JSON beside an adapter: its configuration, model, ranks and SHA-256."""
 
 import hashlib
 import json
@@ -10,25 +10,25 @@ from keras_dylora.config import DyLoRAConfig
 FORMAT_VERSION = 2
 
 
-def write(path, weights, config, identity):
-    """Writes the `DyLoRAConfig` and the `Identity` of the adapter's model.
-
-    Beside a file of weights that is written.
-    """
+def write(path, weights, adapter):
+    """Writes what a file of `AdapterWeights` has no place for beside it."""
     content = {
         "format_version": FORMAT_VERSION,
-        "config": config.get_config(),
-        "model": identity.get_config(),
+        "config": adapter.config.get_config(),
+        "model": adapter.identity.get_config(),
         "sha256": files.sha256(weights),
     }
+    if len(set(adapter.ranks.values())) > 1:
+        content["ranks"] = adapter.ranks
     content["sha256_of_this"] = _sha256(content)
     path.write_text(json.dumps(content, indent=2))
 
 
 def read(path, weights, writer, advice=""):
-    """The `DyLoRAConfig` and the `Identity` of an adapter, as written.
+    """The `DyLoRAConfig`, the `Identity` and the ranks of an adapter.
 
-    The last is `None` in files of format 1. Raises a `ValueError` if a file is
+    The identity is `None` in files of format 1, the ranks are where that of
+    the config is for all layers. Raises a `ValueError` if a file is
     damaged or from a newer format. The message names the function that writes
     such files, and the way out where the weights are others.
     """
@@ -51,6 +51,7 @@ def read(path, weights, writer, advice=""):
                 )
             identity = Identity.from_config(content["model"])
         config = DyLoRAConfig.from_config(content["config"])
+        ranks = content.get("ranks")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path.name} must be one that `{writer}` wrote. "
@@ -63,7 +64,7 @@ def read(path, weights, writer, advice=""):
             f"file is damaged, changed or from another adapter. {advice}"
             f"Received: {received} instead of {expected}"
         )
-    return config, identity
+    return config, identity, ranks
 
 
 def _sha256(content):

@@ -9,7 +9,6 @@ from keras_dylora import files
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.model import DyLoRAModel
-from keras_dylora.ranks import as_rank
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -22,12 +21,14 @@ def save_adapter(model, directory, rank=None, overwrite=True):
     `adapter/<layer path>/down`, `adapter/<layer path>/up` and
     `head/<variable path>` in float32, and `adapter_config.json`. At rank `b`
     the adapter tensors have `b` columns and rows, so the file is as small as
-    that of an adapter trained at rank `b`.
+    that of an adapter trained at rank `b`. With a `RankAllocation`, each has
+    as many as its layer has ranks, and a model that loads it computes at it.
 
     Args:
         model: an enabled model.
         directory: str or path. Written beside, then renamed.
-        rank: int in `1..config.rank`. Defaults to `None`, the maximum.
+        rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
+            `None`, the maximum.
         overwrite: bool. Whether an adapter that is there may be replaced.
             Defaults to `True`.
 
@@ -43,19 +44,12 @@ def save_adapter(model, directory, rank=None, overwrite=True):
     keras_dylora.load_adapter(other_clf, "adapter/")
     ```
     """
-    weights = AdapterWeights.of(model)
-    high = weights.config.rank
-    weights = weights.cut(as_rank(high if rank is None else rank, 1, high))
+    weights = AdapterWeights.of(model).cut(rank)
     tensors = {name: x.copy("C") for name, x in weights.tensors().items()}
     written = files.together(WEIGHTS_NAME, CONFIG_NAME)
     with files.new_directory(directory, overwrite, written) as folder:
         safetensors.save_file(tensors, folder / WEIGHTS_NAME)
-        metadata.write(
-            folder / CONFIG_NAME,
-            folder / WEIGHTS_NAME,
-            weights.config,
-            weights.identity,
-        )
+        metadata.write(folder / CONFIG_NAME, folder / WEIGHTS_NAME, weights)
 
 
 def load_adapter(model, directory, strict=True):
@@ -114,7 +108,7 @@ def _read(directory):
                 f"An adapter directory must hold {CONFIG_NAME} and "
                 f"{WEIGHTS_NAME}. Received: {str(folder)!r} without {name}"
             )
-    config, identity = metadata.read(
+    config, identity, ranks = metadata.read(
         folder / CONFIG_NAME, folder / WEIGHTS_NAME, "save_adapter"
     )
     try:
@@ -124,4 +118,4 @@ def _read(directory):
             f"{WEIGHTS_NAME} must be a safetensors file. "
             f"Received: {str(folder / WEIGHTS_NAME)!r} ({error})"
         ) from error
-    return AdapterWeights.of_tensors(tensors, config, identity)
+    return AdapterWeights.of_tensors(tensors, config, identity, ranks)

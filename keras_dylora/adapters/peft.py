@@ -17,17 +17,23 @@ from keras_dylora.config import DyLoRAConfig
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import matrix_shape
 from keras_dylora.paths import layer_paths, weight_paths
-from keras_dylora.ranks import as_rank
+
+LAYOUTS = ("peft", "server")
 
 
-def to_peft(model, directory, rank=None, overwrite=True):
+def to_peft(model, directory, rank=None, overwrite=True, layout="peft"):
     """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
 
     PEFT loads the directory onto the transformers model with the same base
     weights, and computes what `model` computes at that rank: `lora_alpha / r`
     is `alpha / rank`. The head of a classifier is in `modules_to_save`. A file
     of our own, `keras_dylora.json`, tells `from_peft` that the ranks have an
-    order.
+    order. At a `RankAllocation`, `rank_pattern` and `alpha_pattern` tell the
+    ranks of the layers, and those at rank 0 are left out.
+
+    Programs that serve adapters, such as vLLM, read one rank and one scale for
+    all layers. `layout="server"` gives them that: lower ranks are padded with
+    zeros, and the scale is in `lora_B`, so that `lora_alpha` is `r`.
 
     GPT-2's query, key and value are one layer in transformers, so its adapter
     has the rank of all of theirs together and zeros outside of their blocks.
@@ -39,15 +45,18 @@ def to_peft(model, directory, rank=None, overwrite=True):
             `BertTextClassifier`, `GPT2CausalLM`, `LlamaCausalLM` or
             `Llama3CausalLM`, or the backbone of one.
         directory: str or path. Written beside, then renamed.
-        rank: int in `1..config.rank`. Defaults to `None`, the maximum.
+        rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
+            `None`, the maximum.
         overwrite: bool. Whether an adapter that is there may be replaced.
             Defaults to `True`.
+        layout: str. `"peft"` or `"server"`. Defaults to `"peft"`.
 
     Raises:
         TypeError: if `rank` isn't an integer.
-        ValueError: if `rank` is out of range, if the model isn't enabled or
-            of another class, if adapters or trained weights have no place in
-            a PEFT adapter, or if the directory holds something else.
+        ValueError: if `rank` or `layout` is none of its values, if the model
+            isn't enabled or of another class, if adapters or trained weights
+            have no place in a PEFT adapter, or if the directory holds
+            something else.
 
     Example:
 
@@ -63,36 +72,44 @@ def to_peft(model, directory, rank=None, overwrite=True):
     - [PEFT checkpoint format](
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
-    weights = AdapterWeights.of(model)
-    layout = layout_of(model)
-    high = weights.config.rank
-    weights = weights.cut(as_rank(high if rank is None else rank, 1, high))
-    modules = layout.modules(model)
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"`layout` must be one of {LAYOUTS}. Received: layout={layout!r}"
+        )
+    weights = AdapterWeights.of(model).cut(rank)
+    family = layout_of(model)
+    modules = family.modules(model)
     every = weight_paths(model)
-    head = {path: every[path] for path in layout.head.values()}
+    head = {path: every[path] for path in family.head.values()}
     _check_exportable(model, head, modules, weights)
     fused = {
         module: _fuse([weights.layers.get(path) for path in paths])
         for module, paths in modules.items()
     }
+    described = dataclasses.replace(
+        weights.config, target_layers=list(weights.layers)
+    )
+    weights = dataclasses.replace(weights, config=described)
+    if layout == "server":
+        fused = _of_one_rank(fused)
+        described = dataclasses.replace(described, scaling="constant")
     tensors = {}
     for module, factors in fused.items():
         if factors is not None:
             tensors[f"{module}.lora_A.weight"] = factors.down.T
             tensors[f"{module}.lora_B.weight"] = factors.up.T
-    for name, path in layout.head.items():
+    for name, path in family.head.items():
         tensors[name] = float32_array(head[path]).T
-    described = dataclasses.replace(
-        weights.config, target_layers=list(weights.layers)
-    )
-    config = peft_files.peft_config(layout, fused, described)
+    config = peft_files.peft_config(family, fused, described)
     written = files.together(
         peft_files.DYLORA_NAME,
         peft_files.CONFIG_NAME,
         peft_files.WEIGHTS_NAME,
     )
     with files.new_directory(directory, overwrite, written) as folder:
-        peft_files.write(folder, tensors, config, described, weights.identity)
+        # A server's adapter is padded, and none of ours when it is loaded.
+        ours = weights if layout == "peft" else None
+        peft_files.write(folder, tensors, config, ours)
 
 
 def _check_exportable(model, head, modules, weights):
@@ -123,9 +140,10 @@ def _fuse(layers):
     """The `Factors` of Keras layers that are one layer in transformers.
 
     The columns of all side by side, and a block for each in the rows, with
-    zeros elsewhere; `None` in place of a layer without an adapter.
+    zeros elsewhere. `None` in place of a layer without an adapter, as is the
+    result if none has one above rank 0.
     """
-    blocks = [(i, x) for i, x in enumerate(layers) if x is not None]
+    blocks = [(i, x) for i, x in enumerate(layers) if x is not None and x.rank]
     if not blocks:
         return None
     _, first = blocks[0]
@@ -140,6 +158,16 @@ def _fuse(layers):
         start += x.rank
     down = np.concatenate([x.down for _, x in blocks], axis=1)
     return Factors(down, up, first.scale)
+
+
+def _of_one_rank(fused):
+    """The same `Factors`, padded to one rank and with their scale in `up`."""
+    rank = max(x.rank for x in fused.values() if x is not None)
+    return {
+        module: x
+        and Factors(x.down, x.up * np.float32(x.scale), 1.0).padded(rank)
+        for module, x in fused.items()
+    }
 
 
 def from_peft(model, directory, strict=True):
@@ -197,6 +225,7 @@ def _read(model, directory):
     adapter = peft_files.read(directory)
     _check_prefix(layout, adapter)
     modules = _adapted(layout.modules(model), adapter)
+    ranks = adapter.layer_ranks
     # The head may be left out, but as a whole.
     has_head = adapter.config.get("modules_to_save") or any(
         f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
@@ -204,24 +233,31 @@ def _read(model, directory):
     head = layout.head if has_head else {}
     every, layers = weight_paths(model), layer_paths(model)
     shapes = {n: tuple(every[p].shape)[::-1] for n, p in head.items()}
+    absent = {}  # a layer of ours at rank 0 isn't in the file
     for module, paths in modules.items():
         inputs, outputs = matrix_shape(layers[next(filter(None, paths))])
+        outputs *= len(paths)
+        if ranks and not _own_rank(paths, ranks):
+            nothing = np.zeros((inputs, 0)), np.zeros((0, outputs))
+            absent[module] = Factors(*nothing, 1.0)
+            continue
         rank = adapter.rank(module)
         shapes[f"{module}.lora_A.weight"] = (rank, inputs)
-        shapes[f"{module}.lora_B.weight"] = (len(paths) * outputs, rank)
+        shapes[f"{module}.lora_B.weight"] = (outputs, rank)
     check_shapes(
         {f"{peft_files.PREFIX}{name}": x for name, x in shapes.items()},
         adapter.tensors,
     )
     config = _config(modules, adapter)
-    ours, parts = adapter.dylora is not None, {}
+    parts = {}
     for module, paths in modules.items():
-        factors = adapter.factors(module)
-        if ours:  # PEFT's own file may be changed, which ours isn't
-            scale = config.scale.at(config.rank)
+        factors = absent.get(module) or adapter.factors(module)
+        if ranks:  # PEFT's own file may be changed, which ours isn't
+            first = next(filter(None, (ranks.get(p) for p in paths)), 1)
+            scale = config.scale.at(first)
             factors = dataclasses.replace(factors, scale=scale)
-        parts |= _split(factors, paths, ours)
-    if not ours:
+        parts |= _split(factors, paths, ranks)
+    if not ranks:
         parts = {path: factors.ordered()[0] for path, factors in parts.items()}
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
     return AdapterWeights(parts, trained, config, adapter.identity)
@@ -273,8 +309,8 @@ def _config(modules, adapter):
         )
     if adapter.dylora is not None:
         for module, paths in modules.items():
-            rank = adapter.dylora.rank * (len(paths) - paths.count(None))
-            if adapter.rank(module) != rank:
+            rank = _own_rank(paths, adapter.layer_ranks)
+            if rank and adapter.rank(module) != rank:
                 raise ValueError(
                     f"{peft_files.CONFIG_NAME} must give the rank that "
                     f"{peft_files.DYLORA_NAME} does. Received: "
@@ -291,19 +327,26 @@ def _config(modules, adapter):
     )
 
 
-def _split(fused, paths, blocks):
+def _own_rank(paths, ranks):
+    """The rank of a layer that `_fuse` made of those of Keras."""
+    return sum(ranks[path] for path in filter(None, paths))
+
+
+def _split(fused, paths, ranks):
     """Undoes `_fuse`; a dict of path to `Factors`.
 
-    Where no `_fuse` wrote `blocks`, every part needs the whole `down`.
+    Where no `_fuse` wrote blocks of these `ranks`, every part needs the whole
+    `down`.
     """
-    parts = {}
+    parts, start = {}, 0
     width = fused.up.shape[1] // len(paths)
-    rank = fused.rank // (len(paths) - paths.count(None))
     for i, path in enumerate(paths):
         if path is None:
             continue
-        start = len(parts) * rank
-        rows = slice(start, start + rank) if blocks else slice(None)
+        rows = slice(None)
+        if ranks:
+            rows = slice(start, start + ranks[path])
+            start += ranks[path]
         columns = slice(i * width, (i + 1) * width)
         parts[path] = Factors(
             fused.down[:, rows], fused.up[rows, columns], fused.scale

@@ -23,6 +23,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # Beside PEFT's own files: PEFT warns of unknown keys in its config.
 DYLORA_NAME = "keras_dylora.json"
 PREFIX = "base_model.model."
+# What is in it, so that it can be told as ours, where no rank is kept.
+SERVER = {"layout": "server"}
 
 # Initial values only; the others change the base weights too.
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -49,12 +51,26 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter:
-    """What an adapter directory holds; `dylora` if `to_peft` wrote it."""
+    """What an adapter directory holds.
+
+    If `to_peft` wrote it, the config and the identity of a model, and the
+    ranks of its layers where they differ.
+    """
 
     config: dict
     tensors: dict[str, np.ndarray]
     dylora: DyLoRAConfig | None
     identity: Identity | None
+    ranks: dict[str, int] | None
+
+    @property
+    def layer_ranks(self):
+        """Dict of path to rank of what `to_peft` wrote, else `None`."""
+        if self.dylora is None:
+            return None
+        high = self.dylora.rank
+        given = high if self.ranks is None else self.ranks
+        return ranks.by_layer(given, self.dylora.target_layers, high)
 
     def rank(self, module):
         """int. The rank of the adapter of a linear layer."""
@@ -193,11 +209,11 @@ def _load(path):
 
 
 def _dylora_config(folder):
-    """The config and the identity that `to_peft` left, or `None` for each."""
+    """What `metadata.read` gives of what `to_peft` left, or `None` for each."""
     path = folder / DYLORA_NAME
-    if not path.is_file():
-        return None, None
-    config, identity = metadata.read(
+    if not path.is_file() or files.read_json(path) == SERVER:
+        return None, None, None
+    config, identity, ranks = metadata.read(
         path,
         folder / WEIGHTS_NAME,
         "to_peft",
@@ -208,21 +224,22 @@ def _dylora_config(folder):
             f"{DYLORA_NAME} must be one that `to_peft` wrote. "
             f"Received: target_layers={config.target_layers!r}"
         )
-    return config, identity
+    return config, identity, ranks
 
 
-def write(folder, tensors, config, dylora, identity):
+def write(folder, tensors, config, adapter):
     """Writes tensors, less PEFT's prefix, and PEFT's own configuration.
 
-    And beside it the `DyLoRAConfig` and the `Identity` of the model, which
-    PEFT has no place for.
+    And beside it what PEFT has no place for of `AdapterWeights`. Those that
+    are for servers are `None`.
     """
     arrays = {PREFIX + k: np.ascontiguousarray(v) for k, v in tensors.items()}
     save_file(arrays, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
-    metadata.write(
-        folder / DYLORA_NAME, folder / WEIGHTS_NAME, dylora, identity
-    )
+    if adapter is None:
+        (folder / DYLORA_NAME).write_text(json.dumps(SERVER))
+    else:
+        metadata.write(folder / DYLORA_NAME, folder / WEIGHTS_NAME, adapter)
 
 
 def peft_config(layout, fused, dylora):

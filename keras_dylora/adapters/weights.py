@@ -57,12 +57,17 @@ class AdapterWeights:
         )
 
     def cut(self, ranks):
-        """The same at one lower rank, or at one for each layer path.
+        """The same at a rank, by default the highest, or at one for each path.
 
         Really smaller. Raises what `ranks.by_layer` does. To be called by what
         the user calls, to which a warning points.
         """
-        ranks = rank_functions.by_layer(ranks, self.layers, self.config.rank)
+        ranks = rank_functions.by_layer(
+            self.config.rank if ranks is None else ranks,
+            self.layers,
+            self.config.rank,
+            1,
+        )
         return dataclasses.replace(
             self,
             layers={
@@ -154,8 +159,8 @@ class AdapterWeights:
         """Gives a model these weights, once checked; enables it if it isn't.
 
         As `placed` in it. A layer of a lower rank than the model's gets
-        columns of zeros, and where its scale is another one, that goes into
-        its rows.
+        columns of zeros, and the model computes at the ranks of the layers.
+        Where a scale is another one, that goes into the rows.
         """
         self = self.placed(model, whole, strict)
         if not isinstance(model, DyLoRAModel):
@@ -171,16 +176,22 @@ class AdapterWeights:
                 trainable_layers=self.config.trainable_layers,
             )
         config = model.dylora_config
-        scale = config.scale.at(config.rank)
         for path, layer in adaptation_of(model).layers.items():
             factors = self.layers[path]
-            up = factors.up * np.float32(factors.scale / scale)
-            rest = config.rank - factors.rank
-            layer.down.assign(np.pad(factors.down, ((0, 0), (0, rest))))
-            layer.up.assign(np.pad(up, ((0, rest), (0, 0))))
+            scale = config.scale.at(max(factors.rank, 1))
+            padded = factors.padded(config.rank)
+            layer.down.assign(padded.down)
+            layer.up.assign(padded.up * np.float32(padded.scale / scale))
+        if len(set(self.ranks.values())) > 1:
+            model.set_rank(self.ranks)
         weights = weight_paths(model)
         for path, value in self.trained.items():
             weights[path].assign(value)
+
+    @property
+    def ranks(self):
+        """The rank of each layer, by its path."""
+        return {path: factors.rank for path, factors in self.layers.items()}
 
     def tensors(self):
         """All arrays by the names that they have in our own files."""
@@ -190,8 +201,11 @@ class AdapterWeights:
         return named
 
     @classmethod
-    def of_tensors(cls, tensors, config, identity=None):
-        """Undoes `tensors`, all of one rank; a `ValueError` says what isn't."""
+    def of_tensors(cls, tensors, config, identity=None, ranks=None):
+        """Undoes `tensors`; a `ValueError` says what they aren't.
+
+        `ranks` has that of each layer, where they aren't all the config's.
+        """
         kinds = {"adapter": {}, "head": {}}
         for name in tensors:
             kind, _, path = name.partition("/")
@@ -199,16 +213,20 @@ class AdapterWeights:
                 path = path.removesuffix("/down").removesuffix("/up")
             kinds.get(kind, {})[path] = name
         shapes = dict.fromkeys(kinds["head"].values())
-        for path in kinds["adapter"]:
-            rank = config.rank
-            shapes |= tensor_names(path, (None, rank), (rank, None))
+        ranks = rank_functions.by_layer(
+            config.rank if ranks is None else ranks,
+            kinds["adapter"],
+            config.rank,
+        )
+        for path, b in ranks.items():
+            shapes |= tensor_names(path, (None, b), (b, None))
         check_shapes(shapes, tensors)
-        scale = config.scale.at(config.rank)
         layers = {
             path: Factors(
-                *(tensors[x] for x in tensor_names(path, 0, 0)), scale
+                *(tensors[x] for x in tensor_names(path, 0, 0)),
+                config.scale.at(max(b, 1)),
             )
-            for path in kinds["adapter"]
+            for path, b in ranks.items()
         }
         trained = {path: tensors[x] for path, x in kinds["head"].items()}
         return cls(layers, trained, config, identity)

@@ -4,10 +4,11 @@ import importlib.util
 
 import keras
 
-from keras_dylora import files
+from keras_dylora import files, summary
 from keras_dylora import ranks as ranks_module
+from keras_dylora.allocation import RankAllocation
 from keras_dylora.export import by_tensorflow, manifest
-from keras_dylora.export.plan import Inputs, Plan
+from keras_dylora.export.plan import Inputs, Plan, Served
 from keras_dylora.export.verify import verify as verify_artifact
 from keras_dylora.model import adaptation_of
 
@@ -45,6 +46,10 @@ def export_ranks(
     - `layout="merged"`: one SavedModel per rank in `rank_1/`, `rank_2/`, …
       with the adapter in the kernels and the signature `serve`.
 
+    With a dict of ranks, its keys are the names in place of `rank_1`, …. A
+    `RankAllocation` in it stands for a number above `config.rank` as the input
+    `rank`, which the manifest tells.
+
     `manifest.json` tells the ranks, the signatures, the sizes and the SHA-256
     of each file. On JAX and torch the artifact is written by a child process
     that rebuilds the model under TensorFlow.
@@ -52,8 +57,9 @@ def export_ranks(
     Args:
         model: an enabled model.
         directory: str or path. Written beside, then renamed.
-        ranks: list of int in `1..config.rank`. Defaults to `None`, every
-            rank that is trained: `config.min_rank..config.rank`.
+        ranks: list of int in `1..config.rank`, or dict of name to such an int
+            or to a `RankAllocation`. Defaults to `None`, every rank that is
+            trained: `config.min_rank..config.rank`.
         layout: str. `"shared"` or `"merged"`. Defaults to `"shared"`.
         input_signature: specs (`keras.InputSpec`, `tf.TensorSpec` or
             `keras.KerasTensor`) in the structure of the model's input, to fix
@@ -105,9 +111,11 @@ def export_ranks(
 
     Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
-    config = adaptation_of(model).config
+    adaptation = adaptation_of(model)
+    config = adaptation.config
+    named = _named(ranks, config)
     plan = Plan(
-        ranks=_check_ranks(ranks, config),
+        ranks=_served(named, model),
         layout=_check_choice("layout", layout, LAYOUTS),
         format=_check_choice("format", format, FORMATS),
         dtype=_check_choice("dtype", dtype, DTYPES),
@@ -116,7 +124,7 @@ def export_ranks(
         generate=bool(generate_signature),
     )
     _check_model(model, plan)
-    metrics = _check_report(report, plan.ranks)
+    metrics = _check_report(report, named, plan)
     _check_packages(plan, verify)
     progress = keras.utils.Progbar(
         plan.steps + bool(verify), verbose=int(bool(verbose)), unit_name="step"
@@ -127,7 +135,9 @@ def export_ranks(
         if verify:
             verified = verify_artifact(model, folder, plan)
             progress.add(1)
-        manifest.write(folder, config, plan, verified, metrics)
+        manifest.write(
+            folder, config, plan, verified, metrics, list(adaptation.layers)
+        )
 
 
 def _write(model, folder, plan, on_step):
@@ -140,16 +150,55 @@ def _write(model, folder, plan, on_step):
         by_tensorflow.write(model, folder, plan, on_step)
 
 
-def _check_ranks(ranks, config):
+def _named(ranks, config):
+    """Dict of name to rank."""
     if ranks is None:
-        return tuple(range(config.min_rank, config.rank + 1))
-    checked = ranks_module.as_ranks(ranks, 1, config.rank)
-    if not checked or len(set(checked)) < len(checked):
+        ranks = range(config.min_rank, config.rank + 1)
+    given = ranks
+    if not isinstance(ranks, dict):
+        given = ranks_module.as_list(ranks)
+        if any(isinstance(b, RankAllocation) for b in given):
+            raise TypeError(
+                "A `RankAllocation` is exported under a name of yours, as "
+                f'`ranks={{"small": allocation}}`. Received: ranks={ranks!r}'
+            )
+        given = ranks_module.as_ranks(given, 1, config.rank)
+        ranks = {f"rank_{b}": b for b in given}
+    if not ranks or len(set(ranks.values())) < len(given):
         raise ValueError(
             "`ranks` must name at least one rank, and each once. "
-            f"Received: ranks={ranks!r}"
+            f"Received: ranks={given!r}"
         )
-    return tuple(sorted(checked))
+    for name in ranks:
+        if (
+            not isinstance(name, str)
+            or not name.isidentifier()
+            or name.startswith(("serv", "generate"))
+        ):
+            raise ValueError(
+                "The name of a rank becomes that of a signature: it must be an "
+                'identifier that doesn\'t begin with "serv" or "generate". '
+                f"Received: {name!r}"
+            )
+    return ranks
+
+
+def _served(named, model):
+    """The ranks of a plan, from a dict of name to rank."""
+    layers, high = adaptation_of(model).layers, model.dylora_config.rank
+    found, free = [], high + 1
+    for name, rank in named.items():
+        by_layer = ranks_module.by_layer(rank, layers, high, 1)
+        if isinstance(rank, RankAllocation):
+            found.append(Served(name, free, tuple(by_layer.values())))
+            free += 1
+        else:
+            found.append(Served(name, int(rank), int(rank)))
+
+    def size(served):
+        return summary.parameters(model, served.ranks(layers))
+
+    return tuple(sorted(found, key=size))
 
 
 def _check_choice(name, value, choices):
@@ -223,7 +272,7 @@ def _check_packages(plan, verify):
         )
 
 
-def _check_report(report, ranks):
+def _check_report(report, named, plan):
     """The metrics of the exported ranks, as JSON takes them."""
     if report is None:
         return None
@@ -233,7 +282,9 @@ def _check_report(report, ranks):
             f"Received: report={report!r} (of type {type(report).__name__})"
         )
     return {
-        str(b): {k: float(v) for k, v in report.metrics[b].items()}
-        for b in ranks
-        if b in report.metrics
+        str(x.value): {
+            k: float(v) for k, v in report.metrics[named[x.name]].items()
+        }
+        for x in plan.ranks
+        if named[x.name] in report.metrics
     }

@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 NAME = "manifest.json"
 
 
-def write(folder, config, plan, verified, metrics):
+def write(folder, config, plan, verified, metrics, paths):
     """Writes the manifest of the artifacts in a folder.
 
     Args:
@@ -20,7 +20,8 @@ def write(folder, config, plan, verified, metrics):
         config: `DyLoRAConfig` of the model.
         plan: `Plan`.
         verified: what `verify` returned, or `None`.
-        metrics: dict of rank to its metrics, or `None`.
+        metrics: dict of rank, as the input, to its metrics, or `None`.
+        paths: list of str. Those of the adapted layers.
     """
     contents = {
         str(path.relative_to(folder)): {
@@ -36,7 +37,11 @@ def write(folder, config, plan, verified, metrics):
         "format_version": FORMAT_VERSION,
         "format": plan.format,
         "layout": plan.layout,
-        "ranks": plan.ranks,
+        "ranks": [x.value for x in plan.ranks],
+        "names": {x.name: x.value for x in plan.ranks},
+        "allocations": {
+            x.name: x.ranks(paths) for x in plan.ranks if x.by_layer
+        },
         "alpha": config.alpha,
         "scaling": config.scaling,
         "dtype": plan.dtype,
@@ -77,10 +82,11 @@ def _signatures(plan):
         found = {"serve": own}
         found |= {"serve_text": text} if plan.text else {}
         return found | ({"generate": prompt} if plan.generate else {})
-    found = {f"rank_{b}": own for b in plan.ranks} | {"serve": own | rank}
+    names = [served.name for served in plan.ranks]
+    found = dict.fromkeys(names, own) | {"serve": own | rank}
     if plan.text:
         found["serve_text"] = text | rank
     if plan.generate:
-        found |= {f"generate_rank_{b}": prompt for b in plan.ranks}
+        found |= {f"generate_{name}": prompt for name in names}
         found["generate"] = prompt | rank
     return found

@@ -19,9 +19,9 @@ def write(model, folder, plan):
     convert = {"onnx": _to_onnx, "litert": _to_litert}[plan.format]
     with tempfile.TemporaryDirectory(prefix="keras_dylora-") as temporary:
         steps = saved_model.write(model, pathlib.Path(temporary), plan)
-        for b, _ in zip(plan.ranks, steps, strict=True):
-            source = pathlib.Path(temporary, f"rank_{b}")
-            target = folder / f"rank_{b}"
+        for served, _ in zip(plan.ranks, steps, strict=True):
+            source = pathlib.Path(temporary, served.name)
+            target = folder / served.name
             target.mkdir()
             convert(source, target / FILE_NAMES[plan.format], plan)
             shutil.rmtree(source)

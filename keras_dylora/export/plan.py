@@ -143,11 +143,36 @@ def _dtype_name(dtype):
 
 
 @dataclasses.dataclass(frozen=True)
+class Served:
+    """A rank that is exported.
+
+    Args:
+        name: str. Of its signature, or of its folder.
+        value: int. What stands for it as the input `rank`.
+        rank: int, or a tuple of one for each adapted layer in forward order,
+            as paths may be others in another process.
+    """
+
+    name: str
+    value: int
+    rank: int | tuple
+
+    @property
+    def by_layer(self):
+        return isinstance(self.rank, tuple)
+
+    def ranks(self, paths):
+        """Dict of path to rank, by the paths of the adapted layers."""
+        each = self.rank if self.by_layer else (self.rank,) * len(paths)
+        return dict(zip(paths, each, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The checked arguments of `export_ranks`.
 
     Args:
-        ranks: tuple of int, ascending.
+        ranks: tuple of `Served`, by size.
         layout: str. `"shared"` or `"merged"`.
         format: str. `"saved_model"`, `"onnx"` or `"litert"`.
         dtype: str or `None`. What float parameters are stored in.
@@ -169,6 +194,16 @@ class Plan:
         """How many pieces of work a writer reports."""
         return len(self.ranks) + (self.layout == "shared")
 
+    @property
+    def by_layer(self):
+        """Whether a rank is one for each layer."""
+        return any(served.by_layer for served in self.ranks)
+
+    @property
+    def highest(self):
+        """int. The highest rank that is one for all layers, or 0."""
+        return max((x.rank for x in self.ranks if not x.by_layer), default=0)
+
     def to_json(self):
         return json.dumps(dataclasses.asdict(self))
 
@@ -180,5 +215,12 @@ class Plan:
             for x in plan["inputs"]["specs"]
         )
         plan["inputs"] = Inputs(plan["inputs"]["kind"], specs)
-        plan["ranks"] = tuple(plan["ranks"])
+        plan["ranks"] = tuple(
+            Served(
+                x["name"],
+                x["value"],
+                tuple(x["rank"]) if isinstance(x["rank"], list) else x["rank"],
+            )
+            for x in plan["ranks"]
+        )
         return cls(**plan)

@@ -6,6 +6,7 @@ Needs the TensorFlow backend. Every parameter is tracked, and so stored, once.
 import dataclasses
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_dylora.adaptation import as_original
@@ -26,14 +27,15 @@ class _Endpoint:
 
     Args:
         name: str. Name of the signature that has no fixed rank.
-        rank_name: str or `None`. Prefix of the ones that have.
+        rank_prefix: str or `None`. What comes before the name of a rank in
+            those of the ones that have.
         run: callable from a dict of tensors to a dict of tensors.
         specs: dict of name to `tf.TensorSpec`. What `run` takes.
         text: `Preprocessing` or `None`. What makes it from strings.
     """
 
     name: str
-    rank_name: str | None
+    rank_prefix: str | None
     run: object
     specs: dict
     text: Preprocessing | None = None
@@ -70,7 +72,7 @@ def _endpoints(model, plan):
         prompt = {k: tensors[k] for k in ("token_ids", "padding_mask")}
         return model.generate_step(prompt, [tensors["end_token_id"]])
 
-    endpoints = [_Endpoint("serve", "rank_", forward, specs)]
+    endpoints = [_Endpoint("serve", "", forward, specs)]
     if plan.text:
         text = Preprocessing(model)
         endpoints.append(_Endpoint("serve_text", None, forward, specs, text))
@@ -79,7 +81,7 @@ def _endpoints(model, plan):
         endpoints.append(
             _Endpoint(
                 "generate",
-                "generate_rank_",
+                "generate_",
                 generate,
                 {**specs, "end_token_id": end},
             )
@@ -95,78 +97,110 @@ def _write_shared(model, folder, plan):
     artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
     rank_spec = tf.TensorSpec(None, tf.int32, name="rank")
 
-    def traced(endpoint, *gate_shape):
-        return _traced(endpoint, adaptation, stored, gate_shape)
+    gates = _Gates(plan, config, len(adaptation.layers))
 
-    rows = {x.run: traced(x, None, config.rank) for x in endpoints}
+    def traced(endpoint, *batch):
+        return _traced(endpoint, adaptation, stored, gates, batch)
+
+    rows = {x.run: traced(x, None) for x in endpoints}
     for endpoint in endpoints:
         artifact.add(
             endpoint.name,
-            _at_any_rank(endpoint, rows[endpoint.run], max(plan.ranks), config),
+            _at_any_rank(endpoint, rows[endpoint.run], gates),
             {**endpoint.signature, "rank": rank_spec},
         )
-        if endpoint.rank_name is None:
+        if endpoint.rank_prefix is None:
             continue
-        run = traced(endpoint, config.rank)
-        for b in plan.ranks:
+        run = traced(endpoint)
+        for served in plan.ranks:
             artifact.add(
-                f"{endpoint.rank_name}{b}",
-                _at_rank(b, run, config),
+                f"{endpoint.rank_prefix}{served.name}",
+                _at_rank(run, gates.of(served)),
                 endpoint.signature,
             )
             if endpoint.name == "serve":
                 yield
-    artifact.save(folder, default=f"rank_{max(plan.ranks)}")
+    artifact.save(folder, default=plan.ranks[-1].name)
     yield
 
 
-def _traced(endpoint, adaptation, stored, gate_shape):
+def _traced(endpoint, adaptation, stored, gates, batch):
     """What an endpoint runs, as a graph that several signatures call."""
 
     def call(tensors, gate):
+        if gates.by_layer:
+            gate = {p: gate[..., i, :] for i, p in enumerate(adaptation.layers)}
         with stored_variables.reading(stored), adaptation.overridden(gate):
             return endpoint.run(tensors)
 
-    signature = [endpoint.specs, tf.TensorSpec(gate_shape, tf.float32)]
+    spec = tf.TensorSpec((*batch, *gates.shape), tf.float32)
+    signature = [endpoint.specs, spec]
     return tf.function(call, input_signature=signature, autograph=False)
 
 
-def _at_any_rank(endpoint, run, high, config):
+def _at_any_rank(endpoint, run, gates):
     first = next(iter(endpoint.signature))
 
     def serve(rank, **tensors):
         batch = tf.shape(tensors[first])[0]
-        gate = _gate_rows(rank, batch, high, config)
+        gate = gates.rows(rank, batch)
         return run(endpoint.prepare(tensors), gate)
 
     return serve
 
 
-def _at_rank(rank, run, config):
+def _at_rank(run, gate):
     def serve(**tensors):
-        return run(tensors, config.scale.gate(rank))
+        return run(tensors, tf.constant(gate))
 
     return serve
 
 
-def _gate_rows(rank, batch, high, config):
-    """One gate for each example, from a scalar rank or one per example."""
-    rank = tf.reshape(rank, [-1])
-    size = tf.size(rank)
-    checks = [
-        tf.debugging.Assert(
-            tf.reduce_all((rank >= 1) & (rank <= high)),
-            [f"`rank` must be between 1 and {high}. Received:", rank],
-        ),
-        tf.debugging.Assert(
-            (size == 1) | (size == batch),
-            ["`rank` must be a scalar or one for each example. Received:",
-             size, "ranks for a batch of", batch],
-        ),
-    ]  # fmt: skip
-    with tf.control_dependencies(checks):
-        rank = tf.broadcast_to(rank, [batch])
-    return config.scale.gate(rank)
+class _Gates:
+    """The gates of a plan's ranks: one for all layers, or one for each."""
+
+    def __init__(self, plan, config, layers):
+        self.plan, self.scale = plan, config.scale
+        self.by_layer = plan.by_layer
+        self.shape = (config.rank,)
+        if self.by_layer:
+            self.shape = layers, config.rank
+        self.own = [x.value for x in plan.ranks if x.by_layer]
+        highest = max([plan.highest, *self.own])
+        self.table = np.zeros((highest + 1, *self.shape), "float32")
+        for b in range(1, plan.highest + 1):
+            self.table[b] = self.scale.gate(b)
+        for served in plan.ranks:
+            self.table[served.value] = self.scale.gate(served.rank)
+
+    def of(self, served):
+        """The gate of a rank, in NumPy."""
+        return self.table[served.value]
+
+    def rows(self, rank, batch):
+        """One for each example, from a scalar rank or one per example."""
+        rank, high = tf.reshape(rank, [-1]), self.plan.highest
+        size = tf.size(rank)
+        known, rule = (rank >= 1) & (rank <= high), f"between 1 and {high}"
+        if self.own:
+            known |= tf.reduce_any(rank[:, None] == self.own, axis=-1)
+            rule += f" or one of {self.own}"
+        checks = [
+            tf.debugging.Assert(
+                tf.reduce_all(known),
+                [f"`rank` must be {rule}. Received:", rank],
+            ),
+            tf.debugging.Assert(
+                (size == 1) | (size == batch),
+                ["`rank` must be a scalar or one for each example. Received:",
+                 size, "ranks for a batch of", batch],
+            ),
+        ]  # fmt: skip
+        with tf.control_dependencies(checks):
+            rank = tf.broadcast_to(rank, [batch])
+        if self.by_layer:
+            return tf.gather(tf.constant(self.table), rank)
+        return self.scale.gate(rank)
 
 
 def _write_merged(model, folder, plan):
@@ -180,12 +214,13 @@ def _write_merged(model, folder, plan):
     for endpoint in endpoints:
         function = _without_rank(endpoint, layers, stored)
         artifact.add(endpoint.name, function, endpoint.signature)
-    for b in plan.ranks:
-        for layer, kernel in zip(layers, kernels, strict=True):
+    for served in plan.ranks:
+        ranks = served.ranks(layers).values()
+        for layer, kernel, b in zip(layers, kernels, ranks, strict=True):
             _, target = stored[id(kernel)]
             merged = tf.cast(kernel.value, tf.float32) + layer.delta_kernel(b)
             target.assign(tf.cast(merged, target.dtype))
-        artifact.save(folder / f"rank_{b}", default="serve")
+        artifact.save(folder / served.name, default="serve")
         yield
 
 

@@ -140,19 +140,23 @@ def _calls(model, folder, plan, exact):
         never = {"end_token_id": np.array(-1, "int32")}
         samples["generate"] = _prompts(samples["serve"][0]), never
     for name, (tensors, extra) in samples.items():
-        live = {b: _live(model, plan, name, tensors, b) for b in plan.ranks}
+        live = {
+            served.value: _live(model, plan, name, tensors, served)
+            for served in plan.ranks
+        }
         given = extra if name == "serve_text" else {**tensors, **extra}
-        for b, expected in live.items():
+        for served in plan.ranks:
+            expected = live[served.value]
             if plan.layout == "merged":
                 file = FILE_NAMES.get(plan.format, "")
-                path = str(folder / f"rank_{b}" / file)
+                path = str(folder / served.name / file)
                 yield _Call(path, name, given, expected)
             elif name != "serve_text":
-                fixed = f"{name}_rank_{b}".removeprefix("serve_")
+                fixed = f"{name}_{served.name}".removeprefix("serve_")
                 yield _Call(str(folder), fixed, given, expected)
         if plan.layout == "shared":
-            count = len(plan.ranks)
-            rows = [plan.ranks[i * count // batch] for i in range(batch)]
+            values = list(live)
+            rows = [values[i * len(values) // batch] for i in range(batch)]
             mixed = {
                 key: np.stack([live[b][key][i] for i, b in enumerate(rows)])
                 for key in live[rows[0]]
@@ -207,10 +211,10 @@ def _tokens(model, texts):
     return keras.utils.unpack_x_y_sample_weight(batch)[0]
 
 
-def _live(model, plan, name, tensors, rank):
+def _live(model, plan, name, tensors, served):
     """Outputs of the live model as a dict of arrays."""
     tensors = {k: ops.convert_to_tensor(v) for k, v in tensors.items()}
-    with model.rank_scope(rank):
+    with model.rank_scope(served.ranks(model._dylora.layers)):
         if name == "generate":
             outputs = model.make_generate_function()(
                 tensors, stop_token_ids=None

@@ -13,6 +13,7 @@ from keras_dylora.training.full_rank import (
     order_columns,
     with_callback,
 )
+from keras_dylora.training.gate_gradient import gate_gradient
 from keras_dylora.training.step import check_frozen, check_slots, drawn
 
 match keras.backend.backend():

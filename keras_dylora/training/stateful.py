@@ -68,4 +68,4 @@ def write_back(model):
 @contextlib.contextmanager
 def forward(model, x):
     """Yields predictions of Keras's training step, with their `losses`."""
-    yield model(x, **step.training_argument(model))
+    yield model(x, **step.call_argument(model, training=True))

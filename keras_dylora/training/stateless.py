@@ -87,7 +87,7 @@ def forward(model, x):
             [ops.convert_to_tensor(v) for v in model.non_trainable_variables],
             x,
             return_losses=True,
-            **step.training_argument(model),
+            **step.call_argument(model, training=True),
         )
     for variable, value in zip(
         model.non_trainable_variables, states, strict=True

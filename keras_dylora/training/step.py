@@ -81,10 +81,10 @@ def training(model, gates):
         adaptation.training = False
 
 
-def training_argument(model):
-    """Arguments of a call beside the inputs, as in Keras's training step."""
+def call_argument(model, training):
+    """Arguments of a call beside the inputs, as in Keras's own steps."""
     takes = "training" in model.call_signature_parameters
-    return {"training": True} if takes else {}
+    return {"training": training} if takes else {}
 
 
 def check_frozen(optimizer):

@@ -1,0 +1,123 @@
+"""A rank for each layer against one for all, at equal adapter parameters.
+
+    python -m examples.layer_ranks --task reviews
+    python -m examples.layer_ranks --task ratings
+
+A model is trained once, on all linear layers, and cut in two ways to an
+eighth, a quarter and a half of the adapters' parameters. Beside it, a LoRA that
+is trained at the rank of the same size. Finished runs are kept in a file of
+JSON lines and aren't run again.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+
+from matplotlib.figure import Figure
+
+from examples import glue_roberta, markdown, methods, nlg_gpt2, nlg_reviews
+from examples.runs import Results
+
+BUDGETS = (0.125, 0.25, 0.5)
+RANK = 8
+METRICS = {"reviews": "perplexity", "ratings": "pearson"}
+ROWS = ("one rank for all", "a rank for each layer", "LoRA at each rank")
+
+
+def settings(task, output, verbose):
+    """The settings of the runs of a task, without budgets."""
+    changes = {"rank": RANK, "target_layers": "all-linear"}
+    if task == "ratings":
+        scale = glue_roberta.SCALES["small"]
+        return dataclasses.replace(scale, test_size=2_000, **changes)
+    preset = nlg_reviews.pretrained(output, verbose=verbose)
+    return dataclasses.replace(nlg_gpt2.REVIEWS, preset=str(preset), **changes)
+
+
+def values(task, results, method, seed, chosen, verbose):
+    """The metric by the name of a rank, of one run."""
+    example = glue_roberta if task == "ratings" else nlg_gpt2
+    found = example.run(results, task, method, seed, chosen, verbose=verbose)
+    metrics = found["metrics"].get("validation", found["metrics"])
+    scale = 100 if task == "ratings" else 1
+    return {b: scale * by_name[METRICS[task]] for b, by_name in metrics.items()}
+
+
+def compare(task, results, seeds, lora, chosen, verbose):
+    """Dict of row to dict of share to the values of all seeds."""
+    shares = [*map(methods.percent, BUDGETS), methods.percent(1)]
+    ranks = [str(round(share * RANK)) for share in (*BUDGETS, 1)]
+    found = {row: {share: [] for share in shares} for row in ROWS}
+    budgeted = dataclasses.replace(chosen, budgets=BUDGETS)
+    for seed in seeds:
+        ours = values(task, results, "progressive", seed, budgeted, verbose)
+        each = {}
+        if lora:
+            each = values(task, results, "lora-each", seed, chosen, verbose)
+        for b, share in zip(ranks, shares, strict=True):
+            found[ROWS[0]][share].append(ours[b])
+            found[ROWS[1]][share] += [ours[share]] if share in ours else []
+            found[ROWS[2]][share] += [each[b]] if b in each else []
+    return found
+
+
+def write(folder, task, found):
+    """Writes the table, and the curves over the share of the parameters."""
+    shares = list(next(iter(found.values())))
+    rows = [
+        [name, *(markdown.mean(values[share]) for share in shares)]
+        for name, values in found.items()
+    ]
+    text = markdown.table([f"{METRICS[task]} at", *shares], rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"layers-{task}.md").write_text(text + "\n")
+    print(f"\n{text}")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for name, values in found.items():
+        points = {
+            float(share.rstrip("%")): sum(x) / len(x)
+            for share, x in values.items()
+            if x
+        }
+        if points:
+            axes.plot(list(points), list(points.values()), "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([12.5, 25, 50, 100], ["12.5", "25", "50", "100"])
+    axes.set_xlabel("adapter parameters, % of those at rank 8")
+    axes.set_ylabel(METRICS[task])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / f"layers-{task}.png")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task", required=True, choices=METRICS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 42, 4242])
+    parser.add_argument(
+        "--no-lora", action="store_true", help="leave out the runs of LoRA"
+    )
+    parser.add_argument("--output", default="results/nlg", type=pathlib.Path)
+    parser.add_argument(
+        "--results", default="results/runs.jsonl", type=pathlib.Path
+    )
+    parser.add_argument("--verbose", default=1, type=int)
+    args = parser.parse_args(argv)
+    chosen = settings(args.task, args.output, args.verbose)
+    found = compare(
+        args.task,
+        Results(args.results),
+        args.seeds,
+        not args.no_lora,
+        chosen,
+        args.verbose,
+    )
+    write(args.output, args.task, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""RankAllocation: a rank for each adapted layer, taken wherever a rank is."""
+
+import collections
+import collections.abc
+import json
+import pathlib
+import re
+
+from rich import box
+from rich.table import Table
+
+from keras_dylora import figures, files, summary
+from keras_dylora.layers import matrix_shape
+from keras_dylora.ranks import as_rank, by_layer
+
+
+class RankAllocation(collections.abc.Mapping):
+    """A rank for each adapted layer of a model, in place of one for all.
+
+    It is taken wherever a rank is: `set_rank`, `rank_scope`,
+    `evaluate_ranks`, `merge`, `truncate`, `save_adapter`, `to_peft` and
+    `export_ranks`. `allocate_ranks` finds one; it can also be written by hand.
+    It is a mapping of path to rank, and can't be changed.
+
+    Args:
+        ranks: dict of layer path to int in `0..max_rank`; at `0` a layer is
+            as in the base model.
+        matrices: dict of layer path to `(inputs, outputs)`, the sizes of what
+            the layer multiplies with.
+        max_rank: int. The maximum rank of the model.
+
+    Raises:
+        TypeError: if a rank isn't an integer.
+        ValueError: if a rank is out of range, or the paths of the two differ.
+
+    Example:
+
+    ```python
+    small = keras_dylora.allocate_ranks(clf, texts, labels, budget=0.25)
+    print(small)
+    clf.set_rank(small)
+    keras_dylora.save_adapter(clf, "small/", rank=small)
+    small.to_json("small.json")
+    ```
+    """
+
+    def __init__(self, ranks, matrices, max_rank):
+        self.max_rank = as_rank(max_rank, 1, 2**31 - 1, "max_rank")
+        self.ranks = by_layer(dict(ranks), matrices, self.max_rank)
+        self.matrices = {p: tuple(matrices[p]) for p in self.ranks}
+
+    @classmethod
+    def of(cls, model, ranks):
+        """That of a model with these ranks, a dict of path to int."""
+        layers = model._dylora.layers
+        matrices = {path: matrix_shape(x) for path, x in layers.items()}
+        return cls(ranks, matrices, model.dylora_config.rank)
+
+    @property
+    def parameters(self):
+        """int. The parameters of the adapters at these ranks."""
+        return sum(b * sum(self.matrices[p]) for p, b in self.ranks.items())
+
+    @property
+    def share(self):
+        """float. `parameters` over those at the maximum rank."""
+        columns = sum(sum(shape) for shape in self.matrices.values())
+        return self.parameters / (columns * self.max_rank)
+
+    @property
+    def label(self):
+        """str. A name for tables: the lowest and highest rank, the share."""
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        return f"{low} to {high}, {self.share:.1%}"
+
+    def __getitem__(self, path):
+        return self.ranks[path]
+
+    def __iter__(self):
+        return iter(self.ranks)
+
+    def __len__(self):
+        return len(self.ranks)
+
+    def __hash__(self):
+        return hash(frozenset(self.ranks.items()))
+
+    def __repr__(self):
+        return f"RankAllocation({len(self)} layers, ranks {self.label})"
+
+    def _grid(self):
+        """Dict of kind of layer to the ranks of its layers, in their order.
+
+        Layers are of a kind if their paths differ by numbers alone.
+        """
+        kinds = collections.defaultdict(list)
+        for path, b in self.ranks.items():
+            kinds[re.sub(r"_?\d+", "", path)].append(b)
+        return kinds
+
+    def __str__(self):
+        grid = self._grid()
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("ranks of layers", overflow="fold")
+        for i in range(max(map(len, grid.values()))):
+            table.add_column(str(i), justify="right")
+        for kind, row in grid.items():
+            table.add_row(kind, *map(str, row))
+        return (
+            f"{summary.text(table)}\n {self.parameters:,} parameters, "
+            f"{self.share:.1%} of those at rank {self.max_rank}"
+        )
+
+    def to_json(self, path=None):
+        """The allocation as JSON, also written to `path` if one is given.
+
+        Returns:
+            str: `{"max_rank": 8, "ranks": {…}, "matrices": {…}}`.
+        """
+        content = {
+            "max_rank": self.max_rank,
+            "ranks": self.ranks,
+            "matrices": self.matrices,
+        }
+        text = json.dumps(content, indent=2)
+        if path is not None:
+            with files.new_file(path) as beside:
+                beside.write_text(text)
+        return text
+
+    @classmethod
+    def from_json(cls, path):
+        """Reads the file that `to_json` wrote.
+
+        Raises:
+            ValueError: if it isn't one.
+        """
+        content = files.read_json(pathlib.Path(path))
+        try:
+            ranks, matrices = content["ranks"], content["matrices"]
+            return cls(ranks, matrices, content["max_rank"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                "The file must be one that `RankAllocation.to_json` wrote. "
+                f"Received: {str(path)!r} ({error!r})"
+            ) from error
+
+    def plot(self, path=None):
+        """Draws the ranks as a heat map, of depth and kind of layer.
+
+        Args:
+            path: str or path of the picture, whose ending gives the format.
+                Defaults to `None`: nothing is written.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: if matplotlib isn't installed.
+        """
+        figure = figures.new_figure((6.4, 4.0))
+        grid = self._grid()
+        depth = max(map(len, grid.values()))
+        rows = [
+            [*row, *[float("nan")] * (depth - len(row))]
+            for row in grid.values()
+        ]
+        axes = figure.subplots()
+        image = axes.imshow(rows, cmap="viridis", vmin=0, vmax=self.max_rank)
+        for y, row in enumerate(grid.values()):
+            for x, b in enumerate(row):
+                dark = b < 0.6 * self.max_rank
+                color = "white" if dark else "black"
+                axes.text(x, y, b, ha="center", va="center", color=color)
+        axes.set_xticks(range(depth))
+        axes.set_yticks(range(len(grid)), list(grid))
+        axes.set_xlabel("depth")
+        axes.set_title(f"{self.parameters:,} parameters, {self.share:.1%}")
+        figure.colorbar(image, label="rank", shrink=0.6)
+        figures.save(figure, path)
+        return figure

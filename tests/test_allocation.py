@@ -1,0 +1,445 @@
+"""RankAllocation: a rank for each layer, wherever a rank is taken."""
+
+import copy
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_dylora as kd
+from tests import backend
+from tests.models import (
+    classification_loss,
+    gpt2,
+    labels,
+    mlp,
+    mlp_data,
+    randomize,
+    randomize_adapters,
+    roberta_classifier,
+    tokens,
+)
+from tests.test_export import batch, live, serve
+from tests.test_peft import (  # noqa: F401
+    adapter_config,
+    adapter_tensors,
+    assert_same_logits,
+    pair,
+    twins,
+)
+
+SCALINGS = ("rank", "constant")
+ALLOCATIONS = {
+    "mixed": [2, 1, 3, 4],
+    "with-zeros": [0, 2, 0, 1],
+    "low": [1, 1, 2, 1],
+}
+
+
+def enabled(scaling="constant", **arguments):
+    model = randomize(roberta_classifier())
+    kd.enable_dylora(model, rank=4, scaling=scaling, verbose=0, **arguments)
+    model.compile(loss=classification_loss(), metrics=["accuracy"])
+    return randomize_adapters(model)
+
+
+def allocation(model, ranks):
+    paths = model._dylora.layers
+    by_path = dict(zip(paths, ranks, strict=False))
+    return kd.RankAllocation.of(model, {p: by_path.get(p, 1) for p in paths})
+
+
+def predict(model):
+    return model.predict(tokens(), verbose=0)
+
+
+@pytest.fixture(params=ALLOCATIONS)
+def ranks(request):
+    return ALLOCATIONS[request.param]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_kernels_of_a_merged_model(scaling, ranks):
+    model = enabled(scaling)
+    layers = model._dylora.layers
+    expected = [
+        # NumPy's own product, at the scale of the rank of each.
+        backend.to_numpy(x.kernel).reshape(16, 16)
+        + (16 / (b if scaling == "rank" else 4) if b else 0)
+        * (backend.to_numpy(x.down)[:, :b] @ backend.to_numpy(x.up)[:b])
+        for x, b in zip(layers.values(), ranks, strict=True)
+    ]
+    plain = kd.merge(model, allocation(model, ranks))
+    merged = dict(
+        zip(
+            [w.path for w in plain.weights],
+            backend.snapshot(plain.weights),
+            strict=True,
+        )
+    )
+    for path, kernel in zip(layers, expected, strict=True):
+        (found,) = (v for k, v in merged.items() if f"{path}/kernel" in k)
+        np.testing.assert_allclose(
+            found.reshape(16, 16), kernel, rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_live_merged_reloaded_and_truncated_agree(scaling, ranks, tmp_path):
+    model = enabled(scaling)
+    chosen = allocation(model, ranks)
+    full = predict(model)
+    expected = predict(kd.merge(model, chosen))
+    assert np.abs(full - expected).max() > 1e-3
+    with model.rank_scope(chosen):
+        assert model.rank == chosen
+        found = {"scope": predict(model)}
+    assert model.rank == 4
+    kd.save_adapter(model, tmp_path / "adapter", rank=chosen)
+    model.set_rank(chosen)
+    found["live"] = predict(model)
+    model.save(tmp_path / "model.keras")
+    found["keras"] = predict(keras.saving.load_model(tmp_path / "model.keras"))
+    fresh = kd.load_adapter(
+        randomize(roberta_classifier()), tmp_path / "adapter"
+    )
+    assert fresh.dylora_config.rank == max(ranks)
+    assert list(fresh.rank.values()) == ranks
+    found["loaded"] = predict(fresh)
+    kd.save_adapter(fresh, tmp_path / "again", rank=fresh.rank)
+    again = kd.load_adapter(randomize(roberta_classifier()), tmp_path / "again")
+    found["loaded again"] = predict(again)
+    # What is within the file computes what it did.
+    with model.rank_scope(1), fresh.rank_scope(1):
+        if min(ranks) > 0:
+            np.testing.assert_allclose(
+                predict(fresh), predict(model), atol=1e-5
+            )
+    kd.truncate(model, chosen)
+    assert model.dylora_config.rank == max(ranks)
+    found["truncated"] = predict(model)
+    for way, outputs in found.items():
+        np.testing.assert_allclose(
+            outputs, expected, atol=1e-5, rtol=0, err_msg=way
+        )
+
+
+def test_what_is_cut_off_stays_so_in_training():
+    model = enabled()
+    model.compile(keras.optimizers.AdamW(1e-2), loss=classification_loss())
+    kd.truncate(model, allocation(model, [2, 0, 3, 1]))
+    before = backend.snapshot([x.down for x in model.dylora_layers])
+    model.fit(tokens(), labels(), epochs=2, verbose=0)
+    ranks = [2, 0, 3, 1]
+    for layer, b, was in zip(model.dylora_layers, ranks, before, strict=True):
+        down = backend.to_numpy(layer.down)
+        assert layer.rank == 3
+        assert not down[:, b:].any()
+        assert not backend.to_numpy(layer.up)[b:].any()
+        assert not b or np.abs(down - was).max() > 1e-4
+    assert list(model.rank.values()) == ranks
+
+
+def test_a_change_traces_nothing():
+    model = enabled()
+    chosen = [allocation(model, ranks) for ranks in ALLOCATIONS.values()]
+    outputs = [predict(model)]
+    with backend.count_compilations(model) as counts:
+        for each in chosen:
+            model.set_rank(each)
+            outputs.append(predict(model))
+    if backend.NAME != "torch":  # which compiles nothing
+        assert not any(counts.values())
+    assert len({x.tobytes() for x in outputs}) == 4
+
+
+def test_training_keeps_it_and_draws_ranks():
+    model = enabled()
+    chosen = allocation(model, [2, 1, 3, 4])
+    model.set_rank(chosen)
+    logs = model.fit(tokens(), labels(), batch_size=8, verbose=0).history
+    assert 1 <= logs["rank"][0] <= 4
+    assert model.rank == chosen
+
+
+def test_within_a_gradient():
+    model = enabled()
+    chosen = allocation(model, [2, 0, 3, 1])
+    data = {k: ops.convert_to_tensor(v) for k, v in tokens(4).items()}
+
+    def loss():
+        with model.rank_scope(chosen):
+            return ops.sum(model(data, training=False) ** 2)
+
+    layers = model.dylora_layers
+    model._dylora.training = True  # as within a step
+    try:
+        found = backend.gradients(loss, [layer.up for layer in layers])
+    finally:
+        model._dylora.training = False
+    for gradient, b in zip(found, [2, 0, 3, 1], strict=True):
+        assert not gradient[b:].any()
+        assert b == 0 or np.abs(gradient[:b]).min() > 0
+    assert model.rank == 4
+
+
+def test_of_a_hand_built_model():
+    """Its layers have a gate each."""
+    model = randomize_adapters(randomize(mlp()))
+    x, y = mlp_data()
+    chosen = kd.RankAllocation.of(model, {"first": 3, "second": 1})
+    model.set_rank(chosen)
+    assert [layer.active_rank for layer in model.dylora_layers] == [3, 1]
+    np.testing.assert_allclose(
+        model.predict(x, verbose=0),
+        kd.merge(model).predict(x, verbose=0),
+        atol=1e-5,
+    )
+    model.compile("adam", "mse")
+    report = kd.evaluate_ranks(model, x, y, ranks=[2, chosen], verbose=0)
+    assert report.ranks == [2, chosen]  # 80 and 84 parameters, with the head
+
+
+def test_report_of_both():
+    model = enabled()
+    small, large = (allocation(model, r) for r in ([0, 2, 0, 1], [2, 1, 3, 4]))
+    data = tokens(), labels()
+    report = kd.evaluate_ranks(
+        model, *data, ranks=[large, 4, small, 1], verbose=0
+    )
+    assert report.ranks == [small, 1, large, 4]
+    sizes = list(report.parameters.values())
+    column = 16 + 16
+    assert [n - sizes[0] for n in sizes] == [0, column, 7 * column, 13 * column]
+    for b in report.ranks:
+        with model.rank_scope(b):
+            loss, accuracy = model.evaluate(*data, verbose=0)
+        assert report.metrics[b]["loss"] == pytest.approx(loss, abs=1e-5)
+        assert report.metrics[b]["accuracy"] == pytest.approx(accuracy)
+    everything = report.best("loss", tolerance=100, max_parameters=sizes[0])
+    assert everything is small
+    model.set_rank(report.best("loss"))
+    assert "0 to 2, 18.8%" in str(report)
+    assert "0 to 2, 18.8%" in report._repr_html_()
+    content = json.loads(report.to_json())
+    assert list(content["metrics"]) == ["1", "4"]
+    assert [x["ranks"] for x in content["allocations"]] == [
+        small.ranks,
+        large.ranks,
+    ]
+    axes = report.plot(rank=small).axes[0]
+    assert "parameters" in axes.get_xlabel()
+    curves = [line.get_xdata().tolist() for line in axes.lines]
+    assert curves[0] == [sizes[1], sizes[3]]
+    assert curves[2] == [sizes[0], sizes[2]]
+    frame = report.to_dataframe()
+    assert frame.index.tolist() == [small.label, 1, large.label, 4]
+    assert frame["parameters"].tolist() == sizes
+    assert report.area("loss") == pytest.approx(
+        (report.metrics[1]["loss"] + report.metrics[4]["loss"]) / 2
+    )
+
+
+def test_report_needs_sizes_of_allocations():
+    model = enabled()
+    small = allocation(model, [0, 2, 0, 1])
+    metrics = {small: {"loss": 1.0}, 2: {"loss": 2.0}}
+    with pytest.raises(ValueError, match="`parameters` of each"):
+        kd.RankReport(metrics, parameters={small: 5})
+    report = kd.RankReport(metrics, min_rank=2, parameters={small: 5, 2: 8})
+    assert not report.is_trained(small)
+    with pytest.raises(ValueError, match="every report must have"):
+        report.plot(others={"LoRA": kd.RankReport({1: {"loss": 3.0}})})
+
+
+@pytest.mark.parametrize("layout", ["peft", "server"])
+@pytest.mark.parametrize("scaling", ["rank", "sqrt", "constant"])
+@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+def test_peft_computes_the_same(name, scaling, layout, pair, tmp_path):  # noqa: F811
+    import peft
+
+    twin, model = pair(name)
+    kd.enable_dylora(
+        model,
+        rank=3,
+        alpha=7.0,
+        scaling=scaling,
+        target_layers="all-linear",
+        verbose=0,
+    )
+    randomize_adapters(model)
+    # GPT-2's first three are one layer in transformers.
+    chosen = allocation(model, [2, 1, 0, 3, 0, 2, 0, 0, 0, 1, 3])
+    kd.to_peft(model, tmp_path / "adapter", rank=chosen, layout=layout)
+    kd.to_peft(model, tmp_path / "adapter", rank=chosen, layout=layout)
+    model.set_rank(chosen)
+    adapted = peft.PeftModel.from_pretrained(
+        copy.deepcopy(twin), tmp_path / "adapter"
+    )
+    assert_same_logits(model, adapted)
+    config = adapter_config(tmp_path / "adapter")
+    if layout == "server":
+        assert config["r"] == config["lora_alpha"]
+        assert not config["rank_pattern"] and not config["alpha_pattern"]
+        assert not config["use_rslora"]
+        sizes = {
+            k: v.shape for k, v in adapter_tensors(tmp_path / "adapter").items()
+        }
+        assert {s[0] for k, s in sizes.items() if "lora_A" in k} == {
+            config["r"]
+        }
+        assert {s[1] for k, s in sizes.items() if "lora_B" in k} == {
+            config["r"]
+        }
+    else:
+        assert config["rank_pattern"]
+    _, again = pair(name)
+    kd.from_peft(again, tmp_path / "adapter")
+    assert_same_logits(again, adapted)
+    if layout == "peft":
+        assert again.rank.ranks == chosen.ranks
+
+
+@pytest.mark.long
+def test_exports_it_under_a_name(tmp_path):
+    model = enabled()
+    chosen = allocation(model, [2, 1, 0, 4])
+    kd.export_ranks(
+        model,
+        tmp_path / "shared",
+        ranks={"small": chosen, "one": 1, "all": 4},
+        verbose=False,
+    )
+    manifest = json.loads((tmp_path / "shared/manifest.json").read_text())
+    assert manifest["names"] == {"one": 1, "small": 5, "all": 4}
+    assert manifest["allocations"] == {"small": chosen.ranks}
+    kd.export_ranks(
+        model,
+        tmp_path / "merged",
+        ranks={"small": chosen},
+        layout="merged",
+        verbose=False,
+    )
+    inputs = batch(3, 8)
+    calls = [
+        (tmp_path / "shared", "small", inputs),
+        (tmp_path / "shared", "serving_default", inputs),
+        (tmp_path / "merged/small", "serve", inputs),
+        (tmp_path / "shared", "serve", {**inputs, "rank": np.int32([1, 5, 4])}),
+        (tmp_path / "shared", "serve", {**inputs, "rank": np.int32([1, 6, 4])}),
+    ]
+    outputs, _ = serve(tmp_path / "served", calls)
+    assert "between 1 and 4 or one of [5]" in str(outputs.pop()["error"])
+    small, *_, mixed = (x["output_0"] for x in outputs)
+    expected = live(model, chosen, inputs)
+    assert np.abs(expected - live(model, 4, inputs)).max() > 1e-3
+    np.testing.assert_allclose(small, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        outputs[1]["output_0"], live(model, 4, inputs), atol=1e-5
+    )
+    np.testing.assert_allclose(outputs[2]["output_0"], expected, atol=1e-5)
+    np.testing.assert_allclose(mixed[1], expected[1], atol=1e-5)
+    np.testing.assert_allclose(mixed[0], live(model, 1, inputs)[0], atol=1e-5)
+
+
+def test_json_round_trip(tmp_path):
+    model = enabled()
+    chosen = allocation(model, [2, 1, 0, 4])
+    chosen.to_json(tmp_path / "small.json")
+    again = kd.RankAllocation.from_json(tmp_path / "small.json")
+    assert again == chosen and hash(again) == hash(chosen)
+    assert (again.parameters, again.share) == (7 * 32, 7 / 16)
+    assert again.parameters == sum(b * 32 for b in chosen.ranks.values())
+    (tmp_path / "other.json").write_text('{"ranks": {"a": 1}}')
+    with pytest.raises(ValueError, match="to_json` wrote.*matrices"):
+        kd.RankAllocation.from_json(tmp_path / "other.json")
+
+
+def test_table_and_heat_map(tmp_path):
+    model = randomize(gpt2())
+    kd.enable_dylora(model, rank=4, target_layers="all-linear", verbose=0)
+    chosen = allocation(model, range(4))
+    lines = str(chosen).splitlines()
+    assert lines[0].split()[-2:] == ["0", "1"]
+    (query,) = (x.split() for x in lines if "attention/query" in x)
+    (output,) = (x.split() for x in lines if "attention/attention_out" in x)
+    assert (query[1:], output[1:]) == (["0", "1"], ["3", "1"])
+    assert f"{chosen.parameters:,} parameters" in lines[-1]
+    axes = chosen.plot(tmp_path / "ranks.png").axes[0]
+    assert (tmp_path / "ranks.png").stat().st_size > 1000
+    image = np.asarray(axes.images[0].get_array())
+    assert image.shape == (6, 2)
+    assert image[:4, 0].tolist() == [0, 1, 2, 3]
+
+
+WRONG = {
+    "other-model": (
+        lambda m, c: m.set_rank(kd.RankAllocation({"x": 1}, {"x": (1, 1)}, 4)),
+        ValueError,
+        r"without \['transformer_layer_0.*and with \['x'\]",
+    ),
+    "too-high": (
+        lambda m, c: m.set_rank(dict.fromkeys(c, 5)),
+        ValueError,
+        "`rank of transformer_layer_0.*between 0 and 4",
+    ),
+    "no-rank": (
+        lambda m, c: kd.save_adapter(m, "nowhere", rank=dict.fromkeys(c, 0)),
+        ValueError,
+        "at least must have a rank above 0",
+    ),
+    "evaluated": (
+        lambda m, c: kd.evaluate_ranks(
+            m,
+            tokens(),
+            labels(),
+            ranks=[kd.RankAllocation({"x": 1}, {"x": (1, 1)}, 4)],
+        ),
+        ValueError,
+        r"with \['x'\]",
+    ),
+    "not-in-a-list": (
+        lambda m, c: kd.evaluate_ranks(m, tokens(), labels(), ranks=c),
+        TypeError,
+        "must be a list",
+    ),
+    "exported-without-a-name": (
+        lambda m, c: kd.export_ranks(m, "nowhere", ranks=[c]),
+        TypeError,
+        "under a name of yours",
+    ),
+    "exported-as-serve": (
+        lambda m, c: kd.export_ranks(m, "nowhere", ranks={"serve": c}),
+        ValueError,
+        "identifier.*Received: 'serve'",
+    ),
+    "layout": (
+        lambda m, c: kd.to_peft(m, "nowhere", layout="vllm"),
+        ValueError,
+        "layout='vllm'",
+    ),
+    "float": (
+        lambda m, c: m.set_rank(dict.fromkeys(c, 1.5)),
+        TypeError,
+        "integer.*1.5",
+    ),
+    "ranks-of-other-matrices": (
+        lambda m, c: kd.RankAllocation({"a": 1}, {"b": (1, 1)}, 4),
+        ValueError,
+        r"without \['b'\] and with \['a'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_ranks_change_nothing(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    do, error, message = WRONG[case]
+    model = enabled()
+    model.set_rank(2)
+    with pytest.raises(error, match=message):
+        do(model, allocation(model, [1, 2, 3, 4]))
+    assert model.rank == 2
+    assert not any(tmp_path.iterdir())
