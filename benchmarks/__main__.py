@@ -8,7 +8,7 @@ import importlib
 import os
 import pathlib
 
-BENCHMARKS = ("step", "memory", "ranks", "export")
+BENCHMARKS = ("step", "memory", "ranks", "allocate", "export")
 
 
 def main(argv=None):

@@ -143,27 +143,22 @@ class _Search:
     def run(self, sizes, batches, bar):
         """Integer ranks for each size, ascending, each within the next."""
         gradient = training.gate_gradient(self.model)
-        limits = np.full(len(self.costs), self.high)
-        ranks = np.full(len(self.costs), sizes[-1] / self.costs.sum())
-        found = []
-        for size in reversed(sizes):
-            ranks = self.anneal(ranks, size, limits, gradient, batches, bar)
-            limits = self.rounded(ranks, size, limits)
-            ranks = np.minimum(ranks, limits)
-            found.append(limits.tolist())
-        return found[::-1]
+        lowest, found = np.zeros(len(self.costs), int), []
+        for size in sizes:
+            ranks = np.maximum(size / self.costs.sum(), lowest)
+            ranks = self.anneal(ranks, size, lowest, gradient, batches, bar)
+            lowest = self.rounded(ranks, size)
+            found.append(lowest.tolist())
+        return found
 
-    def anneal(self, ranks, size, limits, gradient, batches, bar):
+    def anneal(self, ranks, size, lowest, gradient, batches, bar):
         """Moves the ranks for `STEPS` steps; the mean over the last quarter."""
-        gain, last, start = 0.0, [], ranks @ self.costs
+        gain, last = 0.0, []
         for step, batch in zip(range(STEPS), batches, strict=False):
             new = self.gain(ranks, gradient, batch)
             gain = MOMENTUM * gain + (1 - MOMENTUM) * new if step else new
             change = FIRST * (LAST / FIRST) ** (step / (STEPS - 1))
-            # From a larger budget, the size shrinks over the first half.
-            way = min(1, 2 * (step + 1) / STEPS)
-            now = min(start, start ** (1 - way) * size**way)
-            ranks = self.moved(ranks, gain, change, now, limits)
+            ranks = self.moved(ranks, gain, change, size, lowest)
             if step >= 0.75 * STEPS:
                 last.append(ranks)
             bar.add(1)
@@ -181,7 +176,7 @@ class _Search:
         slope = (self.gates[high] - self.gates[low]) / (high - low)[:, None]
         return -np.sum(gradient(gates, batch) * slope, axis=1) / self.costs
 
-    def moved(self, ranks, gain, change, size, limits):
+    def moved(self, ranks, gain, change, size, lowest):
         """The ranks after a step of at most `change`, at a size.
 
         A layer gets more where its gain is above a price, and less below; the
@@ -191,7 +186,7 @@ class _Search:
 
         def at(price):
             step = change * np.tanh((gain - price) / 2)
-            return np.clip(ranks + step, 0, limits)
+            return np.clip(ranks + step, lowest, self.high)
 
         low, high = gain.min() - 50, gain.max() + 50
         for _ in range(60):
@@ -201,12 +196,12 @@ class _Search:
             )
         return at(high)
 
-    def rounded(self, ranks, size, limits):
+    def rounded(self, ranks, size):
         """Integers: down, then up where most was lost, as long as one fits."""
         whole = np.floor(ranks + 1e-6).astype(int)
         while True:
             fits = whole @ self.costs + self.costs <= size
-            free = np.flatnonzero(fits & (whole < limits))
+            free = np.flatnonzero(fits & (whole < self.high))
             if not len(free):
                 return whole
             lost = ranks[free] - whole[free]

@@ -171,6 +171,20 @@ def test_texts():
     assert found.parameters == 2 * 32
 
 
+def test_a_search_traces_one_function():
+    model, x, y = student()
+    compute_loss, traces = model.compute_loss, []
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return compute_loss(*args, **kwargs)
+
+    object.__setattr__(model, "compute_loss", counted)
+    kd.allocate_ranks(model, x, y, [0.2, 0.5, 0.7], verbose=0)
+    # torch compiles nothing.
+    assert len(traces) == (72 if backend.NAME == "torch" else 1)
+
+
 def test_progress_is_shown(capsys):
     model, x, y = student()
     kd.allocate_ranks(model, x, y, [0.2, 0.5])

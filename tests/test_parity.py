@@ -46,6 +46,8 @@ for name, mode in CASES:
     for rank in range(5):
         model.set_rank(rank)
         outputs[f"outputs_{rank}"] = model.predict(x, verbose=0)
+    chosen = kd.allocate_ranks(model, x, y, [0.25, 0.5], verbose=0)
+    outputs["chosen"] = [list(each.values()) for each in chosen]
     path = f"{sys.argv[1]}-{name}-{mode}.npz"
     np.savez(path, losses=losses, ranks=ranks, **outputs)
 """
@@ -71,6 +73,7 @@ def test_backends_agree(name, mode, folder):
         np.testing.assert_allclose(
             other["losses"], first["losses"], atol=1e-4, rtol=0
         )
+        np.testing.assert_array_equal(other["chosen"], first["chosen"])
         for rank in range(5):
             key = f"outputs_{rank}"
             np.testing.assert_allclose(
