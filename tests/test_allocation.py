@@ -254,8 +254,16 @@ def test_report_needs_sizes_of_allocations():
         report.plot(others={"LoRA": kd.RankReport({1: {"loss": 3.0}})})
 
 
+# GPT-2's first three layers of a block are one in transformers.
+PEFT_RANKS = {
+    "rank": [2, 1, 0, 3, 0, 2, 0, 0, 0, 1, 3],
+    "sqrt": [0, 1, 2, 0, 1, 3, 1, 1, 1, 0, 0],
+    "constant": [3, 3, 1, 2, 1, 0, 0, 2, 0, 3, 1],
+}
+
+
 @pytest.mark.parametrize("layout", ["peft", "server"])
-@pytest.mark.parametrize("scaling", ["rank", "sqrt", "constant"])
+@pytest.mark.parametrize("scaling", PEFT_RANKS)
 @pytest.mark.parametrize("name", ["roberta", "gpt2"])
 def test_peft_computes_the_same(name, scaling, layout, pair, tmp_path):  # noqa: F811
     import peft
@@ -270,8 +278,7 @@ def test_peft_computes_the_same(name, scaling, layout, pair, tmp_path):  # noqa:
         verbose=0,
     )
     randomize_adapters(model)
-    # GPT-2's first three are one layer in transformers.
-    chosen = allocation(model, [2, 1, 0, 3, 0, 2, 0, 0, 0, 1, 3])
+    chosen = allocation(model, PEFT_RANKS[scaling])
     kd.to_peft(model, tmp_path / "adapter", rank=chosen, layout=layout)
     kd.to_peft(model, tmp_path / "adapter", rank=chosen, layout=layout)
     model.set_rank(chosen)
@@ -305,43 +312,38 @@ def test_peft_computes_the_same(name, scaling, layout, pair, tmp_path):  # noqa:
 @pytest.mark.long
 def test_exports_it_under_a_name(tmp_path):
     model = enabled()
-    chosen = allocation(model, [2, 1, 0, 4])
-    kd.export_ranks(
-        model,
-        tmp_path / "shared",
-        ranks={"small": chosen, "one": 1, "all": 4},
-        verbose=False,
-    )
-    manifest = json.loads((tmp_path / "shared/manifest.json").read_text())
-    assert manifest["names"] == {"one": 1, "small": 5, "all": 4}
-    assert manifest["allocations"] == {"small": chosen.ranks}
-    kd.export_ranks(
-        model,
-        tmp_path / "merged",
-        ranks={"small": chosen},
-        layout="merged",
-        verbose=False,
-    )
-    inputs = batch(3, 8)
-    calls = [
-        (tmp_path / "shared", "small", inputs),
-        (tmp_path / "shared", "serving_default", inputs),
-        (tmp_path / "merged/small", "serve", inputs),
-        (tmp_path / "shared", "serve", {**inputs, "rank": np.int32([1, 5, 4])}),
-        (tmp_path / "shared", "serve", {**inputs, "rank": np.int32([1, 6, 4])}),
-    ]
-    outputs, _ = serve(tmp_path / "served", calls)
-    assert "between 1 and 4 or one of [5]" in str(outputs.pop()["error"])
-    small, *_, mixed = (x["output_0"] for x in outputs)
-    expected = live(model, chosen, inputs)
-    assert np.abs(expected - live(model, 4, inputs)).max() > 1e-3
-    np.testing.assert_allclose(small, expected, atol=1e-5)
-    np.testing.assert_allclose(
-        outputs[1]["output_0"], live(model, 4, inputs), atol=1e-5
-    )
-    np.testing.assert_allclose(outputs[2]["output_0"], expected, atol=1e-5)
-    np.testing.assert_allclose(mixed[1], expected[1], atol=1e-5)
-    np.testing.assert_allclose(mixed[0], live(model, 1, inputs)[0], atol=1e-5)
+    chosen = {
+        name.replace("-", "_"): allocation(model, ranks)
+        for name, ranks in ALLOCATIONS.items()
+    }
+    named = {**chosen, "one": 1, "all": 4}
+    shared, merged = tmp_path / "shared", tmp_path / "merged"
+    kd.export_ranks(model, shared, ranks=named, verbose=False)
+    manifest = json.loads((shared / "manifest.json").read_text())
+    values = manifest["names"]
+    assert values == {"with_zeros": 6, "one": 1, "low": 7, "mixed": 5, "all": 4}
+    assert manifest["allocations"] == {k: v.ranks for k, v in chosen.items()}
+    kd.export_ranks(model, merged, ranks=chosen, layout="merged", verbose=False)
+    inputs = batch(5, 8)
+    expected = {name: live(model, b, inputs) for name, b in named.items()}
+    assert len({x.tobytes() for x in expected.values()}) == 5
+    calls = {name: (shared, name, inputs) for name in named}
+    calls |= {f"merged {x}": (merged / x, "serve", inputs) for x in chosen}
+    ranks = np.int32(list(values.values()))
+    calls["each"] = shared, "serve", {**inputs, "rank": ranks}
+    calls["default"] = shared, "serving_default", inputs
+    calls["wrong"] = shared, "serve", {**inputs, "rank": np.int32(8)}
+    found, _ = serve(tmp_path / "served", list(calls.values()))
+    found = dict(zip(calls, found, strict=True))
+    error = str(found.pop("wrong")["error"])
+    assert "between 1 and 4 or one of [6, 7, 5]" in error
+    rows = [expected[name][i] for i, name in enumerate(values)]
+    expected |= {f"merged {x}": expected[x] for x in chosen}
+    expected |= {"each": np.stack(rows), "default": expected["all"]}
+    for name, outputs in found.items():
+        np.testing.assert_allclose(
+            outputs["output_0"], expected[name], atol=1e-5, err_msg=name
+        )
 
 
 def test_json_round_trip(tmp_path):
