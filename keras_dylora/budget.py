@@ -20,7 +20,7 @@ from keras_dylora.evaluation import EvaluationData
 from keras_dylora.model import adaptation_of
 
 STEPS = 24  # of a search for one budget, each with a batch
-FIRST, LAST = 0.8, 0.1  # the largest change of a rank in a step
+FIRST, LAST = 0.1, 0.0125  # the largest change in a step, over the maximum
 MOMENTUM = 0.5
 
 
@@ -65,8 +65,8 @@ def allocate_ranks(
             the model isn't enabled or compiled.
 
     Warns:
-        UserWarning: if the model was neither trained at lower ranks nor is in
-            order.
+        UserWarning: if the model was trained with `min_rank` above 1 and isn't
+            in order.
 
     Example:
 
@@ -145,7 +145,9 @@ class _Search:
         gradient = training.gate_gradient(self.model)
         lowest, found = np.zeros(len(self.costs), int), []
         for size in sizes:
-            ranks = np.maximum(size / self.costs.sum(), lowest)
+            free = self.high - lowest
+            share = (size - lowest @ self.costs) / (free @ self.costs or 1)
+            ranks = lowest + share * free
             ranks = self.anneal(ranks, size, lowest, gradient, batches, bar)
             lowest = self.rounded(ranks, size)
             found.append(lowest.tolist())
@@ -157,7 +159,7 @@ class _Search:
         for step, batch in zip(range(STEPS), batches, strict=False):
             new = self.gain(ranks, gradient, batch)
             gain = MOMENTUM * gain + (1 - MOMENTUM) * new if step else new
-            change = FIRST * (LAST / FIRST) ** (step / (STEPS - 1))
+            change = FIRST * (LAST / FIRST) ** (step / (STEPS - 1)) * self.high
             ranks = self.moved(ranks, gain, change, size, lowest)
             if step >= 0.75 * STEPS:
                 last.append(ranks)
@@ -218,14 +220,13 @@ def _batches(model, x, y, sample_weight, batch_size, steps):
 
 
 def _warn_unless_nested(adaptation):
-    config = adaptation.config
-    if config.min_rank < config.rank or all(
+    lowest = adaptation.config.min_rank
+    if lowest > 1 and not all(
         layer.factors().is_ordered for layer in adaptation.layers.values()
     ):
-        return
-    warnings.warn(
-        "Ranks can be chosen of a model that was trained at lower ranks, or "
-        "after `order_ranks`. "
-        f"Received: min_rank={config.min_rank} with rank={config.rank}",
-        stacklevel=3,
-    )
+        warnings.warn(
+            "Ranks can be chosen of a model that was trained at all of them, "
+            "or after `order_ranks`. Received: a model with "
+            f"min_rank={lowest}",
+            stacklevel=3,
+        )

@@ -240,17 +240,18 @@ class DyLoRAConfig:
             if p > 0
         }
 
-    def truncated(self, rank, adapters, stacklevel=3):
-        """The config of this run's adapters when they are cut to `rank`.
+    def truncated(self, ranks, adapters, stacklevel=3):
+        """The config of this run's adapters when they are cut to `ranks`.
 
-        With the `Factors` that are cut, which need be trained at it or in
-        order.
+        One for each of the `Factors` that are cut, which need be trained at it
+        or in order.
         """
-        if rank < self.min_rank and not all(x.is_ordered for x in adapters):
+        rank, low = max(ranks), min(filter(None, ranks))
+        if low < self.min_rank and not all(x.is_ordered for x in adapters):
             warnings.warn(
                 "An adapter should be cut to a rank that it was trained at, or "
                 "after `order_ranks`. "
-                f"Received: rank={rank} with min_rank={self.min_rank}",
+                f"Received: rank={low} with min_rank={self.min_rank}",
                 stacklevel=stacklevel,
             )
         distribution = self.rank_distribution

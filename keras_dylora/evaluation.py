@@ -285,6 +285,11 @@ class RankEvaluation(keras.callbacks.Callback):
                 "`ranks` a list of integers. "
                 f"Received: ranks={type(ranks)} of shape {ranks.shape}"
             )
+        if any(isinstance(b, RankAllocation) for b in ranks or ()):
+            raise TypeError(
+                "What is logged is named after a rank that is one for all "
+                f"layers. Received: ranks={ranks!r}"
+            )
         self.data = data
         self.ranks = ranks
         self.evaluate_kwargs = evaluate_kwargs

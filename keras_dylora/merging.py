@@ -133,7 +133,7 @@ def truncate(model, rank):
     active = {p: min(b, kept[p]) for p, b in adaptation.ranks.items()}
     layers = adaptation.layers
     config = adaptation.config.truncated(
-        max(kept.values()), [x.factors() for x in layers.values()]
+        kept.values(), [x.factors() for x in layers.values()]
     )
     optimizer = new_optimizer(model)
     cut = {

@@ -1,6 +1,7 @@
 """allocate_ranks: where ranks are of use, found by the loss's gradient."""
 
 import itertools
+import warnings
 
 import keras
 import numpy as np
@@ -25,14 +26,14 @@ RANK = 3
 STRENGTH = {"first": 1.0, "second": 0.03, "third": 0.3}
 
 
-def student(scaling="constant", strength=STRENGTH):
+def student(scaling="constant", rank=RANK):
     """A model of three adapted layers, whose targets are its own outputs.
 
     Its adapters are of unequal strength, so that ranks are of unequal use; the
     loss is 0 at the maximum.
     """
     inputs = keras.Input((10,))
-    common = {"rank": RANK, "alpha": 6, "scaling": scaling}
+    common = {"rank": rank, "alpha": 2 * rank, "scaling": scaling}
     x = kd.DyLoRADense(8, "tanh", name="first", **common)(inputs)
     x = kd.DyLoRADense(8, "tanh", name="second", **common)(x)
     outputs = kd.DyLoRADense(3, name="third", **common)(x)
@@ -40,7 +41,7 @@ def student(scaling="constant", strength=STRENGTH):
     rng = np.random.default_rng(1)
     for layer in model.dylora_layers:
         # In order: columns fall in their length.
-        fall = strength[layer.name] * np.array([1.0, 0.5, 0.2])
+        fall = STRENGTH[layer.name] * np.geomspace(1.0, 0.2, rank)
         layer.down.assign(rng.normal(size=layer.down.shape) * fall)
         layer.up.assign(rng.normal(size=layer.up.shape))
     model.compile(loss="mse")
@@ -235,3 +236,15 @@ def test_warns_of_a_lora_that_is_not_in_order():
     randomize_adapters(model)
     with pytest.warns(UserWarning, match="after `order_ranks`.*min_rank=4"):
         kd.allocate_ranks(model, tokens(), labels(), verbose=0)
+    kd.order_ranks(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        kd.allocate_ranks(model, tokens(), labels(), verbose=0)
+
+
+def test_at_a_high_rank():
+    """As far from one rank for all as it takes."""
+    model, x, y = student(rank=32)
+    small, large = kd.allocate_ranks(model, x, y, [0.3, 0.31], verbose=0)
+    assert 0.28 < small.share <= 0.3 < large.share <= 0.31
+    assert loss(model, small, x, y) < 0.8 * loss(model, 9, x, y)

@@ -75,7 +75,7 @@ class AdapterWeights:
                 for path, factors in self.layers.items()
             },
             config=self.config.truncated(
-                max(ranks.values()), self.layers.values(), stacklevel=4
+                ranks.values(), self.layers.values(), stacklevel=4
             ),
         )
 
