@@ -36,7 +36,7 @@ test-parity: $(VENV)/installed
 	$(RUN) -m pytest --quiet tests/test_parity.py
 
 test-tensorflow: $(VENV)/installed
-	KERAS_BACKEND=tensorflow $(SUITE) -m "not families"
+	KERAS_BACKEND=tensorflow $(SUITE) -m "not long and not families"
 
 test-jax: $(VENV)/installed
 	KERAS_BACKEND=jax $(SUITE) -m "not long and not families"
@@ -45,8 +45,8 @@ test-jax: $(VENV)/installed
 test-torch: $(VENV)/installed
 	KERAS_BACKEND=torch $(SUITE) -m "not long"
 
-# Examples, and formats that TensorFlow writes for the other backends too.
-test-long: test-long-jax test-long-torch
+# Examples, formats, other processes and kills.
+test-long: $(BACKENDS:%=test-long-%)
 
 test-long-%: $(VENV)/installed
 	KERAS_BACKEND=$* KILLS=10 $(SUITE) -m long

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import re
+import sys
 import warnings
 
 import keras
@@ -44,7 +45,8 @@ def find_targets(model, config):
     Raises a `ValueError` if there is none or one can't be adapted.
     """
     paths = layer_paths(model)
-    backbones = _backbones(model, paths)
+    told = config.trainable_layers is not None
+    backbones = [] if told else _backbones(model, paths)
     trained = _trained_layers(paths, backbones, config)
     linear = {
         path: layer
@@ -85,7 +87,7 @@ def find_targets(model, config):
         warnings.warn(f"{message}, which are left out", stacklevel=3)
         left_out |= dict.fromkeys(unused, "the model never calls")
         chosen = {p: x for p, x in chosen.items() if p not in left_out}
-    untold = config.trainable_layers is None and not backbones
+    untold = not told and not backbones
     if untold and not is_backbone(type(model)):
         _warn_of_frozen_output(model, paths, chosen)
     return Targets(chosen, trained, left_out)
@@ -214,7 +216,9 @@ def _backbones(model, paths):
     if isinstance(backbone, keras.Model):
         return [backbone]
     within = [x for x in paths.values() if is_backbone(type(x))]
-    return within + _taken_apart(paths)
+    if "keras_hub" in sys.modules:
+        within += _taken_apart(paths)
+    return within
 
 
 def _taken_apart(paths):

@@ -30,7 +30,6 @@ from tests.test_peft import (  # noqa: F401
     twins,
 )
 
-SCALINGS = ("rank", "constant")
 ALLOCATIONS = {
     "mixed": [2, 1, 3, 4],
     "with-zeros": [0, 2, 0, 1],
@@ -55,19 +54,25 @@ def predict(model):
     return model.predict(tokens(), verbose=0)
 
 
-@pytest.fixture(params=ALLOCATIONS)
-def ranks(request):
-    return ALLOCATIONS[request.param]
+@pytest.fixture(
+    params=[("rank", "mixed"), ("constant", "with-zeros"), ("sqrt", "low")],
+    ids="-".join,
+)
+def case(request):
+    scaling, name = request.param
+    return scaling, ALLOCATIONS[name]
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_kernels_of_a_merged_model(scaling, ranks):
+def test_kernels_of_a_merged_model(case):
+    scaling, ranks = case
+    scales = {"rank": 1.0, "sqrt": 0.5, "constant": 0.0}
     model = enabled(scaling)
     layers = model._dylora.layers
     expected = [
         # NumPy's own product, at the scale of the rank of each.
         backend.to_numpy(x.kernel).reshape(16, 16)
-        + (16 / (b if scaling == "rank" else 4) if b else 0)
+        + 16
+        / (max(b, 1) ** scales[scaling] if scales[scaling] else 4)
         * (backend.to_numpy(x.down)[:, :b] @ backend.to_numpy(x.up)[:b])
         for x, b in zip(layers.values(), ranks, strict=True)
     ]
@@ -86,8 +91,8 @@ def test_kernels_of_a_merged_model(scaling, ranks):
         )
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_live_merged_reloaded_and_truncated_agree(scaling, ranks, tmp_path):
+def test_live_merged_reloaded_and_truncated_agree(case, tmp_path):
+    scaling, ranks = case
     model = enabled(scaling)
     chosen = allocation(model, ranks)
     full = predict(model)
@@ -262,9 +267,17 @@ PEFT_RANKS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["peft", "server"])
-@pytest.mark.parametrize("scaling", PEFT_RANKS)
-@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "scaling", "layout"),
+    [
+        ("roberta", "rank", "peft"),
+        ("roberta", "sqrt", "server"),
+        ("gpt2", "rank", "peft"),
+        ("gpt2", "sqrt", "peft"),
+        ("gpt2", "constant", "peft"),
+        ("gpt2", "rank", "server"),
+    ],
+)
 def test_peft_computes_the_same(name, scaling, layout, pair, tmp_path):  # noqa: F811
     import peft
 

@@ -16,7 +16,10 @@ RUN = """
 from examples import multi_device
 multi_device.main()
 """
-METHODS = ("dylora-frozen", "progressive")
+METHODS = (
+    pytest.param("dylora-frozen", marks=pytest.mark.long),
+    "progressive",
+)
 PARTS = 2
 
 
@@ -41,13 +44,7 @@ def check(result, method):
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="keras.distribution is JAX's")
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param("dylora-frozen", marks=pytest.mark.long),
-        "progressive",
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_eight_jax_devices(method):
     printed = backend.run_python(
         RUN, "data_parallel", "model_parallel", "--method", method

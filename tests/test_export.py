@@ -315,12 +315,10 @@ def roberta_text():
 
 @pytest.mark.parametrize(
     "make, layout, ranks",
-    [
-        pytest.param(roberta_text, "shared", (1, 4), marks=pytest.mark.long),
-        (text_classifier, "merged", (2,)),
-    ],
+    [(roberta_text, "shared", (1, 4)), (text_classifier, "merged", (2,))],
     ids=["roberta_bpe", "bert_wordpiece"],
 )
+@pytest.mark.long
 def test_serve_text_equals_predict_on_strings(tmp_path, make, layout, ranks):
     model = enabled(make())
     expected = {}

@@ -56,6 +56,7 @@ print(model.predict(x, verbose=0).tolist())
 )
 
 
+@pytest.mark.long
 def test_layers_without_names_in_another_process(tmp_path):
     folder = tmp_path / "adapter"
     saved, loaded = (
@@ -115,7 +116,9 @@ def test_another_base_is_refused(door, tmp_path):
     assert model.dylora_config.rank == 2
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.long)]
+)
 def test_the_base_in_another_dtype_is_the_same(door, dtype, tmp_path):
     save, load = door
     folder = save(tmp_path)

@@ -72,7 +72,7 @@ NEXT = backend.BACKENDS[(backend.BACKENDS.index(backend.NAME) + 1) % 3]
     [
         pytest.param(roberta_classifier, backend.NAME, marks=pytest.mark.long),
         (roberta_classifier, NEXT),
-        (gpt2, backend.NAME),
+        pytest.param(gpt2, backend.NAME, marks=pytest.mark.long),
     ],
     ids=["roberta", f"roberta-to-{NEXT}", "gpt2"],
 )
