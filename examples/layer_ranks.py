@@ -1,12 +1,12 @@
 """A rank for each layer against one for all, at equal adapter parameters.
 
     python -m examples.layer_ranks --task reviews
+    python -m examples.layer_ranks --task reviews --layers query-value
     python -m examples.layer_ranks --task ratings
 
-A model is trained once, on all linear layers, and cut in two ways to an
-eighth, a quarter and a half of the adapters' parameters. Beside it, a LoRA that
-is trained at the rank of the same size. Finished runs are kept in a file of
-JSON lines and aren't run again.
+A model is trained once and cut in two ways, down to the size of rank 1. Beside
+it, a LoRA that is trained at the rank of the same size. Finished runs are kept
+in a file of JSON lines and aren't run again.
 """
 
 import argparse
@@ -18,15 +18,19 @@ from matplotlib.figure import Figure
 from examples import glue_roberta, markdown, methods, nlg_gpt2, nlg_reviews
 from examples.runs import Results
 
-BUDGETS = (0.125, 0.25, 0.5)
-RANK = 8
+# The maximum rank, the layers, and the shares that are cut to.
+LAYERS = {
+    "all-linear": (8, "all-linear", (0.125, 0.25, 0.5)),
+    "query-value": (4, None, (0.25, 0.5)),
+}
 METRICS = {"reviews": "perplexity", "ratings": "pearson"}
 ROWS = ("one rank for all", "a rank for each layer", "LoRA at each rank")
 
 
-def settings(task, output, verbose):
+def settings(task, layers, output, verbose):
     """The settings of the runs of a task, without budgets."""
-    changes = {"rank": RANK, "target_layers": "all-linear"}
+    rank, target_layers, _ = LAYERS[layers]
+    changes = {"rank": rank, "target_layers": target_layers}
     if task == "ratings":
         scale = glue_roberta.SCALES["small"]
         return dataclasses.replace(scale, test_size=2_000, **changes)
@@ -43,12 +47,12 @@ def values(task, results, method, seed, chosen, verbose):
     return {b: scale * by_name[METRICS[task]] for b, by_name in metrics.items()}
 
 
-def compare(task, results, seeds, lora, chosen, verbose):
+def compare(task, results, seeds, lora, chosen, budgets, verbose):
     """Dict of row to dict of share to the values of all seeds."""
-    shares = [*map(methods.percent, BUDGETS), methods.percent(1)]
-    ranks = [str(round(share * RANK)) for share in (*BUDGETS, 1)]
+    shares = [methods.percent(share) for share in (*budgets, 1)]
+    ranks = [str(round(share * chosen.rank)) for share in (*budgets, 1)]
     found = {row: {share: [] for share in shares} for row in ROWS}
-    budgeted = dataclasses.replace(chosen, budgets=BUDGETS)
+    budgeted = dataclasses.replace(chosen, budgets=budgets)
     for seed in seeds:
         ours = values(task, results, "progressive", seed, budgeted, verbose)
         each = {}
@@ -61,7 +65,7 @@ def compare(task, results, seeds, lora, chosen, verbose):
     return found
 
 
-def write(folder, task, found):
+def write(folder, task, layers, found):
     """Writes the table, and the curves over the share of the parameters."""
     shares = list(next(iter(found.values())))
     rows = [
@@ -70,7 +74,7 @@ def write(folder, task, found):
     ]
     text = markdown.table([f"{METRICS[task]} at", *shares], rows)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"layers-{task}.md").write_text(text + "\n")
+    (folder / f"{task}-{layers}.md").write_text(text + "\n")
     print(f"\n{text}")
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -83,12 +87,12 @@ def write(folder, task, found):
         if points:
             axes.plot(list(points), list(points.values()), "o-", label=name)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([12.5, 25, 50, 100], ["12.5", "25", "50", "100"])
-    axes.set_xlabel("adapter parameters, % of those at rank 8")
+    axes.set_xticks([float(x.rstrip("%")) for x in shares], shares)
+    axes.set_xlabel("adapter parameters, of those at the maximum rank")
     axes.set_ylabel(METRICS[task])
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / f"layers-{task}.png")
+    figure.savefig(folder / f"{task}-{layers}.png")
 
 
 def main(argv=None):
@@ -97,6 +101,7 @@ def main(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--task", required=True, choices=METRICS)
+    parser.add_argument("--layers", default="all-linear", choices=LAYERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 42, 4242])
     parser.add_argument(
         "--no-lora", action="store_true", help="leave out the runs of LoRA"
@@ -107,16 +112,17 @@ def main(argv=None):
     )
     parser.add_argument("--verbose", default=1, type=int)
     args = parser.parse_args(argv)
-    chosen = settings(args.task, args.output, args.verbose)
+    chosen = settings(args.task, args.layers, args.output, args.verbose)
     found = compare(
         args.task,
         Results(args.results),
         args.seeds,
         not args.no_lora,
         chosen,
+        LAYERS[args.layers][2],
         args.verbose,
     )
-    write(args.output, args.task, found)
+    write(args.output, args.task, args.layers, found)
 
 
 if __name__ == "__main__":

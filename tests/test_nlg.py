@@ -12,7 +12,14 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from examples import nlg_data, nlg_gpt2, nlg_metrics, nlg_model, nlg_reviews
+from examples import (
+    layer_ranks,
+    nlg_data,
+    nlg_gpt2,
+    nlg_metrics,
+    nlg_model,
+    nlg_reviews,
+)
 from examples.beam_search import BeamSearch
 from examples.runs import Results
 from tests.backend import to_numpy
@@ -381,6 +388,32 @@ def test_lora_at_each_rank(preset, results, tmp_path):
     nlg_gpt2.write(tmp_path, "reviews", {"lora-each": [found]}, rank=2)
     text = (tmp_path / "reviews.md").read_text()
     assert text.startswith("| perplexity at rank | 1 | 2 | time |")
+
+
+def test_a_rank_for_each_layer_beside_one_for_all(preset, results, tmp_path):
+    settings = dataclasses.replace(
+        TINY, preset=str(preset), target_layers="all-linear"
+    )
+    found = layer_ranks.compare(
+        "reviews", results, [10], True, settings, (0.5,), verbose=0
+    )
+    assert {row: list(x) for row, x in found.items()} == dict.fromkeys(
+        layer_ranks.ROWS, ["50.0%", "100.0%"]
+    )
+    lines = results.path.read_text().splitlines()
+    ours, *lora = (json.loads(line) for line in lines)
+    assert ours["key"]["settings"]["budgets"] == [0.5]
+    metrics = ours["result"]["metrics"]
+    one, own, each = found.values()
+    assert one["50.0%"] == [metrics["1"]["perplexity"]]
+    assert one["100.0%"] == [metrics["2"]["perplexity"]]
+    assert own["50.0%"] == [metrics["50.0%"]["perplexity"]]
+    assert not own["100.0%"]
+    assert each["50.0%"] == [lora[0]["result"]["metrics"]["1"]["perplexity"]]
+    layer_ranks.write(tmp_path, "reviews", "all-linear", found)
+    text = (tmp_path / "reviews-all-linear.md").read_text()
+    assert text.startswith("| perplexity at | 50.0% | 100.0% |")
+    assert (tmp_path / "reviews-all-linear.png").stat().st_size > 1000
 
 
 def test_pretrained_model_is_trained_once(preset, monkeypatch):
