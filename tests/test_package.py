@@ -8,9 +8,10 @@ from tests import backend
 
 PUBLIC = {
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
-    "DyLoRAModel", "Geometric", "RankEvaluation", "RankReport", "Uniform",
-    "disable_dylora", "enable_dylora", "evaluate_ranks", "export_ranks",
-    "from_peft", "load_adapter", "to_peft",
+    "DyLoRAModel", "Geometric", "RankAllocation", "RankEvaluation",
+    "RankReport", "Uniform", "allocate_ranks", "disable_dylora",
+    "enable_dylora", "evaluate_ranks", "export_ranks", "from_peft",
+    "load_adapter", "to_peft",
     "merge", "order_ranks", "save_adapter", "truncate",
 }  # fmt: skip
 
