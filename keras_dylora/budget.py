@@ -17,6 +17,7 @@ import numpy as np
 from keras_dylora import training
 from keras_dylora.allocation import RankAllocation
 from keras_dylora.evaluation import EvaluationData
+from keras_dylora.layers import matrix_shape
 from keras_dylora.model import adaptation_of
 
 STEPS = 24  # of a search for one budget, each with a batch
@@ -108,10 +109,9 @@ class _Search:
         self.gates = keras.ops.convert_to_numpy(
             config.scale.gate(np.arange(self.high + 1))
         )
-        at_one = RankAllocation.of(
-            model, dict.fromkeys(model._dylora.layers, 1)
+        self.costs = np.array(
+            [sum(matrix_shape(x)) for x in model.dylora_layers]
         )
-        self.costs = np.array([sum(s) for s in at_one.matrices.values()])
 
     def sizes(self, budget):
         """The budgets as numbers of parameters."""

@@ -274,7 +274,8 @@ class DyLoRAModel(keras.Model):
         adaptation = adaptation_of(self)
         if adaptation.training or training.tracing():
             ranks = by_layer(rank, adaptation.layers, adaptation.config.rank)
-            gates = {b: adaptation.config.scale.gate(b) for b in ranks.values()}
+            gate = adaptation.config.scale.gate
+            gates = {b: gate(b) for b in set(ranks.values())}
             with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
                 yield self
             return

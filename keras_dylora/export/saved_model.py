@@ -160,7 +160,7 @@ class _Gates:
     """The gates of a plan's ranks: one for all layers, or one for each."""
 
     def __init__(self, plan, config, layers):
-        self.plan, self.scale = plan, config.scale
+        self.plan = plan
         self.by_layer = plan.by_layer
         self.shape = (config.rank,)
         if self.by_layer:
@@ -169,9 +169,9 @@ class _Gates:
         highest = max([plan.highest, *self.own])
         self.table = np.zeros((highest + 1, *self.shape), "float32")
         for b in range(1, plan.highest + 1):
-            self.table[b] = self.scale.gate(b)
+            self.table[b] = config.scale.gate(b)
         for served in plan.ranks:
-            self.table[served.value] = self.scale.gate(served.rank)
+            self.table[served.value] = config.scale.gate(served.rank)
 
     def of(self, served):
         """The gate of a rank, in NumPy."""
@@ -198,9 +198,7 @@ class _Gates:
         ]  # fmt: skip
         with tf.control_dependencies(checks):
             rank = tf.broadcast_to(rank, [batch])
-        if self.by_layer:
-            return tf.gather(tf.constant(self.table), rank)
-        return self.scale.gate(rank)
+        return tf.gather(tf.constant(self.table), rank)
 
 
 def _write_merged(model, folder, plan):

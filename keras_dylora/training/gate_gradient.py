@@ -27,7 +27,11 @@ def gate_gradient(model):
     gradient = _DIFFERENTIATED[keras.backend.backend()](model, loss)
 
     def computed(gates, batch):
-        found = gradient(np.asarray(gates, "float32"), batch)
+        gates = ops.convert_to_tensor(np.asarray(gates, "float32"))
+        batch = keras.tree.map_structure(
+            lambda v: None if v is None else ops.convert_to_tensor(v), batch
+        )
+        found = gradient(gates, batch)
         return np.asarray(ops.convert_to_numpy(found), "float64")
 
     return computed
@@ -60,23 +64,14 @@ def _by_tensorflow(model, loss):
             value = loss(gates, batch)
         return tape.gradient(value, gates)
 
-    def gradient(gates, batch):
-        batch = keras.tree.map_structure(
-            lambda v: None if v is None else tf.convert_to_tensor(v), batch
-        )
-        return differentiated(tf.convert_to_tensor(gates), batch)
-
-    return gradient
+    return differentiated
 
 
 def _by_torch(model, loss):
     import torch
 
     def gradient(gates, batch):
-        batch = keras.tree.map_structure(
-            lambda v: None if v is None else ops.convert_to_tensor(v), batch
-        )
-        gates = ops.convert_to_tensor(gates).requires_grad_()
+        gates = gates.requires_grad_()
         with torch.enable_grad():
             value = loss(gates, batch)
             return torch.autograd.grad(value, gates)[0]
