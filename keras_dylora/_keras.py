@@ -8,6 +8,7 @@ import collections
 import contextlib
 
 import keras
+import numpy as np
 
 # Live objects change their class, and built layers their variables.
 
@@ -123,6 +124,21 @@ def graph_calls(model):
             if isinstance(node.operation, keras.Layer):
                 arguments = node.arguments
                 yield node.operation, arguments.args, arguments.kwargs
+
+
+def graph_arrays(model):
+    """The arrays that stand in the graph of a functional model.
+
+    Yields each operation with an array among its arguments, and that array;
+    Keras shows neither. On torch, a view of a weight follows it and isn't one.
+    """
+    for nodes in getattr(model, "_nodes_by_depth", {}).values():
+        for node in nodes:
+            arguments = [node.arguments.args, node.arguments.kwargs]
+            for x in keras.tree.flatten(arguments):
+                is_array = keras.ops.is_tensor(x) or isinstance(x, np.ndarray)
+                if is_array and getattr(x, "_base", None) is None:
+                    yield node.operation, x
 
 
 # Quantization.

@@ -20,7 +20,35 @@ def never_called(model, layers):
     called = set()
     with _recorded(layers, called):
         traced = _trace(model, {id(x): path for path, x in layers.items()})
-    return [path for path in layers if path in traced - called]
+    idle = traced - called
+    if any(_keras.graph_calls(model)):  # and so built all that it calls
+        idle |= {path for path, layer in layers.items() if not layer.built}
+    return [path for path in layers if path in idle]
+
+
+def check_constants(model):
+    """Raises a `ValueError` if a graph holds the values of weights.
+
+    A copy of such a model, from a file or from `merge`, would compute with
+    others (KerasHub 0.32: the logits of Gemma 3n on JAX and TensorFlow). Where
+    the graph is in the config, so are its arrays.
+    """
+    for each in _keras.submodels(model):
+        cls = getattr(type(each), "original_class", type(each))
+        shapes = {tuple(w.shape) for w in each.weights if len(w.shape) > 1}
+        shapes |= {shape[::-1] for shape in shapes}
+        held = [
+            f"{operation.name!r}, an array of shape {tuple(array.shape)}"
+            for operation, array in _keras.graph_arrays(each)
+            if tuple(array.shape) in shapes
+        ]
+        if held and "layers" not in cls.get_config(each):
+            raise ValueError(
+                "A model can be copied only if it computes with its weights, "
+                f"and {cls.__name__} keeps values in their place that its "
+                f"config doesn't hold. Received: {each.name}, with "
+                f"{', '.join(held)}"
+            )
 
 
 def _trace(model, paths):

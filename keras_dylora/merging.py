@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_dylora import _keras, ranks, training
 from keras_dylora.adaptation import as_plain
+from keras_dylora.calls import check_constants
 from keras_dylora.config import AdapterArguments
 from keras_dylora.model import DyLoRAModel, adaptation_of, reconfigure
 from keras_dylora.paths import layer_paths
@@ -59,6 +60,7 @@ def merge(model, rank=None):
                 "Only an enabled model or a functional `DyLoRAModel` has a "
                 f"plain class to merge into. Received: a {cls.__name__}"
             )
+    check_constants(model)
     with as_plain(model, whole=True):
         config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:

@@ -10,6 +10,7 @@ from keras import ops
 from keras_dylora import _keras, files, summary, training
 from keras_dylora.adaptation import Adaptation, as_plain
 from keras_dylora.allocation import RankAllocation
+from keras_dylora.calls import check_constants
 from keras_dylora.live_class import (
     combined_class,
     functional_class,
@@ -63,9 +64,11 @@ def reconfigure(model, config, optimizer=None):
 def check_savable(model):
     """Raises a `ValueError` if a file of an enabled model couldn't be loaded.
 
-    With Keras's own LoRA beside, or where a class of KerasHub's doesn't say in
-    its config how it was made (Llama 3's `tie_word_embeddings`, 0.32).
+    With Keras's own LoRA beside, with values in the place of weights, or where
+    a class of KerasHub's doesn't say in its config how it was made (Llama 3's
+    `tie_word_embeddings`, 0.32).
     """
+    check_constants(model)
     layers = layer_paths(model)
     lora = [p for p, x in layers.items() if getattr(x, "lora_enabled", False)]
     if lora:

@@ -73,9 +73,10 @@ def find_targets(model, config):
         chosen = _select(linear, config.target_layers, "target_layers")
     if not chosen:
         raise ValueError(_no_target(config.target_layers, linear))
-    for path, layer in chosen.items():
-        _check(path, layer)
     unused = never_called(model, chosen)
+    for path, layer in chosen.items():
+        if path not in unused:
+            _check(path, layer)
     if unused:
         message = (
             "An adapter needs a layer that the model calls; this one reads "

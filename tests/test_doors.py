@@ -172,3 +172,59 @@ def test_hdf5_is_refused(name, tmp_path):
 def test_a_clone_is_refused():
     with pytest.raises(ValueError, match="`clone_model` would"):
         keras.models.clone_model(enabled())
+
+
+@keras.saving.register_keras_serializable("tests")
+class Tied(keras.Model):
+    """Logits by the embeddings' values, as KerasHub's Gemma 3n has them."""
+
+    def __init__(self):
+        embedding = keras.layers.Embedding(8, 4)
+        tokens = keras.Input((3,), dtype="int32")
+        x = keras.layers.Dense(4, name="query")(embedding(tokens))
+        values = keras.ops.convert_to_tensor(embedding.embeddings)
+        kernel = keras.ops.transpose(values)
+        super().__init__(tokens, keras.ops.matmul(x, kernel))
+
+    def get_config(self):
+        return {}
+
+
+def test_a_model_that_computes_with_values_of_weights_isnt_copied(tmp_path):
+    model = Tied()
+    kd.enable_dylora(model, rank=2, verbose=0)
+    x = np.ones((2, 3), "int32")
+    if backend.NAME == "torch":  # a view, which follows its weight
+        model.layers[1].embeddings.assign(np.ones((8, 4)))
+        expected = backend.to_numpy(model(x))
+        found = backend.to_numpy(kd.merge(model)(x))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        return
+    held = "keeps values in their place .* an array of shape \\(4, 8\\)"
+    for copy in (kd.merge, lambda x: x.save(tmp_path / "model.keras")):
+        with pytest.raises(ValueError, match=held):
+            copy(model)
+    assert not list(tmp_path.iterdir())
+    kd.save_adapter(model, tmp_path / "adapter")
+
+
+def test_a_model_whose_config_forgets_its_tie_isnt_saved(tmp_path):
+    hub = pytest.importorskip("keras_hub")
+    backbone = hub.models.Llama3Backbone(
+        vocabulary_size=8, num_layers=1, num_query_heads=2, hidden_dim=8,
+        intermediate_dim=8, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    kd.enable_dylora(model, rank=2, verbose=0)
+    with pytest.raises(ValueError, match="forgets `tie_word_embeddings`"):
+        model.save(tmp_path / "model.keras")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_functional_model_never_builds_is_left_out():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(3, name="query")(inputs))
+    model.decoder = keras.layers.Dense(3, name="value")
+    with pytest.warns(UserWarning, match="left out"):
+        kd.enable_dylora(model, rank=2, verbose=0)
+    assert [x.name for x in model.dylora_layers] == ["query"]

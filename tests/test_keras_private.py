@@ -95,6 +95,13 @@ def graph_calls():
     assert set(args[0]) == {"token_ids", "padding_mask"}
 
 
+def graph_arrays():
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras.ops.matmul(inputs, np.ones((2, 3))))
+    ((operation, array),) = _keras.graph_arrays(model)
+    assert operation.name.startswith("matmul") and array.shape == (2, 3)
+
+
 def own_weights():
     layer = dense()
     assert [w.name for w in _keras.own_weights(layer)] == ["kernel", "bias"]
@@ -233,6 +240,7 @@ BREAKS = {
     sublayers: "paths of layers, and so every file",
     submodels: "functions of a backbone are those of before",
     graph_calls: "adapters of layers that are never called",
+    graph_arrays: "models that compute with values for weights are copied",
     own_weights: "files: the place in the rank sequence",
     statistics: "save_adapter leaves out moving averages",
     unpickle: "pickle",

@@ -70,12 +70,17 @@ def test_family(name, tmp_path):
     base = run(model, x)
     weights = [backend.to_numpy(w) for w in model.weights]
     kd.enable_dylora(model, rank=2, verbose=0, target_layers="all-linear")
-    randomize_adapters(model)
+    randomize_adapters(model, scale=0.1)
     model.set_rank(0)
     assert_close(run(model, x), base, 1e-5)
     model.set_rank(2)
     live = run(model, x)
     assert any((a != b).any() for a, b in zip(live, base, strict=True))
+    if name == "gemma3n" and backend.NAME != "torch":
+        # KerasHub 0.32 keeps values of its embeddings in its graph.
+        with pytest.raises(ValueError, match="keeps values in their place"):
+            kd.merge(model)
+        return
     assert_close(run(kd.merge(model), x), live, 1e-4)
 
     model.save(tmp_path / "model.keras")
