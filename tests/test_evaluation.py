@@ -144,6 +144,7 @@ def test_callback_logs_every_rank(tmp_path):
         assert "val_rank4_mae" in next(csv.reader(file))
 
 
+@pytest.mark.long
 def test_callback_of_two_models_prepares_for_each():
     data = np.array(TEXTS), labels(4)
     callback = kd.RankEvaluation(data, ranks=[2])
@@ -224,9 +225,8 @@ def byte_pair_classifier():
     return roberta_classifier(preprocessor=preprocessor)
 
 
-@pytest.mark.parametrize(
-    "kind", ["list", pytest.param("array", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["list", "array"])
 def test_strings_are_split_as_in_evaluate(kind):
     model = kd.enable_dylora(byte_pair_classifier(), rank=2)
     randomize_adapters(randomize(model))

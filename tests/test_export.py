@@ -483,6 +483,7 @@ def test_artifact_that_differs_is_not_kept(tmp_path, custom):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(backend.NAME == "tensorflow", reason="runs in this process")
 @pytest.mark.parametrize("importable", [True, False], ids=["fails", "missing"])
 def test_layer_that_tensorflow_cannot_rebuild(

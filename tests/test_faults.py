@@ -89,7 +89,14 @@ def same(first, second):
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "door",
+    [
+        "native",
+        pytest.param("peft", marks=pytest.mark.long),
+        pytest.param("plain-peft", marks=pytest.mark.long),
+    ],
+)
 def test_damaged_files(door, tmp_path):
     save, load = DOORS[door]
     source = enabled()

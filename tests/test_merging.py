@@ -114,6 +114,7 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
         return keras.ops.cast(1e-5, "float32")
 
 
+@pytest.mark.long
 def test_what_is_not_registered_stays_compiled():
     def loss(y, outputs):
         return keras.losses.sparse_categorical_crossentropy(
@@ -159,6 +160,7 @@ def test_merging_keeps_the_sampler():
     assert sampler.k == 3 and sampler is not model.sampler
 
 
+@pytest.mark.long
 def test_merged_functional_model_needs_no_library(tmp_path):
     model = randomize_adapters(mlp())
     x, _ = mlp_data()

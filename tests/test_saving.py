@@ -135,7 +135,11 @@ def test_base_weights_into_an_enabled_model(tmp_path):
         model.load_weights(tmp_path / "base.weights.h5")
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
+@pytest.mark.parametrize(
+    "frozen",
+    [False, pytest.param(True, marks=pytest.mark.long)],
+    ids=["all", "frozen"],
+)
 def test_backup_and_restore_resumes_to_the_same_weights(frozen, tmp_path):
     x, y = tokens(), labels()
     # On torch, Keras draws dropout from torch's global generator, which no
@@ -439,6 +443,7 @@ def test_weights_across_dropout_and_mode(tmp_path):
         assert len(set(drawn)) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("frozen_by_now", [False, True])
 def test_adapter_holds_moving_statistics(frozen_by_now, tmp_path):
     def normalized():
