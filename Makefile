@@ -1,5 +1,5 @@
 # Two commands: make demo, make test. KERAS_BACKEND picks the demo's backend.
-# make test-long: the longest tests, which make test runs on TensorFlow alone.
+# make test-long: the longest tests, which make test leaves out.
 # make test-families: all of KerasHub, which make test runs on torch alone.
 # make test-lowest: the oldest versions that pyproject.toml allows.
 

@@ -39,33 +39,39 @@ def settings(task, layers, output, verbose):
 
 
 def values(task, results, method, seed, chosen, verbose):
-    """The metric by the name of a rank, of one run."""
+    """The metric by the name of a rank of one run, and its parameters."""
     example = glue_roberta if task == "ratings" else nlg_gpt2
     found = example.run(results, task, method, seed, chosen, verbose=verbose)
     metrics = found["metrics"].get("validation", found["metrics"])
     scale = 100 if task == "ratings" else 1
-    return {b: scale * by_name[METRICS[task]] for b, by_name in metrics.items()}
+    by_rank = {b: scale * x[METRICS[task]] for b, x in metrics.items()}
+    return by_rank, found["trainable"]
 
 
 def compare(task, results, seeds, lora, chosen, budgets, verbose):
-    """Dict of row to dict of share to the values of all seeds."""
+    """Dict of row to dict of share to the values of all seeds, and the size.
+
+    The size is the number of parameters that are trained at the maximum rank.
+    """
     shares = [methods.percent(share) for share in (*budgets, 1)]
     ranks = [str(round(share * chosen.rank)) for share in (*budgets, 1)]
     found = {row: {share: [] for share in shares} for row in ROWS}
     budgeted = dataclasses.replace(chosen, budgets=budgets)
     for seed in seeds:
-        ours = values(task, results, "progressive", seed, budgeted, verbose)
+        ours, size = values(
+            task, results, "progressive", seed, budgeted, verbose
+        )
         each = {}
         if lora:
-            each = values(task, results, "lora-each", seed, chosen, verbose)
+            each, _ = values(task, results, "lora-each", seed, chosen, verbose)
         for b, share in zip(ranks, shares, strict=True):
             found[ROWS[0]][share].append(ours[b])
             found[ROWS[1]][share] += [ours[share]] if share in ours else []
             found[ROWS[2]][share] += [each[b]] if b in each else []
-    return found
+    return found, size
 
 
-def write(folder, task, layers, found):
+def write(folder, task, layers, found, size):
     """Writes the table, and the curves over the share of the parameters."""
     shares = list(next(iter(found.values())))
     rows = [
@@ -88,7 +94,7 @@ def write(folder, task, layers, found):
             axes.plot(list(points), list(points.values()), "o-", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks([float(x.rstrip("%")) for x in shares], shares)
-    axes.set_xlabel("adapter parameters, of those at the maximum rank")
+    axes.set_xlabel(f"share of the adapter, which is {4 * size / 1000:.0f} kB")
     axes.set_ylabel(METRICS[task])
     axes.grid(alpha=0.3)
     axes.legend()
@@ -113,7 +119,7 @@ def main(argv=None):
     parser.add_argument("--verbose", default=1, type=int)
     args = parser.parse_args(argv)
     chosen = settings(args.task, args.layers, args.output, args.verbose)
-    found = compare(
+    found, size = compare(
         args.task,
         Results(args.results),
         args.seeds,
@@ -122,7 +128,7 @@ def main(argv=None):
         LAYERS[args.layers][2],
         args.verbose,
     )
-    write(args.output, args.task, args.layers, found)
+    write(args.output, args.task, args.layers, found, size)
 
 
 if __name__ == "__main__":

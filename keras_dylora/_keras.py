@@ -9,6 +9,7 @@ import contextlib
 
 import keras
 import numpy as np
+from keras.src.backend.common.global_state import get_global_attribute
 
 # Live objects change their class, and built layers their variables.
 
@@ -105,6 +106,11 @@ def own_weights(layer):
 def statistics(layer):
     """The weights of a layer that no gradient trains: moving averages."""
     return layer._non_trainable_variables
+
+
+def saves_hdf5():
+    """Whether Keras asks for a config that it writes to an HDF5 file."""
+    return bool(get_global_attribute("use_legacy_config", False))
 
 
 def unpickle(archive):

@@ -28,6 +28,10 @@ from keras_dylora.recompile import (
 
 FORMAT_VERSION = 1
 SEED_STATE = "random_state_"
+NO_HDF5 = (
+    "HDF5 can't hold the adapters of a model. Use a `.keras` file or "
+    "`save_adapter`"
+)
 
 
 def adaptation_of(model):
@@ -400,10 +404,7 @@ class DyLoRAModel(keras.Model):
         """
         path = str(filepath)
         if path.endswith((".h5", ".hdf5")):
-            raise ValueError(
-                "HDF5 can't hold the adapters of a model. Use a `.keras` file "
-                f"or `save_adapter`. Received: filepath={path!r}"
-            )
+            raise ValueError(f"{NO_HDF5}. Received: filepath={path!r}")
         if is_combined(type(self)):
             check_savable(self)
         asks = not overwrite and os.path.exists(path)
@@ -523,6 +524,8 @@ class DyLoRAModel(keras.Model):
         compile_from(self, config)
 
     def get_config(self):
+        if _keras.saves_hdf5():  # `keras.saving.save_model` passes by `save`
+            raise ValueError(f"{NO_HDF5}. Received: {self.name}")
         if not is_combined(type(self)):
             return super().get_config()
         adaptation = adaptation_of(self)

@@ -425,6 +425,11 @@ WRONG = {
         TypeError,
         "under a name of yours",
     ),
+    "exported-as-a-dict": (
+        lambda m, c: kd.export_ranks(m, "nowhere", ranks={"a": dict(c)}),
+        TypeError,
+        "an integer or a `RankAllocation`",
+    ),
     "exported-as-serve": (
         lambda m, c: kd.export_ranks(m, "nowhere", ranks={"serve": c}),
         ValueError,

@@ -169,6 +169,11 @@ def test_hdf5_is_refused(name, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_hdf5_is_refused_past_the_method(tmp_path):
+    with pytest.raises(ValueError, match="`.keras` file or `save_adapter`"):
+        keras.saving.save_model(enabled(), tmp_path / "model.h5")
+
+
 def test_a_clone_is_refused():
     with pytest.raises(ValueError, match="`clone_model` would"):
         keras.models.clone_model(enabled())

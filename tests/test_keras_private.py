@@ -6,6 +6,7 @@ Each test says what breaks in keras_dylora if Keras changes it.
 import inspect
 import pathlib
 import re
+import tempfile
 
 import keras
 import numpy as np
@@ -113,6 +114,19 @@ def statistics():
     layer.build((None, 2))
     names = [w.name for w in _keras.statistics(layer)]
     assert names == ["moving_mean", "moving_variance"]
+
+
+def saves_hdf5():
+    asked = []
+
+    class Model(keras.Model):
+        def get_config(self):
+            asked.append(_keras.saves_hdf5())
+            raise KeyError
+
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(KeyError):
+        keras.saving.save_model(Model(), f"{folder}/model.h5")
+    assert asked == [True] and not _keras.saves_hdf5()
 
 
 def unpickle():
@@ -243,6 +257,7 @@ BREAKS = {
     graph_arrays: "models that compute with values for weights are copied",
     own_weights: "files: the place in the rank sequence",
     statistics: "save_adapter leaves out moving averages",
+    saves_hdf5: "a file that can't be loaded is written in silence",
     unpickle: "pickle",
     uncover_quantize: "quantize: the method of the class before",
     settle_dtype_policies: "quantized presets can't be saved again",

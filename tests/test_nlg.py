@@ -394,7 +394,7 @@ def test_a_rank_for_each_layer_beside_one_for_all(preset, results, tmp_path):
     settings = dataclasses.replace(
         TINY, preset=str(preset), target_layers="all-linear"
     )
-    found = layer_ranks.compare(
+    found, size = layer_ranks.compare(
         "reviews", results, [10], True, settings, (0.5,), verbose=0
     )
     assert {row: list(x) for row, x in found.items()} == dict.fromkeys(
@@ -410,7 +410,8 @@ def test_a_rank_for_each_layer_beside_one_for_all(preset, results, tmp_path):
     assert own["50.0%"] == [metrics["50.0%"]["perplexity"]]
     assert not own["100.0%"]
     assert each["50.0%"] == [lora[0]["result"]["metrics"]["1"]["perplexity"]]
-    layer_ranks.write(tmp_path, "reviews", "all-linear", found)
+    assert size == ours["result"]["trainable"]
+    layer_ranks.write(tmp_path, "reviews", "all-linear", found, size)
     text = (tmp_path / "reviews-all-linear.md").read_text()
     assert text.startswith("| perplexity at | 50.0% | 100.0% |")
     assert (tmp_path / "reviews-all-linear.png").stat().st_size > 1000

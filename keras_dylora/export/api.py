@@ -1,5 +1,6 @@
 """export_ranks: checks the arguments, then writes, verifies and describes."""
 
+import collections.abc
 import importlib.util
 
 import keras
@@ -164,6 +165,13 @@ def _named(ranks, config):
             )
         given = ranks_module.as_ranks(given, 1, config.rank)
         ranks = {f"rank_{b}": b for b in given}
+    for rank in ranks.values():
+        if not isinstance(rank, collections.abc.Hashable):
+            raise TypeError(
+                "A rank is an integer or a `RankAllocation`, which "
+                "`RankAllocation.of(model, ranks)` makes of a dict. "
+                f"Received: {rank!r}"
+            )
     if not ranks or len(set(ranks.values())) < len(given):
         raise ValueError(
             "`ranks` must name at least one rank, and each once. "
