@@ -925,12 +925,19 @@ class Family:
     generate: bool = False
 
     def targets(self, model):
-        """What `fit` takes as y: class 0, or zeros like each output."""
+        """What `fit` takes as y: class 0, or a ramp like each output.
+
+        The squares of what a layer norm gives have a constant mean, so zeros
+        would have no gradient.
+        """
         outputs = model.predict(self.inputs(), verbose=0)
         if self.loss == "auto":
             return np.zeros(outputs.shape[:-1], "int32")
         return keras.tree.map_structure(
-            lambda y: np.zeros(y.shape, "float32"), outputs
+            lambda y: np.linspace(-1, 1, y.size, dtype="float32").reshape(
+                y.shape
+            ),
+            outputs,
         )
 
 
