@@ -28,6 +28,13 @@ def randomize_adapters(model, seed=1, scale=0.2):
     return model
 
 
+def allocation(model, ranks):
+    """A rank for each adapted layer, in order; 1 for those that are left."""
+    paths = model._dylora.layers
+    by_path = dict(zip(paths, ranks, strict=False))
+    return kd.RankAllocation.of(model, {p: by_path.get(p, 1) for p in paths})
+
+
 def mlp(frozen=False, rank=4, seed=0, options=None, **kwargs):
     """A functional model of two adapted layers and a trained head.
 

@@ -1,6 +1,5 @@
 """RankAllocation: a rank for each layer, wherever a rank is taken."""
 
-import copy
 import json
 
 import keras
@@ -11,6 +10,7 @@ from keras import ops
 import keras_dylora as kd
 from tests import backend
 from tests.models import (
+    allocation,
     classification_loss,
     gpt2,
     labels,
@@ -22,13 +22,6 @@ from tests.models import (
     tokens,
 )
 from tests.test_export import batch, live, serve
-from tests.test_peft import (  # noqa: F401
-    adapter_config,
-    adapter_tensors,
-    assert_same_logits,
-    pair,
-    twins,
-)
 
 ALLOCATIONS = {
     "mixed": [2, 1, 3, 4],
@@ -42,12 +35,6 @@ def enabled(scaling="constant", **arguments):
     kd.enable_dylora(model, rank=4, scaling=scaling, verbose=0, **arguments)
     model.compile(loss=classification_loss(), metrics=["accuracy"])
     return randomize_adapters(model)
-
-
-def allocation(model, ranks):
-    paths = model._dylora.layers
-    by_path = dict(zip(paths, ranks, strict=False))
-    return kd.RankAllocation.of(model, {p: by_path.get(p, 1) for p in paths})
 
 
 def predict(model):
@@ -257,69 +244,6 @@ def test_report_needs_sizes_of_allocations():
     assert not report.is_trained(small)
     with pytest.raises(ValueError, match="every report must have"):
         report.plot(others={"LoRA": kd.RankReport({1: {"loss": 3.0}})})
-
-
-# GPT-2's first three layers of a block are one in transformers.
-PEFT_RANKS = {
-    "rank": [2, 1, 0, 3, 0, 2, 0, 0, 0, 1, 3],
-    "sqrt": [0, 1, 2, 0, 1, 3, 1, 1, 1, 0, 0],
-    "constant": [3, 3, 1, 2, 1, 0, 0, 2, 0, 3, 1],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "scaling", "layout"),
-    [
-        ("roberta", "rank", "peft"),
-        ("roberta", "sqrt", "server"),
-        ("gpt2", "rank", "peft"),
-        ("gpt2", "sqrt", "peft"),
-        ("gpt2", "constant", "peft"),
-        ("gpt2", "rank", "server"),
-    ],
-)
-def test_peft_computes_the_same(name, scaling, layout, pair, tmp_path):  # noqa: F811
-    import peft
-
-    twin, model = pair(name)
-    kd.enable_dylora(
-        model,
-        rank=3,
-        alpha=7.0,
-        scaling=scaling,
-        target_layers="all-linear",
-        verbose=0,
-    )
-    randomize_adapters(model)
-    chosen = allocation(model, PEFT_RANKS[scaling])
-    kd.to_peft(model, tmp_path / "adapter", rank=chosen, layout=layout)
-    kd.to_peft(model, tmp_path / "adapter", rank=chosen, layout=layout)
-    model.set_rank(chosen)
-    adapted = peft.PeftModel.from_pretrained(
-        copy.deepcopy(twin), tmp_path / "adapter"
-    )
-    assert_same_logits(model, adapted)
-    config = adapter_config(tmp_path / "adapter")
-    if layout == "server":
-        assert config["r"] == config["lora_alpha"]
-        assert not config["rank_pattern"] and not config["alpha_pattern"]
-        assert not config["use_rslora"]
-        sizes = {
-            k: v.shape for k, v in adapter_tensors(tmp_path / "adapter").items()
-        }
-        assert {s[0] for k, s in sizes.items() if "lora_A" in k} == {
-            config["r"]
-        }
-        assert {s[1] for k, s in sizes.items() if "lora_B" in k} == {
-            config["r"]
-        }
-    else:
-        assert config["rank_pattern"]
-    _, again = pair(name)
-    kd.from_peft(again, tmp_path / "adapter")
-    assert_same_logits(again, adapted)
-    if layout == "peft":
-        assert again.rank.ranks == chosen.ranks
 
 
 @pytest.mark.long

@@ -21,6 +21,7 @@ from keras_dylora.geometry import Factors
 from tests import backend
 from tests.models import (
     VOCABULARY,
+    allocation,
     gpt2,
     mlp,
     randomize_adapters,
@@ -375,6 +376,66 @@ def test_a_model_that_was_saved_by_keras(tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (
             tmp_path / "adapter" / name
         ).read_bytes()
+
+
+# GPT-2's first three layers of a block are one in transformers.
+PEFT_RANKS = {
+    "rank": [2, 1, 0, 3, 0, 2, 0, 0, 0, 1, 3],
+    "sqrt": [0, 1, 2, 0, 1, 3, 1, 1, 1, 0, 0],
+    "constant": [3, 3, 1, 2, 1, 0, 0, 2, 0, 3, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "scaling", "layout"),
+    [
+        ("roberta", "rank", "peft"),
+        ("roberta", "sqrt", "server"),
+        ("gpt2", "rank", "peft"),
+        ("gpt2", "sqrt", "peft"),
+        ("gpt2", "constant", "peft"),
+        ("gpt2", "rank", "server"),
+    ],
+)
+def test_a_rank_for_each_layer(name, scaling, layout, pair, tmp_path):
+    twin, model = pair(name)
+    kd.enable_dylora(
+        model,
+        rank=3,
+        alpha=7.0,
+        scaling=scaling,
+        target_layers="all-linear",
+        verbose=0,
+    )
+    randomize_adapters(model)
+    chosen = allocation(model, PEFT_RANKS[scaling])
+    kd.to_peft(model, tmp_path / "adapter", rank=chosen, layout=layout)
+    model.set_rank(chosen)
+    adapted = peft.PeftModel.from_pretrained(
+        copy.deepcopy(twin), tmp_path / "adapter"
+    )
+    assert_same_logits(model, adapted)
+    config = adapter_config(tmp_path / "adapter")
+    if layout == "server":
+        assert config["r"] == config["lora_alpha"]
+        assert not config["rank_pattern"] and not config["alpha_pattern"]
+        assert not config["use_rslora"]
+        sizes = {
+            k: v.shape for k, v in adapter_tensors(tmp_path / "adapter").items()
+        }
+        assert {s[0] for k, s in sizes.items() if "lora_A" in k} == {
+            config["r"]
+        }
+        assert {s[1] for k, s in sizes.items() if "lora_B" in k} == {
+            config["r"]
+        }
+    else:
+        assert config["rank_pattern"]
+    _, again = pair(name)
+    kd.from_peft(again, tmp_path / "adapter")
+    assert_same_logits(again, adapted)
+    if layout == "peft":
+        assert again.rank.ranks == chosen.ranks
 
 
 # From PEFT to Keras
