@@ -120,7 +120,12 @@ ADAPTED_CLASSES = {
 }
 
 
+def geometry(layer):
+    """The `Geometry` of a layer that is adapted or can be."""
+    cls = ADAPTED_CLASSES.get(type(layer), type(layer))
+    return cls.geometry_of(layer)
+
+
 def matrix_shape(layer):
     """`(inputs, outputs)` of a layer that is adapted or can be."""
-    cls = ADAPTED_CLASSES.get(type(layer), type(layer))
-    return cls.geometry_of(layer).shape
+    return geometry(layer).shape

@@ -1,73 +1,137 @@
 """The families that PEFT adapters fit, and where their layers are in each."""
 
 import dataclasses
+import itertools
+import math
 
+import numpy as np
+
+from keras_dylora.layers import geometry
 from keras_dylora.paths import layer_paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Layers of a model that are alike, one after another.
+
+    A linear layer of transformers stands for one Keras layer, or for several
+    whose outputs it holds side by side, such as GPT-2's `c_attn`.
+
+    Args:
+        name: str. Path of one in transformers, with its number left open.
+        keras: str. Its path in KerasHub, with its number left open.
+        linear: dict of the linear layers in it to tuples of the paths that
+            their Keras layers have in theirs. One that begins with a slash is
+            at the top, where Keras numbers it.
+        first: int. The number of the first one in KerasHub. Defaults to `0`.
+    """
+
+    name: str
+    keras: str
+    linear: dict
+    first: int = 0
+
+    def modules(self, paths):
+        """The linear layers of all blocks of a model, with Keras's paths."""
+        found = {}
+        for i in itertools.count():
+            block = self.keras.format(i + self.first)
+            if not any(path.startswith(f"{block}/") for path in paths):
+                return found
+            for name, layers in self.linear.items():
+                found[f"{self.name.format(i)}.{name}"] = tuple(
+                    f"{layer[1:]}_{i}".removesuffix("_0")
+                    if layer.startswith("/")
+                    else f"{block}/{layer}"
+                    for layer in layers
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The names of one model class in Keras and in transformers.
 
-    A linear layer of transformers stands for one Keras layer, or for several
-    whose outputs it holds side by side, such as GPT-2's `c_attn`.
-
     Args:
         backbone: str. The class of the KerasHub backbone.
-        block: str. Path of one transformer layer, with its number left open.
-        linear: dict of the linear layers of a block to tuples of the paths
-            that their Keras layers have in `transformer_layer_{i}`.
-        outside: dict like `linear`, for the layers outside of the blocks.
+        blocks: tuple of `Blocks`.
+        outside: dict like `Blocks.linear`, for the layers outside of them.
         transposed: bool. Whether transformers stores these weights as
             `(inputs, outputs)`, in `Conv1D` layers.
+        interleaved: bool. Whether a linear layer that stands for several has
+            their outputs side by side within each head, not as a whole.
         prefix: str. Where the transformers model keeps its base model.
-        task_type: str. PEFT's name of the task.
+        task_type: str. PEFT's name of the task, `None` where it has none.
         head: dict of the weights of the head to the paths of their Keras
             variables.
     """
 
     backbone: str
-    block: str
-    linear: dict
+    blocks: tuple
     outside: dict = dataclasses.field(default_factory=dict)
     transposed: bool = False
+    interleaved: bool = False
     prefix: str = ""
-    task_type: str = "FEATURE_EXTRACTION"
+    task_type: str | None = "FEATURE_EXTRACTION"
     head: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def linear(self):
+        """The names of the linear layers within one block of each kind."""
+        return [name for blocks in self.blocks for name in blocks.linear]
 
     def modules(self, model):
         """The linear layers of a model's twin, with the paths of their Keras
         layers; raises a `ValueError` if the model has no such layer."""
+        paths = layer_paths(model)
         found = {}
-        for i in range(getattr(model, "backbone", model).num_layers):
-            for name, layers in self.linear.items():
-                found[f"{self.prefix}{self.block.format(i)}.{name}"] = tuple(
-                    f"transformer_layer_{i}/{layer}" for layer in layers
-                )
-        for name, layers in self.outside.items():
-            found[f"{self.prefix}{name}"] = layers
+        for blocks in self.blocks:
+            found |= blocks.modules(paths)
+        found |= self.outside
         wanted = {path for layers in found.values() for path in layers}
-        missing = sorted(wanted - set(layer_paths(model)))
-        if missing:
+        missing = sorted(wanted - set(paths))
+        if missing or not found:
             raise ValueError(
                 "The layers of the model must have the names that KerasHub "
                 f"gives them. Received: a {type(model).__name__} without "
-                f"{missing}"
+                f"{missing or [blocks.keras for blocks in self.blocks]}"
             )
-        return found
+        return {f"{self.prefix}{name}": x for name, x in found.items()}
+
+    def columns(self, layers):
+        """Where a linear layer of transformers has the outputs of ours.
+
+        `layers` are the Keras layers that it stands for. Returns an array of
+        places for each.
+        """
+        shapes = [geometry(layer).outputs for layer in layers]
+        if self.interleaved and len(layers) > 1:
+            heads, size = shapes[0]
+            places = np.arange(heads * len(layers) * size)
+            parts = places.reshape(heads, len(layers), size)
+            return [parts[:, i].ravel() for i in range(len(layers))]
+        widths = [math.prod(shape) for shape in shapes]
+        return np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
 
 
 def layout_of(model):
     """The `Layout` of a KerasHub model, or a `ValueError`."""
     names = _class_names(model)
-    backbone = _class_names(getattr(model, "backbone", model))
+    body = getattr(model, "backbone", model)
+    backbone = _class_names(body)
     for name, layout in LAYOUTS.items():
         # Both, since another model may reuse the class of a task.
         if name in names and layout.backbone in backbone:
+            if getattr(body, "vision_encoder", None) is not None:
+                raise ValueError(
+                    "PEFT adapters can be exchanged for models of one kind of "
+                    f"input. Received: a {type(body).__name__} that takes "
+                    "images beside text"
+                )
             return layout
     raise ValueError(
         "PEFT adapters can be exchanged for the KerasHub models "
-        f"{sorted(LAYOUTS)} and their subclasses. "
+        f"{sorted(LAYOUTS)} and their subclasses; another family needs a row "
+        f"in keras_dylora/adapters/families.py. "
         f"Received: a {type(model).__name__}"
     )
 
@@ -76,83 +140,388 @@ def _class_names(instance):
     return {cls.__name__ for cls in type(instance).__mro__}
 
 
-_ENCODER = {
-    "attention.self.query": ("self_attention_layer/query",),
-    "attention.self.key": ("self_attention_layer/key",),
-    "attention.self.value": ("self_attention_layer/value",),
-    "attention.output.dense": ("self_attention_layer/attention_output",),
-    "intermediate.dense": ("feedforward_intermediate_dense",),
-    "output.dense": ("feedforward_output_dense",),
+# Rows, by what families have in common.
+
+
+def _attention(keras, names, ours="query key value attention_output"):
+    """Names of the four projections, ours in the Keras layer `keras`."""
+    pairs = zip(names.split(), ours.split(), strict=True)
+    return {name: (f"{keras}/{x}",) for name, x in pairs}
+
+
+def _feedforward(up, down):
+    return {
+        up: ("feedforward_intermediate_dense",),
+        down: ("feedforward_output_dense",),
+    }
+
+
+_LAYER = "transformer_layer_{}"
+
+_BERT = _attention(
+    "self_attention_layer",
+    "attention.self.query attention.self.key attention.self.value "
+    "attention.output.dense",
+) | _feedforward("intermediate.dense", "output.dense")
+
+_OPT = _attention(
+    "self_attention",
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj",
+) | _feedforward("fc1", "fc2")
+
+_PROJECTIONS = (
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+)
+
+_LLAMA = _attention("self_attention", _PROJECTIONS) | {
+    "mlp.gate_proj": ("feedforward_gate_dense",),
+    **_feedforward("mlp.up_proj", "mlp.down_proj"),
 }
 
-ROBERTA = Layout("RobertaBackbone", "encoder.layer.{}", _ENCODER)
+_GEMMA = _attention("attention", _PROJECTIONS) | {
+    "mlp.gate_proj": ("ffw_gating",),
+    "mlp.up_proj": ("ffw_gating_2",),
+    "mlp.down_proj": ("ffw_linear",),
+}
 
-BERT = Layout(
-    "BertBackbone",
-    "encoder.layer.{}",
-    _ENCODER,
-    outside={"pooler.dense": ("pooled_dense",)},
-)
+_HEAD = {
+    "classifier.weight": "logits/kernel",
+    "classifier.bias": "logits/bias",
+}
 
-GPT2 = Layout(
-    "GPT2Backbone",
-    "h.{}",
-    {
-        "attn.c_attn": (
-            "self_attention/query",
-            "self_attention/key",
-            "self_attention/value",
-        ),
-        "attn.c_proj": ("self_attention/attention_output",),
-        "mlp.c_fc": ("feedforward_intermediate_dense",),
-        "mlp.c_proj": ("feedforward_output_dense",),
-    },
-    transposed=True,
-)
 
-LLAMA = Layout(
-    "LlamaBackbone",
-    "layers.{}",
-    {
-        "self_attn.q_proj": ("self_attention/query",),
-        "self_attn.k_proj": ("self_attention/key",),
-        "self_attn.v_proj": ("self_attention/value",),
-        "self_attn.o_proj": ("self_attention/attention_output",),
-        "mlp.gate_proj": ("feedforward_gate_dense",),
-        "mlp.up_proj": ("feedforward_intermediate_dense",),
-        "mlp.down_proj": ("feedforward_output_dense",),
-    },
-)
+def _t5(keras, number, name):
+    names = " ".join(f"layer.{number}.{name}.{x}" for x in "qkvo")
+    return _attention(
+        keras,
+        names,
+        "query_projector key_projector value_projector output_projector",
+    )
 
-LAYOUTS = {
-    "RobertaBackbone": ROBERTA,
-    "RobertaTextClassifier": dataclasses.replace(
-        ROBERTA,
-        prefix="roberta.",
-        task_type="SEQ_CLS",
-        head={
+
+def _t5_feedforward(number):
+    """Of a gated T5, as 1.1 and Flan are."""
+    name = f"layer.{number}.DenseReluDense"
+    return {
+        f"{name}.wi_0": ("input_projector",),
+        f"{name}.wi_1": ("gate_projector",),
+        f"{name}.wo": ("output_projector",),
+    }
+
+
+def _encoder(backbone, linear, keras=_LAYER, name="encoder.layer.{}", **rest):
+    return Layout(backbone, (Blocks(name, keras, linear),), **rest)
+
+
+def _decoder(family, linear, keras=_LAYER, **rest):
+    """Rows of a decoder as Llama's are, by the name of its classes."""
+    bare = Layout(
+        f"{family}Backbone", (Blocks("layers.{}", keras, linear),), **rest
+    )
+    return _rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM")
+
+
+def _roberta(family):
+    return _rows(
+        _encoder(f"{family}Backbone", _BERT),
+        f"{family}TextClassifier",
+        "roberta.",
+        "SEQ_CLS",
+        {
             "classifier.dense.weight": "pooled_dense/kernel",
             "classifier.dense.bias": "pooled_dense/bias",
             "classifier.out_proj.weight": "logits/kernel",
             "classifier.out_proj.bias": "logits/bias",
         },
+    )
+
+
+def _rows(bare, task, prefix, task_type, head=None):
+    """The rows of a backbone and of a task on it."""
+    changes = {"prefix": prefix, "task_type": task_type, "head": head or {}}
+    return {bare.backbone: bare, task: dataclasses.replace(bare, **changes)}
+
+
+LAYOUTS = {
+    **_roberta("Roberta"),
+    **_roberta("XLMRoberta"),
+    **_rows(
+        _encoder(
+            "BertBackbone", _BERT, outside={"pooler.dense": ("pooled_dense",)}
+        ),
+        "BertTextClassifier",
+        "bert.",
+        "SEQ_CLS",
+        _HEAD,
     ),
-    "BertBackbone": BERT,
-    "BertTextClassifier": dataclasses.replace(
-        BERT,
-        prefix="bert.",
-        task_type="SEQ_CLS",
-        head={
-            "classifier.weight": "logits/kernel",
-            "classifier.bias": "logits/bias",
+    **_rows(
+        _encoder(
+            "DistilBertBackbone",
+            _attention(
+                "self_attention_layer",
+                "attention.q_lin attention.k_lin attention.v_lin "
+                "attention.out_lin",
+            )
+            | _feedforward("ffn.lin1", "ffn.lin2"),
+            name="transformer.layer.{}",
+        ),
+        "DistilBertTextClassifier",
+        "distilbert.",
+        "SEQ_CLS",
+        {
+            "pre_classifier.weight": "pooled_dense/kernel",
+            "pre_classifier.bias": "pooled_dense/bias",
+            **_HEAD,
         },
     ),
-    "GPT2Backbone": GPT2,
-    "GPT2CausalLM": dataclasses.replace(
-        GPT2, prefix="transformer.", task_type="CAUSAL_LM"
+    **_rows(
+        _encoder(
+            "AlbertBackbone",
+            _attention(
+                "self_attention_layer",
+                "attention.query attention.key attention.value attention.dense",
+            )
+            | _feedforward("ffn", "ffn_output"),
+            keras="group_{}_inner_layer_0",
+            name="encoder.albert_layer_groups.{}.albert_layers.0",
+            outside={
+                "encoder.embedding_hidden_mapping_in": (
+                    "embedding_projection",
+                ),
+                "pooler": ("pooled_dense",),
+            },
+        ),
+        "AlbertTextClassifier",
+        "albert.",
+        "SEQ_CLS",
+        _HEAD,
     ),
-    "LlamaBackbone": LLAMA,
-    "LlamaCausalLM": dataclasses.replace(
-        LLAMA, prefix="model.", task_type="CAUSAL_LM"
+    **_rows(
+        Layout(
+            "GPT2Backbone",
+            (
+                Blocks(
+                    "h.{}",
+                    _LAYER,
+                    {
+                        "attn.c_attn": (
+                            "self_attention/query",
+                            "self_attention/key",
+                            "self_attention/value",
+                        ),
+                        "attn.c_proj": ("self_attention/attention_output",),
+                        **_feedforward("mlp.c_fc", "mlp.c_proj"),
+                    },
+                ),
+            ),
+            transposed=True,
+        ),
+        "GPT2CausalLM",
+        "transformer.",
+        "CAUSAL_LM",
+    ),
+    **_decoder("Llama", _LLAMA),  # and Llama 3, a subclass
+    **_decoder("Mistral", _LLAMA),
+    **_decoder("Mixtral", _attention("self_attention", _PROJECTIONS)),
+    **_decoder("Qwen", _LLAMA),  # Qwen 2 and 2.5
+    **_decoder("Qwen3", _LLAMA),
+    **_decoder("Gemma", _GEMMA, "decoder_block_{}"),  # 1 and 2
+    **_decoder("Gemma3", _GEMMA, "decoder_block_{}"),
+    **_decoder(
+        "Phi3",
+        {
+            "self_attn.qkv_proj": (
+                "attention/query",
+                "attention/key",
+                "attention/value",
+            ),
+            "self_attn.o_proj": ("attention/attention_output",),
+            "mlp.gate_up_proj": (
+                "feedforward_gate_dense",
+                "feedforward_intermediate_dense",
+            ),
+            "mlp.down_proj": ("feedforward_output_dense",),
+        },
+    ),
+    **_decoder(
+        "SmolLM3",
+        {
+            "self_attn.q_proj": ("self_attn/q_proj",),
+            "self_attn.k_proj": ("self_attn/k_proj",),
+            "self_attn.v_proj": ("self_attn/v_proj",),
+            "self_attn.o_proj": ("/o_proj",),
+            "mlp.gate_proj": ("mlp/gate_proj",),
+            "mlp.up_proj": ("mlp/up_proj",),
+            "mlp.down_proj": ("mlp/down_proj",),
+        },
+    ),
+    **_rows(
+        _encoder("OPTBackbone", _OPT, name="decoder.layers.{}"),
+        "OPTCausalLM",
+        "model.",
+        "CAUSAL_LM",
+    ),
+    **_rows(
+        _encoder(
+            "BloomBackbone",
+            {
+                "self_attention.query_key_value": (
+                    "self_attention/query_dense",
+                    "self_attention/key_dense",
+                    "self_attention/value_dense",
+                ),
+                "self_attention.dense": ("self_attention/output_dense",),
+                "mlp.dense_h_to_4h": ("mlp_intermediate_dense",),
+                "mlp.dense_4h_to_h": ("mlp_output_dense",),
+            },
+            name="h.{}",
+            interleaved=True,
+        ),
+        "BloomCausalLM",
+        "transformer.",
+        "CAUSAL_LM",
+    ),
+    **_rows(
+        _encoder(
+            "FalconBackbone",  # as falcon-rw, a key and value for each head
+            {
+                "self_attention.query_key_value": (
+                    "attention/query_dense",
+                    "attention/key_dense",
+                    "attention/value_dense",
+                ),
+                "self_attention.dense": ("attention/output_dense",),
+                "mlp.dense_h_to_4h": ("dense_h_to_4h",),
+                "mlp.dense_4h_to_h": ("dense_4h_to_h",),
+            },
+            name="h.{}",
+            interleaved=True,
+        ),
+        "FalconCausalLM",
+        "transformer.",
+        "CAUSAL_LM",
+    ),
+    **_rows(
+        _encoder(
+            "GPTNeoXBackbone",  # fused in Keras too, in the same order
+            {
+                "attention.query_key_value": (
+                    "self_attention/query_key_value",
+                ),
+                "attention.dense": ("self_attention/attention_output",),
+                **_feedforward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            },
+            name="layers.{}",
+        ),
+        "GPTNeoXCausalLM",
+        "gpt_neox.",
+        "CAUSAL_LM",
+    ),
+    **_rows(
+        _encoder(
+            "DebertaV3Backbone",
+            _attention(
+                "self_attention_layer",
+                "attention.self.query_proj attention.self.key_proj "
+                "attention.self.value_proj attention.output.dense",
+            )
+            | _feedforward("intermediate.dense", "output.dense"),
+            keras="disentangled_attention_encoder_layer_{}",
+        ),
+        "DebertaV3TextClassifier",
+        "deberta.",
+        "SEQ_CLS",
+        {
+            "pooler.dense.weight": "pooled_dense/kernel",
+            "pooler.dense.bias": "pooled_dense/bias",
+            **_HEAD,
+        },
+    ),
+    "ElectraBackbone": _encoder(
+        "ElectraBackbone",
+        _BERT,
+        outside={"embeddings_project": ("embeddings_projection",)},
+    ),
+    **_rows(
+        Layout(
+            "T5Backbone",
+            (
+                Blocks(
+                    "encoder.block.{}",
+                    "transformer_encoder_layer_{}",
+                    _t5("self_attention", 0, "SelfAttention")
+                    | _t5_feedforward(1),
+                ),
+                Blocks(
+                    "decoder.block.{}",
+                    "transformer_decoder_layer_{}",
+                    _t5("self_attention", 0, "SelfAttention")
+                    | _t5("cross_attention", 1, "EncDecAttention")
+                    | _t5_feedforward(2),
+                ),
+            ),
+        ),
+        "T5Seq2SeqLM",
+        "",
+        "SEQ_2_SEQ_LM",
+    ),
+    **_rows(
+        Layout(
+            "BartBackbone",
+            (
+                Blocks(
+                    "encoder.layers.{}",
+                    "transformer_encoder_layer_{}",
+                    _attention(
+                        "self_attention_layer",
+                        "self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+                        "self_attn.out_proj",
+                    )
+                    | _feedforward("fc1", "fc2"),
+                ),
+                Blocks(
+                    "decoder.layers.{}",
+                    "transformer_decoder_layer_{}",
+                    _OPT
+                    | _attention(
+                        "cross_attention",
+                        "encoder_attn.q_proj encoder_attn.k_proj "
+                        "encoder_attn.v_proj encoder_attn.out_proj",
+                    ),
+                ),
+            ),
+        ),
+        "BartSeq2SeqLM",
+        "model.",
+        "SEQ_2_SEQ_LM",
+    ),
+    **_rows(
+        Layout(
+            "ViTBackbone",
+            (
+                Blocks(
+                    "layers.{}",
+                    "vit_encoder/transformer_block_{}",
+                    _attention(
+                        "mha",
+                        "attention.q_proj attention.k_proj attention.v_proj "
+                        "attention.o_proj",
+                    )
+                    | {
+                        "mlp.fc1": ("mlp/dense_1",),
+                        "mlp.fc2": ("mlp/dense_2",),
+                    },
+                    first=1,
+                ),
+            ),
+            task_type=None,
+        ),
+        "ViTImageClassifier",
+        "vit.",
+        None,
+        {
+            "classifier.weight": "predictions/kernel",
+            "classifier.bias": "predictions/bias",
+        },
     ),
 }

@@ -35,15 +35,18 @@ def to_peft(model, directory, rank=None, overwrite=True, layout="peft"):
     all layers. `layout="server"` gives them that: lower ranks are padded with
     zeros, and the scale is in `lora_B`, so that `lora_alpha` is `r`.
 
-    GPT-2's query, key and value are one layer in transformers, so its adapter
-    has the rank of all of theirs together and zeros outside of their blocks.
-    KerasHub's BERT has GELU in its tanh form, so the transformers one needs
+    Where transformers has one layer for several, such as GPT-2's `c_attn` for
+    query, key and value, the adapter has the rank of all of theirs together
+    and zeros outside of their blocks. KerasHub's BERT, ALBERT, ELECTRA and
+    GPT-NeoX have GELU in its tanh form, so the transformers one needs
     `hidden_act="gelu_pytorch_tanh"` to agree to the last digits.
 
     Args:
-        model: an enabled KerasHub `RobertaTextClassifier`,
-            `BertTextClassifier`, `GPT2CausalLM`, `LlamaCausalLM` or
-            `Llama3CausalLM`, or the backbone of one.
+        model: an enabled KerasHub text classifier of RoBERTa, XLM-R, BERT,
+            DistilBERT, ALBERT or DeBERTa-v3, a causal LM of GPT-2, OPT, Bloom,
+            Falcon, GPT-NeoX, Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to
+            3, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or gated T5,
+            an image classifier of ViT, or the backbone of one, or of ELECTRA.
         directory: str or path. Written beside, then renamed.
         rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
             `None`, the maximum.
@@ -82,8 +85,11 @@ def to_peft(model, directory, rank=None, overwrite=True, layout="peft"):
     every = weight_paths(model)
     head = {path: every[path] for path in family.head.values()}
     _check_exportable(model, head, modules, weights)
+    columns = _columns(model, family, modules)
     fused = {
-        module: _fuse([weights.layers.get(path) for path in paths])
+        module: _fuse(
+            [weights.layers.get(path) for path in paths], columns[module]
+        )
         for module, paths in modules.items()
     }
     described = dataclasses.replace(
@@ -112,6 +118,15 @@ def to_peft(model, directory, rank=None, overwrite=True, layout="peft"):
         peft_files.write(folder, tensors, config, ours)
 
 
+def _columns(model, family, modules):
+    """Where each module has the outputs of its Keras layers, by its name."""
+    layers = layer_paths(model)
+    return {
+        module: family.columns([layers[path] for path in paths])
+        for module, paths in modules.items()
+    }
+
+
 def _check_exportable(model, head, modules, weights):
     known = {path for paths in modules.values() for path in paths}
     other = sorted(set(weights.layers) - known)
@@ -136,25 +151,23 @@ def _check_exportable(model, head, modules, weights):
             )
 
 
-def _fuse(layers):
+def _fuse(layers, columns):
     """The `Factors` of Keras layers that are one layer in transformers.
 
-    The columns of all side by side, and a block for each in the rows, with
-    zeros elsewhere. `None` in place of a layer without an adapter, as is the
-    result if none has one above rank 0.
+    The columns of all side by side, and a block for each in the rows, at the
+    `columns` of its outputs, with zeros elsewhere. `None` in place of a layer
+    without an adapter, as is the result if none has one above rank 0.
     """
     blocks = [(i, x) for i, x in enumerate(layers) if x is not None and x.rank]
     if not blocks:
         return None
     _, first = blocks[0]
-    width = first.up.shape[1]
     rank = sum(x.rank for _, x in blocks)
-    up = np.zeros((rank, len(layers) * width), dtype="float32")
+    up = np.zeros((rank, sum(map(len, columns))), dtype="float32")
     start = 0
     for i, x in blocks:
         rows = slice(start, start + x.rank)
-        rescaled = x.up * np.float32(x.scale / first.scale)
-        up[rows, i * width : (i + 1) * width] = rescaled
+        up[rows, columns[i]] = x.up * np.float32(x.scale / first.scale)
         start += x.rank
     down = np.concatenate([x.down for _, x in blocks], axis=1)
     return Factors(down, up, first.scale)
@@ -178,12 +191,12 @@ def from_peft(model, directory, strict=True):
     other adapter was trained at one rank, so `min_rank` is `rank`; its columns
     are put in order, as `order_ranks` does, and `scaling` is `"constant"`, so
     that it can be cut. Its scale is kept at every `alpha` of the model, and
-    the adapter of GPT-2's `c_attn` becomes one each for query, key and value.
+    the adapter of a layer that is several in KerasHub, such as GPT-2's
+    `c_attn`, becomes one for each.
 
     Args:
-        model: a KerasHub `RobertaTextClassifier`, `BertTextClassifier`,
-            `GPT2CausalLM`, `LlamaCausalLM` or `Llama3CausalLM`, or the
-            backbone of one, with the base weights that the adapter is for.
+        model: a KerasHub model as `to_peft` takes it, enabled or not, with the
+            base weights that the adapter is for.
         directory: str or path, with `adapter_config.json` and
             `adapter_model.safetensors`.
         strict: bool. Whether the model must have the layers and the base
@@ -224,7 +237,9 @@ def _read(model, directory):
     layout = layout_of(model)
     adapter = peft_files.read(directory)
     _check_prefix(layout, adapter)
-    modules = _adapted(layout.modules(model), adapter)
+    modules = layout.modules(model)
+    columns = _columns(model, layout, modules)
+    modules = _adapted(modules, adapter)
     ranks = adapter.layer_ranks
     # The head may be left out, but as a whole.
     has_head = adapter.config.get("modules_to_save") or any(
@@ -235,8 +250,8 @@ def _read(model, directory):
     shapes = {n: tuple(every[p].shape)[::-1] for n, p in head.items()}
     absent = {}  # a layer of ours at rank 0 isn't in the file
     for module, paths in modules.items():
-        inputs, outputs = matrix_shape(layers[next(filter(None, paths))])
-        outputs *= len(paths)
+        inputs, _ = matrix_shape(layers[next(filter(None, paths))])
+        outputs = sum(map(len, columns[module]))
         if ranks and not _own_rank(paths, ranks):
             nothing = np.zeros((inputs, 0)), np.zeros((0, outputs))
             absent[module] = Factors(*nothing, 1.0)
@@ -256,7 +271,7 @@ def _read(model, directory):
             first = next(filter(None, (ranks.get(p) for p in paths)), 1)
             scale = config.scale.at(first)
             factors = dataclasses.replace(factors, scale=scale)
-        parts |= _split(factors, paths, ranks)
+        parts |= _split(factors, paths, columns[module], ranks)
     if not ranks:
         parts = {path: factors.ordered()[0] for path, factors in parts.items()}
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
@@ -269,7 +284,7 @@ def _check_prefix(layout, adapter):
     Or the other way about: transformers has a prefix for the layers of one.
     """
     names = [x.removeprefix(peft_files.PREFIX) for x in adapter.tensors]
-    block = layout.block.format("")
+    block = layout.blocks[0].name.format("")
     if layout.prefix and any(x.startswith(block) for x in names):
         raise ValueError(
             "An adapter of a bare model is for `model.backbone`, one of a task "
@@ -332,23 +347,20 @@ def _own_rank(paths, ranks):
     return sum(ranks[path] for path in filter(None, paths))
 
 
-def _split(fused, paths, ranks):
+def _split(fused, paths, columns, ranks):
     """Undoes `_fuse`; a dict of path to `Factors`.
 
     Where no `_fuse` wrote blocks of these `ranks`, every part needs the whole
     `down`.
     """
     parts, start = {}, 0
-    width = fused.up.shape[1] // len(paths)
-    for i, path in enumerate(paths):
+    for path, places in zip(paths, columns, strict=True):
         if path is None:
             continue
         rows = slice(None)
         if ranks:
             rows = slice(start, start + ranks[path])
             start += ranks[path]
-        columns = slice(i * width, (i + 1) * width)
-        parts[path] = Factors(
-            fused.down[:, rows], fused.up[rows, columns], fused.scale
-        )
+        up = fused.up[rows][:, places]
+        parts[path] = Factors(fused.down[:, rows], up, fused.scale)
     return parts
