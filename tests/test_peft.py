@@ -438,6 +438,51 @@ def test_a_rank_for_each_layer(name, scaling, layout, pair, tmp_path):
         assert again.rank.ranks == chosen.ranks
 
 
+def test_a_folder_for_each_rank(pair, tmp_path):
+    twin, model = pair("gpt2")
+    enabled(model)
+    folder = tmp_path / "adapters"
+    to_peft(model, folder, rank=2)
+    to_peft(model, folder, ranks=[1, 3])  # in its place
+    assert sorted(x.name for x in folder.iterdir()) == ["rank_1", "rank_3"]
+    to_peft(model, folder, ranks=[3, 2])
+    assert sorted(x.name for x in folder.iterdir()) == ["rank_2", "rank_3"]
+    for b in (2, 3):
+        model.set_rank(b)
+        adapted = peft.PeftModel.from_pretrained(
+            copy.deepcopy(twin), folder / f"rank_{b}"
+        )
+        assert_same_logits(model, adapted)
+    (folder / "rank_2" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds 'rank_2/notes.txt'"):
+        to_peft(model, folder, ranks=[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [("float16", 2e-3), ("bfloat16", 2e-2)]
+)
+@pytest.mark.parametrize("layout", ["peft", "server"])
+def test_half_precision(dtype, atol, layout, pair, tmp_path):
+    twin, model = pair("llama")
+    enabled(model)
+    to_peft(model, tmp_path / "adapter", dtype=dtype, layout=layout)
+    found = {x.dtype for x in adapter_tensors(tmp_path / "adapter").values()}
+    assert found == {getattr(torch, dtype)}
+    adapted = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter")
+    assert_same_logits(model, adapted, atol)
+    _, again = pair("llama")
+    assert_same_logits(from_peft(again, tmp_path / "adapter"), twin, atol)
+
+
+def test_the_base_is_found(twins, pair, tmp_path):
+    twin, model = pair("gpt2")
+    enabled(model)
+    _, base = twins("gpt2")
+    to_peft(model, tmp_path, base_model_name_or_path=str(base))
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_logits(model, adapted)
+
+
 # From PEFT to Keras
 
 
@@ -632,6 +677,31 @@ NOT_SAVED = {
     "not-enabled": (roberta_classifier, {}, "enable_dylora"),
     "rank-0": (lambda: enabled(roberta_classifier()), {"rank": 0}, "rank=0"),
     "rank-4": (lambda: enabled(roberta_classifier()), {"rank": 4}, "rank=4"),
+    "ranks-4": (
+        lambda: enabled(roberta_classifier()),
+        {"ranks": [1, 4]},
+        "between 1 and 3",
+    ),
+    "no-ranks": (
+        lambda: enabled(roberta_classifier()),
+        {"ranks": []},
+        "must name a rank",
+    ),
+    "rank-and-ranks": (
+        lambda: enabled(roberta_classifier()),
+        {"rank": 1, "ranks": [1]},
+        "not both",
+    ),
+    "dtype": (
+        lambda: enabled(roberta_classifier()),
+        {"dtype": "int8"},
+        "dtype='int8'",
+    ),
+    "beyond-float16": (
+        lambda: randomize_adapters(enabled(roberta_classifier()), scale=1e6),
+        {"dtype": "float16"},
+        "must be within float16's",
+    ),
     "functional": (mlp, {}, "GPT2CausalLM.*Received: a .*Functional"),
     "masked-lm": (masked_lm, {}, "Received: a DyLoRARobertaMaskedLM"),
     "trained-norm": (

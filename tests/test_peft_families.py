@@ -8,6 +8,7 @@ import keras_hub
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -16,7 +17,7 @@ from keras_dylora.adapters.families import layout_of
 from keras_dylora.layers import geometry
 from keras_dylora.paths import layer_paths, weight_paths
 from tests import backend
-from tests.models import VOCABULARY, randomize_adapters
+from tests.models import VOCABULARY, allocation, randomize_adapters
 
 pytestmark = pytest.mark.families
 
@@ -680,26 +681,74 @@ def assert_same(first, second):
     np.testing.assert_allclose(logits(first), logits(second), atol=1e-4)
 
 
-@pytest.mark.parametrize("targets", [None, "all-linear"], ids=str)
-def test_from_keras_to_peft_and_back(pair, targets, tmp_path):
-    twin, model = pair()
-    assert_same(model, twin)
-    base = logits(model)
+def enabled(model, targets):
     if targets and "electra" in model.name:  # whose twin has no pooler
         targets = [".*self_attention_layer/.*", "feedforward.*", "embeddings.*"]
     kd.enable_dylora(model, rank=3, target_layers=targets, verbose=0)
     # Small, so that T5's logits stay so.
     randomize_adapters(model, scale=0.1)
-    kd.to_peft(model, tmp_path / "adapter", rank=2)
-    model.set_rank(2)
-    assert np.abs(logits(model) - base).max() > 1e-3
-    adapted = peft.PeftModel.from_pretrained(
-        copy.deepcopy(twin), tmp_path / "adapter"
-    )
-    assert_same(model, adapted)
+    mixed = allocation(model, [3, 0, 2, 1])
+    return {"1": 1, "3": 3, "mixed": mixed}
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"], ids=str)
+def test_from_keras_to_peft_and_back(pair, targets, tmp_path):
+    twin, model = pair()
+    assert_same(model, twin)
+    base = logits(model)
     _, again = pair()
-    kd.from_peft(again, tmp_path / "adapter")
-    assert_same(again, adapted)
+    for name, rank in enabled(model, targets).items():
+        kd.to_peft(model, tmp_path / name, rank=rank)
+        model.set_rank(rank)
+        assert np.abs(logits(model) - base).max() > 1e-3
+        adapted = peft.PeftModel.from_pretrained(
+            copy.deepcopy(twin), tmp_path / name
+        )
+        assert_same(model, adapted)
+        if hasattr(again, "dylora_config"):
+            kd.disable_dylora(again)
+        kd.from_peft(again, tmp_path / name)
+        assert_same(again, adapted)
+
+
+def served(twin, folder):
+    """A model with an adapter as programs that serve them read it.
+
+    After vLLM's `LoRAModel.from_local_checkpoint`: one scale, `lora_alpha / r`,
+    for all layers, whatever the patterns say, and an error for a tensor of a
+    module that the model hasn't.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    modules = dict(twin.named_modules())
+    for name, down in tensors.items():
+        name = name.removeprefix("base_model.model.")
+        if name.endswith(".lora_A.weight"):
+            module = modules[name.removesuffix(".lora_A.weight")]
+            up = tensors[f"base_model.model.{name.replace('lora_A', 'lora_B')}"]
+            assert down.shape[0] == up.shape[1] == config["r"]
+            update = up.float() @ down.float() * config["lora_alpha"]
+            module.weight.data += update / config["r"]
+        elif not name.endswith(".lora_B.weight"):  # of the head
+            module, _, parameter = name.rpartition(".")
+            getattr(modules[module], parameter).data[:] = down.float()
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [("float32", 1e-3), ("bfloat16", 2e-2)]
+)
+def test_served(pair, dtype, atol, tmp_path):
+    twin, model = pair()
+    for name, rank in enabled(model, "all-linear").items():
+        kd.to_peft(
+            model, tmp_path / name, rank=rank, layout="server", dtype=dtype
+        )
+        model.set_rank(rank)
+        found = logits(served(copy.deepcopy(twin), tmp_path / name))
+        expected = logits(model)
+        scale = max(1.0, float(np.abs(expected).max()))
+        np.testing.assert_allclose(found, expected, atol=atol * scale)
 
 
 def test_from_peft_to_keras(pair, tmp_path):

@@ -16,12 +16,24 @@ from keras_dylora.adapters.weights import (
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import matrix_shape
+from keras_dylora.model import adaptation_of
 from keras_dylora.paths import layer_paths, weight_paths
+from keras_dylora.ranks import as_ranks
 
 LAYOUTS = ("peft", "server")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
-def to_peft(model, directory, rank=None, overwrite=True, layout="peft"):
+def to_peft(
+    model,
+    directory,
+    rank=None,
+    overwrite=True,
+    layout="peft",
+    ranks=None,
+    base_model_name_or_path=None,
+    dtype=None,
+):
     """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
 
     PEFT loads the directory onto the transformers model with the same base
@@ -53,18 +65,28 @@ def to_peft(model, directory, rank=None, overwrite=True, layout="peft"):
         overwrite: bool. Whether an adapter that is there may be replaced.
             Defaults to `True`.
         layout: str. `"peft"` or `"server"`. Defaults to `"peft"`.
+        ranks: list of ints in `1..config.rank`, in place of `rank`: a
+            directory for each, `rank_1` and so on, within `directory`.
+            Defaults to `None`.
+        base_model_name_or_path: str. Where transformers finds the base model,
+            for PEFT's `AutoPeftModelFor…`, which then need nothing but the
+            directory. Defaults to `None`.
+        dtype: str. What the tensors are stored in, `"float32"`, `"float16"`
+            or `"bfloat16"`. Defaults to `None`, float32.
 
     Raises:
-        TypeError: if `rank` isn't an integer.
-        ValueError: if `rank` or `layout` is none of its values, if the model
-            isn't enabled or of another class, if adapters or trained weights
-            have no place in a PEFT adapter, or if the directory holds
+        TypeError: if a rank isn't an integer.
+        ValueError: if a rank, `layout` or `dtype` is none of its values, if
+            `rank` and `ranks` are given, if the model isn't enabled or of
+            another class, if adapters or trained weights have no place in a
+            PEFT adapter or are beyond `dtype`, or if the directory holds
             something else.
 
     Example:
 
     ```python
     keras_dylora.to_peft(clf, "peft/", rank=4)
+    keras_dylora.to_peft(clf, "all/", ranks=[1, 4, 8])  # all/rank_1, …
 
     base = transformers.RobertaForSequenceClassification.from_pretrained(...)
     peft.PeftModel.from_pretrained(base, "peft/")
@@ -79,6 +101,42 @@ def to_peft(model, directory, rank=None, overwrite=True, layout="peft"):
         raise ValueError(
             f"`layout` must be one of {LAYOUTS}. Received: layout={layout!r}"
         )
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"`dtype` must be one of {DTYPES}. Received: dtype={dtype!r}"
+        )
+    if rank is not None and ranks is not None:
+        raise ValueError(
+            "Give `rank` or `ranks`, not both. "
+            f"Received: rank={rank!r}, ranks={ranks!r}"
+        )
+    chosen = {".": rank}
+    if ranks is not None:
+        high = adaptation_of(model).config.rank
+        chosen = {f"rank_{b}": b for b in as_ranks(ranks, 1, high)}
+        if not chosen:
+            raise ValueError("`ranks` must name a rank. Received: ranks=[]")
+    adapters = {
+        name: _adapter(model, b, layout, base_model_name_or_path)
+        for name, b in chosen.items()
+    }
+    with files.new_directory(directory, overwrite, _written) as folder:
+        for name, adapter in adapters.items():
+            (folder / name).mkdir(exist_ok=True)
+            peft_files.write(folder / name, *adapter, dtype or "float32")
+
+
+def _written(directory):
+    """What `to_peft` wrote in a directory, for `files.new_directory`."""
+    return [
+        (folder / name).relative_to(directory)
+        for folder in (directory, *directory.glob("rank_*"))
+        for name in files.together(*peft_files.NAMES)(folder)
+    ]
+
+
+def _adapter(model, rank, layout, base):
+    """The tensors, PEFT's configuration and what is ours, at a rank."""
     weights = AdapterWeights.of(model).cut(rank)
     family = layout_of(model)
     modules = family.modules(model)
@@ -106,16 +164,9 @@ def to_peft(model, directory, rank=None, overwrite=True, layout="peft"):
             tensors[f"{module}.lora_B.weight"] = factors.up.T
     for name, path in family.head.items():
         tensors[name] = float32_array(head[path]).T
-    config = peft_files.peft_config(family, fused, described)
-    written = files.together(
-        peft_files.DYLORA_NAME,
-        peft_files.CONFIG_NAME,
-        peft_files.WEIGHTS_NAME,
-    )
-    with files.new_directory(directory, overwrite, written) as folder:
-        # A server's adapter is padded, and none of ours when it is loaded.
-        ours = weights if layout == "peft" else None
-        peft_files.write(folder, tensors, config, ours)
+    config = peft_files.peft_config(family, fused, described, base)
+    # A server's adapter is padded, and none of ours when it is loaded.
+    return tensors, config, weights if layout == "peft" else None
 
 
 def _columns(model, family, modules):

@@ -8,6 +8,7 @@ import numbers
 import pathlib
 import re
 
+import ml_dtypes  # noqa: F401  NumPy's bfloat16
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
@@ -22,6 +23,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Beside PEFT's own files: PEFT warns of unknown keys in its config.
 DYLORA_NAME = "keras_dylora.json"
+# Ours first: where it is, the others are ours.
+NAMES = (DYLORA_NAME, CONFIG_NAME, WEIGHTS_NAME)
 PREFIX = "base_model.model."
 # What is in it, so that it can be told as ours, where no rank is kept.
 SERVER = {"layout": "server"}
@@ -227,14 +230,13 @@ def _dylora_config(folder):
     return config, identity, ranks
 
 
-def write(folder, tensors, config, adapter):
+def write(folder, tensors, config, adapter, dtype):
     """Writes tensors, less PEFT's prefix, and PEFT's own configuration.
 
     And beside it what PEFT has no place for of `AdapterWeights`. Those that
     are for servers are `None`.
     """
-    arrays = {PREFIX + k: np.ascontiguousarray(v) for k, v in tensors.items()}
-    save_file(arrays, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    _save(folder / WEIGHTS_NAME, tensors, dtype)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
     if adapter is None:
         (folder / DYLORA_NAME).write_text(json.dumps(SERVER))
@@ -242,7 +244,22 @@ def write(folder, tensors, config, adapter):
         metadata.write(folder / DYLORA_NAME, folder / WEIGHTS_NAME, adapter)
 
 
-def peft_config(layout, fused, dylora):
+def _save(path, tensors, dtype):
+    """Writes tensors in a dtype that they are within."""
+    stored = {}
+    for name, value in tensors.items():
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(value).astype(np.dtype(dtype))
+        if not np.isfinite(array).all() and np.isfinite(value).all():
+            raise ValueError(
+                f"The values of {name} must be within {dtype}'s. "
+                f"Received: {np.abs(value).max():.4g}"
+            )
+        stored[PREFIX + name] = array
+    save_file(stored, path, metadata={"format": "pt"})
+
+
+def peft_config(layout, fused, dylora, base):
     """PEFT's configuration, of all linear layers with `Factors` or `None`."""
     rslora = dylora.scaling == "sqrt"
     sizes = {
@@ -256,7 +273,7 @@ def peft_config(layout, fused, dylora):
     return {
         "peft_type": "LORA",
         "task_type": layout.task_type,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
