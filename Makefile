@@ -73,7 +73,8 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --no-compile \
 		--constraint constraints-lowest.txt \
-		-e ".[hub,plot,tensorflow,jax,torch]" keras-nlp pandas psutil pytest
+		-e ".[hub,plot,tensorflow,jax,torch]" \
+		hypothesis keras-nlp pandas psutil pytest
 	touch $@
 
 lint: $(VENV)/installed

@@ -684,9 +684,7 @@ def assert_same(first, second):
 def enabled(model, targets):
     if targets and "electra" in model.name:  # whose twin has no pooler
         targets = [".*self_attention_layer/.*", "feedforward.*", "embeddings.*"]
-    kd.enable_dylora(
-        model, rank=3, alpha=3.0, target_layers=targets, verbose=0
-    )
+    kd.enable_dylora(model, rank=3, alpha=3.0, target_layers=targets, verbose=0)
     # Small, so that T5's logits stay so.
     randomize_adapters(model, scale=0.1)
     mixed = allocation(model, [3, 0, 2, 1])
