@@ -124,12 +124,9 @@ def graph_calls(model):
     Yields each layer with the arguments, in which `KerasTensor`s stand for
     tensors; none for another model. Keras shows the layers alone.
     """
-    nodes = getattr(model, "_nodes_by_depth", {})
-    for depth in sorted(nodes, reverse=True):
-        for node in nodes[depth]:
-            if isinstance(node.operation, keras.Layer):
-                arguments = node.arguments
-                yield node.operation, arguments.args, arguments.kwargs
+    for operation, args, kwargs in _operations(model):
+        if isinstance(operation, keras.Layer):
+            yield operation, args, kwargs
 
 
 def graph_arrays(model):
@@ -138,13 +135,18 @@ def graph_arrays(model):
     Yields each operation with an array among its arguments, and that array;
     Keras shows neither. On torch, a view of a weight follows it and isn't one.
     """
-    for nodes in getattr(model, "_nodes_by_depth", {}).values():
-        for node in nodes:
-            arguments = [node.arguments.args, node.arguments.kwargs]
-            for x in keras.tree.flatten(arguments):
-                is_array = keras.ops.is_tensor(x) or isinstance(x, np.ndarray)
-                if is_array and getattr(x, "_base", None) is None:
-                    yield node.operation, x
+    for operation, *arguments in _operations(model):
+        for x in keras.tree.flatten(arguments):
+            is_array = keras.ops.is_tensor(x) or isinstance(x, np.ndarray)
+            if is_array and getattr(x, "_base", None) is None:
+                yield operation, x
+
+
+def _operations(model):
+    nodes = getattr(model, "_nodes_by_depth", {})
+    for depth in sorted(nodes, reverse=True):
+        for node in nodes[depth]:
+            yield node.operation, node.arguments.args, node.arguments.kwargs
 
 
 # Quantization.

@@ -131,7 +131,7 @@ def layout_of(model):
     raise ValueError(
         "PEFT adapters can be exchanged for the KerasHub models "
         f"{sorted(LAYOUTS)} and their subclasses; another family needs a row "
-        f"in keras_dylora/adapters/families.py. "
+        "in keras_dylora/adapters/families.py. "
         f"Received: a {type(model).__name__}"
     )
 
@@ -164,10 +164,13 @@ _BERT = _attention(
     "attention.output.dense",
 ) | _feedforward("intermediate.dense", "output.dense")
 
-_OPT = _attention(
-    "self_attention",
-    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj",
-) | _feedforward("fc1", "fc2")
+
+def _opt(keras):
+    """The layers of OPT's and BART's blocks."""
+    names = "q_proj k_proj v_proj out_proj"
+    names = " ".join(f"self_attn.{x}" for x in names.split())
+    return _attention(keras, names) | _feedforward("fc1", "fc2")
+
 
 _PROJECTIONS = (
     "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
@@ -184,10 +187,19 @@ _GEMMA = _attention("attention", _PROJECTIONS) | {
     "mlp.down_proj": ("ffw_linear",),
 }
 
-_HEAD = {
-    "classifier.weight": "logits/kernel",
-    "classifier.bias": "logits/bias",
-}
+
+def _fused(keras, query, key, value):
+    """The three projections that are one layer, ours in the layer `keras`."""
+    return tuple(f"{keras}/{x}" for x in (query, key, value))
+
+
+def _head(layers):
+    """The weights of a head, by a dict of its layers to ours."""
+    found = {}
+    for name, layer in layers.items():
+        found[f"{name}.weight"] = f"{layer}/kernel"
+        found[f"{name}.bias"] = f"{layer}/bias"
+    return found
 
 
 def _t5(keras, number, name):
@@ -209,30 +221,29 @@ def _t5_feedforward(number):
     }
 
 
-def _encoder(backbone, linear, keras=_LAYER, name="encoder.layer.{}", **rest):
+def _stack(backbone, linear, keras=_LAYER, name="encoder.layer.{}", **rest):
+    """The layout of a backbone with blocks of one kind."""
     return Layout(backbone, (Blocks(name, keras, linear),), **rest)
 
 
-def _decoder(family, linear, keras=_LAYER, **rest):
+def _decoder(family, linear, keras=_LAYER):
     """Rows of a decoder as Llama's are, by the name of its classes."""
-    bare = Layout(
-        f"{family}Backbone", (Blocks("layers.{}", keras, linear),), **rest
-    )
+    bare = _stack(f"{family}Backbone", linear, keras, "layers.{}")
     return _rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM")
 
 
 def _roberta(family):
     return _rows(
-        _encoder(f"{family}Backbone", _BERT),
+        _stack(f"{family}Backbone", _BERT),
         f"{family}TextClassifier",
         "roberta.",
         "SEQ_CLS",
-        {
-            "classifier.dense.weight": "pooled_dense/kernel",
-            "classifier.dense.bias": "pooled_dense/bias",
-            "classifier.out_proj.weight": "logits/kernel",
-            "classifier.out_proj.bias": "logits/bias",
-        },
+        _head(
+            {
+                "classifier.dense": "pooled_dense",
+                "classifier.out_proj": "logits",
+            }
+        ),
     )
 
 
@@ -246,16 +257,16 @@ LAYOUTS = {
     **_roberta("Roberta"),
     **_roberta("XLMRoberta"),
     **_rows(
-        _encoder(
+        _stack(
             "BertBackbone", _BERT, outside={"pooler.dense": ("pooled_dense",)}
         ),
         "BertTextClassifier",
         "bert.",
         "SEQ_CLS",
-        _HEAD,
+        _head({"classifier": "logits"}),
     ),
     **_rows(
-        _encoder(
+        _stack(
             "DistilBertBackbone",
             _attention(
                 "self_attention_layer",
@@ -268,14 +279,10 @@ LAYOUTS = {
         "DistilBertTextClassifier",
         "distilbert.",
         "SEQ_CLS",
-        {
-            "pre_classifier.weight": "pooled_dense/kernel",
-            "pre_classifier.bias": "pooled_dense/bias",
-            **_HEAD,
-        },
+        _head({"pre_classifier": "pooled_dense", "classifier": "logits"}),
     ),
     **_rows(
-        _encoder(
+        _stack(
             "AlbertBackbone",
             _attention(
                 "self_attention_layer",
@@ -294,26 +301,19 @@ LAYOUTS = {
         "AlbertTextClassifier",
         "albert.",
         "SEQ_CLS",
-        _HEAD,
+        _head({"classifier": "logits"}),
     ),
     **_rows(
-        Layout(
+        _stack(
             "GPT2Backbone",
-            (
-                Blocks(
-                    "h.{}",
-                    _LAYER,
-                    {
-                        "attn.c_attn": (
-                            "self_attention/query",
-                            "self_attention/key",
-                            "self_attention/value",
-                        ),
-                        "attn.c_proj": ("self_attention/attention_output",),
-                        **_feedforward("mlp.c_fc", "mlp.c_proj"),
-                    },
+            {
+                "attn.c_attn": _fused(
+                    "self_attention", "query", "key", "value"
                 ),
-            ),
+                "attn.c_proj": ("self_attention/attention_output",),
+                **_feedforward("mlp.c_fc", "mlp.c_proj"),
+            },
+            name="h.{}",
             transposed=True,
         ),
         "GPT2CausalLM",
@@ -330,11 +330,7 @@ LAYOUTS = {
     **_decoder(
         "Phi3",
         {
-            "self_attn.qkv_proj": (
-                "attention/query",
-                "attention/key",
-                "attention/value",
-            ),
+            "self_attn.qkv_proj": _fused("attention", "query", "key", "value"),
             "self_attn.o_proj": ("attention/attention_output",),
             "mlp.gate_up_proj": (
                 "feedforward_gate_dense",
@@ -356,19 +352,17 @@ LAYOUTS = {
         },
     ),
     **_rows(
-        _encoder("OPTBackbone", _OPT, name="decoder.layers.{}"),
+        _stack("OPTBackbone", _opt("self_attention"), name="decoder.layers.{}"),
         "OPTCausalLM",
         "model.",
         "CAUSAL_LM",
     ),
     **_rows(
-        _encoder(
+        _stack(
             "BloomBackbone",
             {
-                "self_attention.query_key_value": (
-                    "self_attention/query_dense",
-                    "self_attention/key_dense",
-                    "self_attention/value_dense",
+                "self_attention.query_key_value": _fused(
+                    "self_attention", "query_dense", "key_dense", "value_dense"
                 ),
                 "self_attention.dense": ("self_attention/output_dense",),
                 "mlp.dense_h_to_4h": ("mlp_intermediate_dense",),
@@ -382,13 +376,11 @@ LAYOUTS = {
         "CAUSAL_LM",
     ),
     **_rows(
-        _encoder(
+        _stack(
             "FalconBackbone",  # as falcon-rw, a key and value for each head
             {
-                "self_attention.query_key_value": (
-                    "attention/query_dense",
-                    "attention/key_dense",
-                    "attention/value_dense",
+                "self_attention.query_key_value": _fused(
+                    "attention", "query_dense", "key_dense", "value_dense"
                 ),
                 "self_attention.dense": ("attention/output_dense",),
                 "mlp.dense_h_to_4h": ("dense_h_to_4h",),
@@ -402,7 +394,7 @@ LAYOUTS = {
         "CAUSAL_LM",
     ),
     **_rows(
-        _encoder(
+        _stack(
             "GPTNeoXBackbone",  # fused in Keras too, in the same order
             {
                 "attention.query_key_value": (
@@ -418,7 +410,7 @@ LAYOUTS = {
         "CAUSAL_LM",
     ),
     **_rows(
-        _encoder(
+        _stack(
             "DebertaV3Backbone",
             _attention(
                 "self_attention_layer",
@@ -431,13 +423,9 @@ LAYOUTS = {
         "DebertaV3TextClassifier",
         "deberta.",
         "SEQ_CLS",
-        {
-            "pooler.dense.weight": "pooled_dense/kernel",
-            "pooler.dense.bias": "pooled_dense/bias",
-            **_HEAD,
-        },
+        _head({"pooler.dense": "pooled_dense", "classifier": "logits"}),
     ),
-    "ElectraBackbone": _encoder(
+    "ElectraBackbone": _stack(
         "ElectraBackbone",
         _BERT,
         outside={"embeddings_project": ("embeddings_projection",)},
@@ -472,17 +460,12 @@ LAYOUTS = {
                 Blocks(
                     "encoder.layers.{}",
                     "transformer_encoder_layer_{}",
-                    _attention(
-                        "self_attention_layer",
-                        "self_attn.q_proj self_attn.k_proj self_attn.v_proj "
-                        "self_attn.out_proj",
-                    )
-                    | _feedforward("fc1", "fc2"),
+                    _opt("self_attention_layer"),
                 ),
                 Blocks(
                     "decoder.layers.{}",
                     "transformer_decoder_layer_{}",
-                    _OPT
+                    _opt("self_attention")
                     | _attention(
                         "cross_attention",
                         "encoder_attn.q_proj encoder_attn.k_proj "
@@ -519,9 +502,6 @@ LAYOUTS = {
         "ViTImageClassifier",
         "vit.",
         None,
-        {
-            "classifier.weight": "predictions/kernel",
-            "classifier.bias": "predictions/bias",
-        },
+        _head({"classifier": "predictions"}),
     ),
 }

@@ -116,14 +116,32 @@ def to_peft(
         chosen = {f"rank_{b}": b for b in as_ranks(ranks, 1, high)}
         if not chosen:
             raise ValueError("`ranks` must name a rank. Received: ranks=[]")
-    adapters = {
-        name: _adapter(model, b, layout, base_model_name_or_path)
-        for name, b in chosen.items()
+    whole = AdapterWeights.of(model)
+    cut = {name: whole.cut(b) for name, b in chosen.items()}
+    family = layout_of(model)
+    modules = family.modules(model)
+    every = weight_paths(model)
+    head = {path: every[path] for path in family.head.values()}
+    _check_exportable(model, head, modules, whole)
+    columns = _columns(model, family, modules)
+    trained = {
+        name: float32_array(head[path]).T for name, path in family.head.items()
     }
     with files.new_directory(directory, overwrite, _written) as folder:
-        for name, adapter in adapters.items():
+        for name, weights in cut.items():
+            fused, described = _described(weights, modules, columns, layout)
+            config = peft_files.peft_config(
+                family, fused, described.config, base_model_name_or_path
+            )
             (folder / name).mkdir(exist_ok=True)
-            peft_files.write(folder / name, *adapter, dtype or "float32")
+            peft_files.write(
+                folder / name,
+                _tensors(fused) | trained,
+                config,
+                # A server's is padded, and none of ours when it is loaded.
+                described if layout == "peft" else None,
+                dtype or "float32",
+            )
 
 
 def _written(directory):
@@ -135,38 +153,30 @@ def _written(directory):
     ]
 
 
-def _adapter(model, rank, layout, base):
-    """The tensors, PEFT's configuration and what is ours, at a rank."""
-    weights = AdapterWeights.of(model).cut(rank)
-    family = layout_of(model)
-    modules = family.modules(model)
-    every = weight_paths(model)
-    head = {path: every[path] for path in family.head.values()}
-    _check_exportable(model, head, modules, weights)
-    columns = _columns(model, family, modules)
+def _described(weights, modules, columns, layout):
+    """The `Factors` by module, and the weights with a config that fits them."""
     fused = {
         module: _fuse(
             [weights.layers.get(path) for path in paths], columns[module]
         )
         for module, paths in modules.items()
     }
-    described = dataclasses.replace(
+    config = dataclasses.replace(
         weights.config, target_layers=list(weights.layers)
     )
-    weights = dataclasses.replace(weights, config=described)
     if layout == "server":
         fused = _of_one_rank(fused)
-        described = dataclasses.replace(described, scaling="constant")
+        config = dataclasses.replace(config, scaling="constant")
+    return fused, dataclasses.replace(weights, config=config)
+
+
+def _tensors(fused):
     tensors = {}
     for module, factors in fused.items():
         if factors is not None:
             tensors[f"{module}.lora_A.weight"] = factors.down.T
             tensors[f"{module}.lora_B.weight"] = factors.up.T
-    for name, path in family.head.items():
-        tensors[name] = float32_array(head[path]).T
-    config = peft_files.peft_config(family, fused, described, base)
-    # A server's adapter is padded, and none of ours when it is loaded.
-    return tensors, config, weights if layout == "peft" else None
+    return tensors
 
 
 def _columns(model, family, modules):

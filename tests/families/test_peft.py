@@ -18,6 +18,7 @@ from keras_dylora.layers import geometry
 from keras_dylora.paths import layer_paths, weight_paths
 from tests import backend
 from tests.models import VOCABULARY, allocation, randomize_adapters
+from tests.test_peft import ENCODER, with_head
 
 pytestmark = pytest.mark.families
 
@@ -28,13 +29,6 @@ SIZES = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
-}
-ENCODER = {
-    **SIZES,
-    "num_attention_heads": 2,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "num_labels": 3,
 }
 DECODER = {
     **SIZES,
@@ -62,12 +56,7 @@ def classifier(cls, backbone, head):
     def build(folder, twin):
         body = getattr(HUB, backbone).from_preset(str(folder))
         model = getattr(HUB, cls)(body, num_classes=3)
-        for layer, module in head.items():
-            linear = twin.get_submodule(module)
-            model.get_layer(layer).set_weights(
-                [linear.weight.detach().numpy().T, linear.bias.detach().numpy()]
-            )
-        return model
+        return with_head(model, twin, head)
 
     return build
 
