@@ -118,13 +118,21 @@ def unpickle(archive):
     return keras.Model._unpickle_model(archive)
 
 
-def graph_calls(model):
-    """The calls of layers that a functional model is made of, in order.
+def operations(model):
+    """The calls of operations that a functional model is made of, in order.
 
-    Yields each layer with the arguments, in which `KerasTensor`s stand for
-    tensors; none for another model. Keras shows the layers alone.
+    Yields each with the arguments, in which `KerasTensor`s stand for tensors;
+    none for another model.
     """
-    for operation, args, kwargs in _operations(model):
+    nodes = getattr(model, "_nodes_by_depth", {})
+    for depth in sorted(nodes, reverse=True):
+        for node in nodes[depth]:
+            yield node.operation, node.arguments.args, node.arguments.kwargs
+
+
+def graph_calls(model):
+    """The `operations` of a model that are layers; Keras shows these alone."""
+    for operation, args, kwargs in operations(model):
         if isinstance(operation, keras.Layer):
             yield operation, args, kwargs
 
@@ -135,18 +143,11 @@ def graph_arrays(model):
     Yields each operation with an array among its arguments, and that array;
     Keras shows neither. On torch, a view of a weight follows it and isn't one.
     """
-    for operation, *arguments in _operations(model):
+    for operation, *arguments in operations(model):
         for x in keras.tree.flatten(arguments):
             is_array = keras.ops.is_tensor(x) or isinstance(x, np.ndarray)
             if is_array and getattr(x, "_base", None) is None:
                 yield operation, x
-
-
-def _operations(model):
-    nodes = getattr(model, "_nodes_by_depth", {})
-    for depth in sorted(nodes, reverse=True):
-        for node in nodes[depth]:
-            yield node.operation, node.arguments.args, node.arguments.kwargs
 
 
 # Quantization.

@@ -96,6 +96,16 @@ def graph_calls():
     assert set(args[0]) == {"token_ids", "padding_mask"}
 
 
+def operations():
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras.ops.matmul(2 * inputs, np.ones((2, 3))))
+    found = [x.name for x, _, _ in _keras.operations(model)]
+    assert [re.sub(r"_\d+$", "", name) for name in found][1:] == [
+        "multiply",
+        "matmul",
+    ]
+
+
 def graph_arrays():
     inputs = keras.Input((2,))
     model = keras.Model(inputs, keras.ops.matmul(inputs, np.ones((2, 3))))
@@ -254,6 +264,7 @@ BREAKS = {
     sublayers: "paths of layers, and so every file",
     submodels: "functions of a backbone are those of before",
     graph_calls: "adapters of layers that are never called",
+    operations: "adapters of layers that are never called",
     graph_arrays: "models that compute with values for weights are copied",
     own_weights: "files: the place in the rank sequence",
     statistics: "save_adapter leaves out moving averages",
