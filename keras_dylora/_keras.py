@@ -232,6 +232,16 @@ def optimizer_slots(optimizer, variables, accumulators=False):
             seen[slot.name] += 1
 
 
+def optimizer_state(optimizer):
+    """The variables of an optimizer without its learning rate.
+
+    The user's own setting, which Keras has among them.
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    rate = inner._learning_rate
+    return [v for v in optimizer.variables if v is not rate]
+
+
 # Compiling.
 
 

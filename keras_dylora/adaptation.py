@@ -11,6 +11,7 @@ from keras_dylora import ranks as rank_functions
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.distributions import RankDraw
 from keras_dylora.layers import ADAPTED_CLASSES
+from keras_dylora.named import NamedAdapters
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import uncompiled
 from keras_dylora.training.objectives import OBJECTIVES
@@ -46,6 +47,7 @@ class Adaptation:
         # model's business.
         self.flags = trainable_flags(model) if self.upgraded else []
         self.config = config
+        self.named = NamedAdapters(self)
 
     @classmethod
     def of_hand_built(cls, model, options):
@@ -131,6 +133,11 @@ class Adaptation:
         self.full_rank = self.state.get("full_rank")
 
     @property
+    def highest(self):
+        """int. The highest rank of the live adapter."""
+        return self.named.highest
+
+    @property
     def gates(self):
         """The `RankGate` of the layers, or that of each hand-built one."""
         gates = [layer._gate.gate for layer in self.layers.values()]
@@ -145,7 +152,7 @@ class Adaptation:
 
     def set_ranks(self, ranks):
         """Sets them, from a dict of path to int or one for all."""
-        ranks = rank_functions.by_layer(ranks, self.layers, self.config.rank)
+        ranks = rank_functions.by_layer(ranks, self.layers, self.highest)
         for gate, rows in self._by_gate(ranks).items():
             gate.set_ranks([rows[i] for i in range(len(rows))])
 

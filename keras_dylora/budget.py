@@ -105,7 +105,7 @@ class _Search:
     def __init__(self, model):
         self.model = model
         config = model.dylora_config
-        self.high = config.rank
+        self.high = model._dylora.highest
         self.gates = keras.ops.convert_to_numpy(
             config.scale.gate(np.arange(self.high + 1))
         )

@@ -254,6 +254,10 @@ class DyLoRAConfig:
                 f"Received: rank={low} with min_rank={self.min_rank}",
                 stacklevel=stacklevel,
             )
+        return self.at_maximum(rank)
+
+    def at_maximum(self, rank):
+        """The config of adapters that are cut to a maximum rank."""
         distribution = self.rank_distribution
         if isinstance(distribution, Categorical):
             weights = {

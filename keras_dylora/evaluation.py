@@ -60,7 +60,7 @@ def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
 def _chosen(model, ranks):
     """Checked ranks, and allocations of the model, as a report has them."""
     adaptation = adaptation_of(model)
-    high = adaptation.config.rank
+    high = adaptation.highest
     if ranks is None:
         return list(range(1, high + 1))
     given = rank_functions.as_list(ranks)

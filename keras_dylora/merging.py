@@ -51,7 +51,7 @@ def merge(model, rank=None):
     chosen = ranks.by_layer(
         model.rank if rank is None else rank,
         adaptation.layers,
-        adaptation.config.rank,
+        adaptation.highest,
     )
     for each in _keras.submodels(model):
         cls = type(each)
@@ -130,6 +130,7 @@ def truncate(model, rank):
     ```
     """
     adaptation = adaptation_of(model)
+    adaptation.named.check_alone("`truncate`")
     kept = ranks.by_layer(rank, adaptation.layers, adaptation.config.rank, 1)
     training.write_back(model)
     active = {p: min(b, kept[p]) for p, b in adaptation.ranks.items()}

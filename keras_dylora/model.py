@@ -263,6 +263,77 @@ class DyLoRAModel(keras.Model):
         adaptation_of(self)
         (print_fn or print)(summary.tables(self))
 
+    @property
+    def adapter_names(self):
+        """list of str. The adapters on the base, in the order they came."""
+        return adaptation_of(self).named.names
+
+    @property
+    def active_adapter(self):
+        """str. The adapter that the model computes with and trains.
+
+        `"default"` is the name of the first, unless `load_adapter` gave it
+        another.
+        """
+        return adaptation_of(self).named.active
+
+    def add_adapter(self, name):
+        """Adds an adapter to the same base and makes it the active one.
+
+        Its columns are fresh, and its head starts as that of the one that was
+        active. Each adapter has a head, a rank, a place in the rank sequence
+        and an optimizer state of its own; the learning rate is shared. Those
+        that aren't active wait beside the model, as NumPy arrays.
+
+        Args:
+            name: str.
+
+        Raises:
+            TypeError: if it isn't a string.
+            ValueError: if the name is empty or taken, or a hand-built model
+                isn't built yet.
+
+        Example:
+
+        ```python
+        clf.fit(german_texts, german_labels)  # trains "default"
+        clf.add_adapter("french")
+        clf.fit(french_texts, french_labels)
+        clf.set_adapter("default")
+        ```
+        """
+        self._named().add(name)
+
+    def set_adapter(self, name):
+        """Makes another adapter the active one; nothing is traced again.
+
+        Everything is of the active adapter: `predict`, `fit`, `rank`,
+        `save_adapter`, `merge`. `.keras` files keep all.
+
+        Args:
+            name: str, one of `adapter_names`.
+
+        Raises:
+            ValueError: if there is no adapter of the name.
+        """
+        self._named().activate(name)
+
+    def delete_adapter(self, name):
+        """Removes an adapter that isn't the active one.
+
+        Args:
+            name: str, one of `adapter_names`.
+
+        Raises:
+            ValueError: if there is no adapter of the name, or it is active.
+        """
+        self._named().delete(name)
+
+    def _named(self):
+        adaptation = adaptation_of(self)
+        training.write_back(self)
+        return adaptation.named
+
     @contextlib.contextmanager
     def rank_scope(self, rank):
         """Sets the rank for the time of a `with` block.
@@ -280,7 +351,7 @@ class DyLoRAModel(keras.Model):
         """
         adaptation = adaptation_of(self)
         if adaptation.training or training.tracing():
-            ranks = by_layer(rank, adaptation.layers, adaptation.config.rank)
+            ranks = by_layer(rank, adaptation.layers, adaptation.highest)
             gate = adaptation.config.scale.gate
             gates = {b: gate(b) for b in set(ranks.values())}
             with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
@@ -336,6 +407,7 @@ class DyLoRAModel(keras.Model):
                 "On JAX, a traced function needs the state of the model. "
                 "Received: non_trainable_variables=None"
             )
+        adaptation.named.limit = None  # all columns are trained
         gate, state = training.drawn(self, x, state)
         with adaptation.overridden(gate):
             yield state
@@ -371,6 +443,7 @@ class DyLoRAModel(keras.Model):
     def start_training(self):
         """Makes what a step needs beside the layers, once they are built."""
         self._prepare()
+        self._dylora.named.limit = None  # all columns are trained
         if self.optimizer is None:
             return
         if self._dylora.config.frozen:
@@ -477,11 +550,13 @@ class DyLoRAModel(keras.Model):
             store[f"{own + i}"] = variable
         for name, variable in self._seed_states().items():
             store[name] = variable
+        self._dylora.named.save(store)
 
     def load_own_variables(self, store):
         self._prepare()
         stored = {k: store[k] for k in store.keys()}
         own, states = len(_keras.own_weights(self)), self._seed_states()
+        self._dylora.named.load(stored)
         ranks_drawn = stored.pop(f"{own}", None)
         if ranks_drawn is None:
             raise ValueError(

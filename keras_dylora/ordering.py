@@ -53,6 +53,8 @@ def order_ranks(model):
     config = adaptation.config
     training.write_back(model)
     pending = training.at_full_rank(adaptation)
+    if not pending and config.scaling != "constant":
+        adaptation.named.check_alone("A change of `scaling`")
     changed = training.order_columns(model)
     if pending or config.scaling == "constant":
         return model

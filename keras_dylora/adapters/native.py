@@ -1,5 +1,6 @@
 """Our own adapter files: safetensors and JSON, cut to the rank that is kept."""
 
+import dataclasses
 import pathlib
 
 from safetensors import SafetensorError
@@ -9,6 +10,7 @@ from keras_dylora import files
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.model import DyLoRAModel
+from keras_dylora.named import DEFAULT
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -52,29 +54,38 @@ def save_adapter(model, directory, rank=None, overwrite=True):
         metadata.write(folder / CONFIG_NAME, folder / WEIGHTS_NAME, weights)
 
 
-def load_adapter(model, directory, strict=True):
+def load_adapter(model, directory, name=DEFAULT, strict=True, head=True):
     """Loads what `save_adapter` wrote, in place.
 
     A model that isn't enabled yet is enabled with the configuration of the
-    file. An enabled one must have the same rank, alpha and layers. Layers are
-    found by their place in the model, as Keras numbers those without a name
-    anew in each process; older files have their names alone.
+    file. An enabled one must have the same rank, alpha and layers; by a new
+    name, the adapter comes beside those that are there, and may have a lower
+    rank, which is the highest that it computes at until it is trained, and
+    another alpha, which goes into its rows. Layers are found by their place in
+    the model, as Keras numbers those without a name anew in each process;
+    older files have their names alone.
 
     Args:
         model: a built Keras or KerasHub model.
         directory: str or path.
+        name: str. What the adapter is called; it is the active one then.
+            Defaults to `"default"`, which replaces the one of that name.
         strict: bool. Whether the model must have the layers and the base
             weights that the adapter was trained with. If not, all adapted
             layers must be there still. Defaults to `True`.
+        head: bool. Whether to load what was trained besides, such as the head
+            of a task. If not, the model keeps its own. Defaults to `True`.
 
     Returns:
         `model` itself.
 
     Raises:
+        TypeError: if the name isn't a string.
         ValueError: if the files are missing, damaged or from a newer format,
-            or if the rank, alpha, a layer, a shape or the base differs, or if
-            the head of the model is quantized. The message lists what is
-            missing, extra or mis-shaped; the model is unchanged then.
+            or if the rank, alpha, a layer, a shape or the base differs, if
+            the name is taken, or if the head of the model is quantized. The
+            message lists what is missing, extra or mis-shaped; the model is
+            unchanged then.
 
     Example:
 
@@ -83,19 +94,28 @@ def load_adapter(model, directory, strict=True):
         "roberta_base_en", num_classes=2
     )
     keras_dylora.load_adapter(clf, "adapter/")
+    keras_dylora.load_adapter(clf, "french/", name="french")
+    clf.set_adapter("default")
     ```
     """
     weights = _read(directory)
     config = weights.config
-    for name in ("alpha", "scaling") if isinstance(model, DyLoRAModel) else ():
-        mine, wanted = getattr(config, name), getattr(model.dylora_config, name)
+    fields = ()
+    if isinstance(model, DyLoRAModel):
+        replaces = name in model.adapter_names
+        fields = ("alpha", "scaling") if replaces else ("scaling",)
+    for field in fields:
+        mine = getattr(config, field)
+        wanted = getattr(model.dylora_config, field)
         if mine != wanted:
             raise ValueError(
-                f"An adapter must have the {name} of the model it is loaded "
-                f"into. Received: {name}={mine!r} for a model of "
-                f"{name}={wanted!r}"
+                f"An adapter must have the {field} of the model it is loaded "
+                f"into. Received: {field}={mine!r} for a model of "
+                f"{field}={wanted!r}"
             )
-    weights.put_on(model, strict=strict)
+    if not head:
+        weights = dataclasses.replace(weights, trained={})
+    weights.put_on(model, whole=head, strict=strict, name=name)
     return model
 
 

@@ -11,14 +11,15 @@ from keras_dylora.adapters.weights import (
     AdapterWeights,
     check_float,
     check_shapes,
-    trained_weights,
 )
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import matrix_shape
 from keras_dylora.model import adaptation_of
+from keras_dylora.named import DEFAULT
 from keras_dylora.paths import layer_paths, weight_paths
 from keras_dylora.ranks import as_ranks
+from keras_dylora.trained import trained_weights
 
 LAYOUTS = ("peft", "server")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -112,7 +113,7 @@ def to_peft(
         )
     chosen = {".": rank}
     if ranks is not None:
-        high = adaptation_of(model).config.rank
+        high = adaptation_of(model).highest
         chosen = {f"rank_{b}": b for b in as_ranks(ranks, 1, high)}
         if not chosen:
             raise ValueError("`ranks` must name a rank. Received: ranks=[]")
@@ -244,7 +245,7 @@ def _of_one_rank(fused):
     }
 
 
-def from_peft(model, directory, strict=True):
+def from_peft(model, directory, name=DEFAULT, strict=True, head=True):
     """Loads a Hugging Face PEFT adapter of plain LoRA kind, in place.
 
     A model that isn't enabled yet is enabled for the layers of the adapter.
@@ -260,9 +261,14 @@ def from_peft(model, directory, strict=True):
             base weights that the adapter is for.
         directory: str or path, with `adapter_config.json` and
             `adapter_model.safetensors`.
+        name: str. What the adapter is called, as in `load_adapter`. Defaults
+            to `"default"`.
         strict: bool. Whether the model must have the layers and the base
             weights of the one that `to_peft` saved the adapter of; any other
             adapter doesn't tell. Defaults to `True`.
+        head: bool. Whether to load the head that an adapter may have. If not,
+            the model keeps its own, which may have other classes. Defaults to
+            `True`.
 
     Returns:
         `model` itself.
@@ -288,21 +294,23 @@ def from_peft(model, directory, strict=True):
     - [PEFT checkpoint format](
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
-    weights = _read(model, directory)
-    weights.put_on(model, whole=False, strict=strict)
+    weights = _read(model, directory, head)
+    weights.put_on(model, whole=False, strict=strict, name=name)
     return model
 
 
-def _read(model, directory):
-    """The adapter for a model, as `AdapterWeights`."""
+def _read(model, directory, head):
+    """The adapter for a model, as `AdapterWeights`; with its head, or not."""
     layout = layout_of(model)
     adapter = peft_files.read(directory)
+    if not head:
+        adapter = adapter.without_head()
     _check_prefix(layout, adapter)
     modules = layout.modules(model)
     columns = _columns(model, layout, modules)
     modules = _adapted(modules, adapter)
     ranks = adapter.layer_ranks
-    # The head may be left out, but as a whole.
+    # The head may be left out of a file, but as a whole.
     has_head = adapter.config.get("modules_to_save") or any(
         f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
     )

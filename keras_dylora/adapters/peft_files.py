@@ -95,6 +95,13 @@ class PeftAdapter:
         """A tensor by its name less PEFT's prefix."""
         return self.tensors[f"{PREFIX}{name}"]
 
+    def without_head(self):
+        """The same with the tensors of LoRA alone."""
+        lora = (".lora_A.weight", ".lora_B.weight")
+        tensors = {k: x for k, x in self.tensors.items() if k.endswith(lora)}
+        config = self.config | {"modules_to_save": None}
+        return dataclasses.replace(self, config=config, tensors=tensors)
+
     def factors(self, module):
         """The adapter of a linear layer, as `Factors`."""
         return Factors(

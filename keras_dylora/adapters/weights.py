@@ -9,15 +9,17 @@ import warnings
 import keras
 import numpy as np
 
-from keras_dylora import _keras
 from keras_dylora import ranks as rank_functions
+from keras_dylora import training
 from keras_dylora.adapters.identity import Identity, renamed
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.enable import enable_dylora
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
 from keras_dylora.model import DyLoRAModel, adaptation_of
+from keras_dylora.named import DEFAULT, check_name
 from keras_dylora.paths import layer_paths, weight_paths
+from keras_dylora.trained import trained_statistics, trained_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +50,14 @@ class AdapterWeights:
                 f"{others[0]!r}, and that are trainable now",
                 stacklevel=3,
             )
-        trained |= _statistics(model)
+        trained |= trained_statistics(model)
+        config, layers = adaptation.named_config, adaptation.layers
+        if adaptation.highest < config.rank:
+            config = config.at_maximum(adaptation.highest)
         return cls(
-            {p: layer.factors() for p, layer in adaptation.layers.items()},
+            {p: layer.factors(config.rank) for p, layer in layers.items()},
             {p: float32_array(v) for p, v in trained.items()},
-            adaptation.named_config,
+            config,
             Identity.of(model, trained),
         )
 
@@ -79,19 +84,19 @@ class AdapterWeights:
             ),
         )
 
-    def placed(self, model, whole=True, strict=True):
+    def placed(self, model, whole=True, strict=True, name=DEFAULT):
         """The same by the paths of a model, into which they fit.
 
         Raises a `ValueError` if they don't, see `check`; and if `strict`, if
         the model isn't the one that they are of.
         """
         if self.identity is None:
-            self.check(model, whole)
+            self.check(model, whole, name)
             return self
         try:
             paths = self.identity.paths_in(model)
         except ValueError:
-            self.check(model, whole)  # which may tell more
+            self.check(model, whole, name)  # which may tell more
             if strict:
                 raise
             return self
@@ -100,26 +105,36 @@ class AdapterWeights:
             layers={paths.get(p, p): x for p, x in self.layers.items()},
             trained={renamed(p, paths): x for p, x in self.trained.items()},
         )
-        placed.check(model, whole)
+        placed.check(model, whole, name)
         if strict:
             self.identity.check_base(model, paths)
         return placed
 
-    def check(self, model, whole=True):
+    def check(self, model, whole=True, name=DEFAULT):
         """Raises a `ValueError` if the weights don't fit a model.
 
         An enabled model must have the rank and the layers, any other must
         have layers that can be adapted so. The message lists what is missing,
         extra or mis-shaped. If `whole`, what is trained besides must be what
-        an enabled model trains.
+        an enabled model trains. One that comes beside others, by a new name,
+        may have a lower rank.
         """
+        check_name(name)
         enabled = isinstance(model, DyLoRAModel)
-        if enabled and model.dylora_config.rank != self.config.rank:
-            raise ValueError(
-                "An adapter must have the rank of the model it is loaded into. "
-                f"Received: rank {self.config.rank} for a model of rank "
-                f"{model.dylora_config.rank}"
-            )
+        if enabled:
+            high, names = model.dylora_config.rank, model.adapter_names
+            if name in names and name != DEFAULT:
+                raise ValueError(
+                    "The name of a new adapter must be free; `delete_adapter` "
+                    f"frees it. Received: name={name!r} beside {names}"
+                )
+            rule = "the rank" if name in names else "at most the rank"
+            rank = self.config.rank
+            if rank > high or (name in names and rank != high):
+                raise ValueError(
+                    f"An adapter must have {rule} of the model it is loaded "
+                    f"into. Received: rank {rank} for a model of rank {high}"
+                )
         every = weight_paths(model)
         # The file says what to adapt, and which averages it holds; the model
         # must have it.
@@ -127,7 +142,7 @@ class AdapterWeights:
         if enabled:
             layers = adaptation_of(model).layers
             if whole:
-                averages = _statistics(model)
+                averages = trained_statistics(model)
                 trained = {p: v for p, v in trained.items() if p in averages}
                 trained |= trained_weights(model)
         else:
@@ -155,15 +170,20 @@ class AdapterWeights:
             )
         check_float({path: every[path] for path in self.trained})
 
-    def put_on(self, model, whole=True, strict=True):
+    def put_on(self, model, whole=True, strict=True, name=DEFAULT):
         """Gives a model these weights, once checked; enables it if it isn't.
 
-        As `placed` in it. A layer of a lower rank than the model's gets
-        columns of zeros, and the model computes at the ranks of the layers.
-        Where a scale is another one, that goes into the rows.
+        As `placed` in it, as the adapter of a name, which is the active one
+        then. A layer of a lower rank than that adapter's gets columns of
+        zeros, and the model computes at the ranks of the layers; an adapter of
+        a lower rank than the model's has fresh columns above it. Where a scale
+        is another one, that goes into the rows.
         """
-        self = self.placed(model, whole, strict)
-        if not isinstance(model, DyLoRAModel):
+        self = self.placed(model, whole, strict, name)
+        enabled = isinstance(model, DyLoRAModel)
+        if enabled:
+            training.write_back(model)
+        else:
             # Exactly these: a path may be a name or a pattern of others too.
             exactly = {"target_layers": lambda p, _: p in self.layers}
             if whole or self.trained:
@@ -175,13 +195,29 @@ class AdapterWeights:
                 adaptation.named_config,
                 trainable_layers=self.config.trainable_layers,
             )
-        config = model.dylora_config
-        for path, layer in adaptation_of(model).layers.items():
+        adaptation = adaptation_of(model)
+        named, config, rank = (
+            adaptation.named,
+            model.dylora_config,
+            self.config.rank,
+        )
+        if not enabled:
+            named.rename(name)
+        elif name in named.names:
+            named.activate(name)
+        else:
+            named.add(name)
+        for path, layer in adaptation.layers.items():
             factors = self.layers[path]
             scale = config.scale.at(max(factors.rank, 1))
-            padded = factors.padded(config.rank)
-            layer.down.assign(padded.down)
+            padded = factors.padded(rank).padded(config.rank)
+            fresh = float32_array(layer.down)[:, rank:]
+            layer.down.assign(np.hstack([padded.down[:, :rank], fresh]))
             layer.up.assign(padded.up * np.float32(padded.scale / scale))
+        named.limit = None
+        if rank < config.rank:
+            model.set_rank(rank)
+            named.limit = rank
         if len(set(self.ranks.values())) > 1:
             model.set_rank(self.ranks)
         weights = weight_paths(model)
@@ -232,47 +268,6 @@ class AdapterWeights:
         return cls(layers, trained, config, identity)
 
 
-def trained_weights(model):
-    """The weights that are trained besides the adapters, by their path.
-
-    Those that are frozen by now are among them.
-    """
-    adapters = {id(v) for x in model.dylora_layers for v in (x.down, x.up)}
-    ids = _trained_ids(model) - adapters
-    return {p: v for p, v in weight_paths(model).items() if id(v) in ids}
-
-
-def _statistics(model):
-    """What training changes beside them without a gradient, by its path.
-
-    Of the layers that are trained, and those within: one that is trainable for
-    the sake of an adapter in it has none.
-    """
-    adapted = {id(layer) for layer in model.dylora_layers}
-    trained, paths = _trained_ids(model), layer_paths(model)
-    whole = {
-        id(x)
-        for path in adaptation_of(model).trained_layers
-        for x in [paths[path], *layer_paths(paths[path]).values()]
-    }
-    ids = {
-        id(v)
-        for layer in paths.values()
-        if id(layer) not in adapted
-        and (
-            id(layer) in whole
-            or any(id(v) in trained for v in _keras.own_weights(layer))
-        )
-        for v in _keras.statistics(layer)
-    }
-    return {p: v for p, v in weight_paths(model).items() if id(v) in ids}
-
-
-def _trained_ids(model):
-    trained = adaptation_of(model).trained
-    return {id(v) for v in [*model.trainable_variables, *trained]}
-
-
 def check_float(weights):
     """Raises a `ValueError` if a weight that is trained in full isn't float."""
     for path, weight in weights.items():
@@ -306,6 +301,8 @@ def check_shapes(shapes, tensors, summary=""):
         if name in tensors and not _fits(tensors[name].shape, shape)
     ]
     if wrong:
+        if all(" head/" in each for each in wrong):
+            summary += " (`head=False` leaves its head out)"
         shown = "\n  ".join(wrong[:20])
         more = f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(

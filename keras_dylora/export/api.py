@@ -114,7 +114,7 @@ def export_ranks(
     """
     adaptation = adaptation_of(model)
     config = adaptation.config
-    named = _named(ranks, config)
+    named = _named(ranks, config.min_rank, adaptation.highest)
     plan = Plan(
         ranks=_served(named, model),
         layout=_check_choice("layout", layout, LAYOUTS),
@@ -151,10 +151,10 @@ def _write(model, folder, plan, on_step):
         by_tensorflow.write(model, folder, plan, on_step)
 
 
-def _named(ranks, config):
+def _named(ranks, low, high):
     """Dict of name to rank."""
     if ranks is None:
-        ranks = range(config.min_rank, config.rank + 1)
+        ranks = range(min(low, high), high + 1)
     given = ranks
     if not isinstance(ranks, dict):
         given = ranks_module.as_list(ranks)
@@ -163,7 +163,7 @@ def _named(ranks, config):
                 "A `RankAllocation` is exported under a name of yours, as "
                 f'`ranks={{"small": allocation}}`. Received: ranks={ranks!r}'
             )
-        given = ranks_module.as_ranks(given, 1, config.rank)
+        given = ranks_module.as_ranks(given, 1, high)
         ranks = {f"rank_{b}": b for b in given}
     for rank in ranks.values():
         if not isinstance(rank, collections.abc.Hashable):
