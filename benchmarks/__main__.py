@@ -8,7 +8,7 @@ import importlib
 import os
 import pathlib
 
-BENCHMARKS = ("step", "memory", "ranks", "allocate", "export")
+BENCHMARKS = ("step", "memory", "ranks", "allocate", "export", "adapters")
 
 
 def main(argv=None):

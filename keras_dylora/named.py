@@ -68,7 +68,13 @@ class NamedAdapters:
     @property
     def highest(self):
         """int. The highest rank of the live one."""
-        return self.limit or self.adaptation.config.rank
+        return self.rank_of(self.active)
+
+    def rank_of(self, name):
+        """int. The highest rank of one."""
+        kept = self._kept[name]
+        limit = self.limit if kept is None else kept.limit
+        return limit or self.adaptation.config.rank
 
     def add(self, name):
         """Makes a fresh one live, with the head of the one that was."""

@@ -9,7 +9,7 @@ from keras_dylora import files, summary
 from keras_dylora import ranks as ranks_module
 from keras_dylora.allocation import RankAllocation
 from keras_dylora.export import by_tensorflow, manifest
-from keras_dylora.export.plan import Inputs, Plan, Served
+from keras_dylora.export.plan import Inputs, Plan, Served, ServedAdapter
 from keras_dylora.export.verify import verify as verify_artifact
 from keras_dylora.model import adaptation_of
 
@@ -32,6 +32,7 @@ def export_ranks(
     generate_signature=False,
     format="saved_model",
     report=None,
+    adapters=None,
 ):
     """Exports one model for every rank, or one model per rank, for serving.
 
@@ -46,6 +47,11 @@ def export_ranks(
       `serving_default` is the highest rank.
     - `layout="merged"`: one SavedModel per rank in `rank_1/`, `rank_2/`, …
       with the adapter in the kernels and the signature `serve`.
+
+    With `adapters`, the shared SavedModel holds several adapters of one base,
+    each with its head. Every signature then has the string input `adapter`
+    besides, a name or one for each example, so that a batch may mix adapters
+    and ranks; `serving_default` is the highest rank of each.
 
     With a dict of ranks, its keys are the names in place of `rank_1`, …. A
     `RankAllocation` in it stands for a number above `config.rank` as the input
@@ -91,6 +97,8 @@ def export_ranks(
             `"litert"`. Defaults to `"saved_model"`.
         report: `RankReport`, whose metrics go into the manifest. Defaults to
             `None`.
+        adapters: list of names out of `model.adapter_names`, or `"all"`.
+            Defaults to `None`, the active one alone and no input for it.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -114,15 +122,18 @@ def export_ranks(
     """
     adaptation = adaptation_of(model)
     config = adaptation.config
-    named = _named(ranks, config.min_rank, adaptation.highest)
+    adapters = _adapters(adapters, model)
+    high = max([x.rank for x in adapters], default=adaptation.highest)
+    named = _named(ranks, config.min_rank, high)
     plan = Plan(
-        ranks=_served(named, model),
+        ranks=_served(named, model, high),
         layout=_check_choice("layout", layout, LAYOUTS),
         format=_check_choice("format", format, FORMATS),
         dtype=_check_choice("dtype", dtype, DTYPES),
         inputs=Inputs.of(model, input_signature),
         text=bool(preprocessing),
         generate=bool(generate_signature),
+        adapters=adapters,
     )
     _check_model(model, plan)
     metrics = _check_report(report, named, plan)
@@ -142,7 +153,8 @@ def export_ranks(
 
 
 def _write(model, folder, plan, on_step):
-    if keras.backend.backend() == "tensorflow":
+    # Several adapters are stacked in place, which the caller's model can't be.
+    if keras.backend.backend() == "tensorflow" and not plan.adapters:
         from keras_dylora.export import writers
 
         for _ in writers.write(model, folder, plan):
@@ -191,10 +203,31 @@ def _named(ranks, low, high):
     return ranks
 
 
-def _served(named, model):
+def _adapters(adapters, model):
+    """The `ServedAdapter`s of the names that are given."""
+    named = adaptation_of(model).named
+    if adapters is None:
+        return ()
+    if adapters == "all":
+        adapters = named.names
+    if isinstance(adapters, str) or not isinstance(adapters, (list, tuple)):
+        raise TypeError(
+            '`adapters` must be a list of names, or "all". '
+            f"Received: adapters={adapters!r}"
+        )
+    unknown = [x for x in adapters if x not in named.names]
+    if not adapters or unknown or len(set(adapters)) < len(adapters):
+        raise ValueError(
+            "`adapters` must name at least one adapter of the model, and each "
+            f"once. Received: adapters={adapters!r} of {named.names}"
+        )
+    return tuple(ServedAdapter(x, named.rank_of(x)) for x in adapters)
+
+
+def _served(named, model, high):
     """The ranks of a plan, from a dict of name to rank."""
-    layers, high = adaptation_of(model).layers, model.dylora_config.rank
-    found, free = [], high + 1
+    layers = adaptation_of(model).layers
+    found, free = [], model.dylora_config.rank + 1
     for name, rank in named.items():
         by_layer = ranks_module.by_layer(rank, layers, high, 1)
         if isinstance(rank, RankAllocation):
@@ -237,12 +270,26 @@ def _check_model(model, plan):
             "`preprocessing`, `generate_signature` and `dtype` need "
             f"`format='saved_model'`. Received: format={plan.format!r}"
         )
-    if plan.layout == "shared" and any(
-        spec.name == "rank" for spec in plan.inputs.specs
-    ):
+    if plan.adapters and plan.layout != "shared":
         raise ValueError(
-            "The shared layout adds an input `rank`. Received: a model that "
-            "has an input of this name"
+            "`adapters` needs `layout='shared'`; with the merged layout, "
+            "`set_adapter` and export each. "
+            f"Received: layout={plan.layout!r}"
+        )
+    least = min([x.rank for x in plan.adapters], default=None)
+    if least and not any(x.highest <= least for x in plan.ranks):
+        raise ValueError(
+            "`ranks` must have one for every adapter. Received: "
+            f"{[x.name for x in plan.ranks]} for adapters "
+            f"{ {x.name: x.rank for x in plan.adapters} }"
+        )
+    added = {"rank"} if plan.layout == "shared" else set()
+    added |= {"adapter"} if plan.adapters else set()
+    taken = sorted(added & {spec.name for spec in plan.inputs.specs})
+    if taken:
+        raise ValueError(
+            "The shared layout adds an input `rank`, and `adapter` for "
+            f"several. Received: a model that has inputs {taken}"
         )
     preprocessor = getattr(model, "preprocessor", None)
     if plan.text and getattr(preprocessor, "tokenizer", None) is None:

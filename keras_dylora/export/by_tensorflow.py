@@ -1,6 +1,7 @@
 """Export by a child process, which rebuilds the model under TensorFlow.
 
-The way out where the running backend can't write an artifact itself.
+The way out where the running backend can't write an artifact itself, or the
+model mustn't be changed for it.
 """
 
 import builtins

@@ -39,6 +39,7 @@ def write(folder, config, plan, verified, metrics, paths):
         "layout": plan.layout,
         "ranks": [x.value for x in plan.ranks],
         "names": {x.name: x.value for x in plan.ranks},
+        "adapters": {x.name: x.rank for x in plan.adapters},
         "allocations": {
             x.name: x.ranks(paths) for x in plan.ranks if x.by_layer
         },
@@ -72,7 +73,8 @@ def written(directory):
 def _signatures(plan):
     """Inputs of each signature as `{name: [dtype, shape]}`.
 
-    The shape of `rank` is `None`: a scalar or one rank for each example.
+    The shape of `rank` and of `adapter` is `None`: a scalar or one for each
+    example.
     """
     own = {x.name: [x.dtype, list(x.shape)] for x in plan.inputs.specs}
     prompt = {**own, "end_token_id": ["int32", []]}
@@ -83,6 +85,9 @@ def _signatures(plan):
         found |= {"serve_text": text} if plan.text else {}
         return found | ({"generate": prompt} if plan.generate else {})
     names = [served.name for served in plan.ranks]
+    if plan.adapters:
+        adapter = {"adapter": ["string", None]}
+        own, prompt, text = own | adapter, prompt | adapter, text | adapter
     found = dict.fromkeys(names, own) | {"serve": own | rank}
     if plan.text:
         found["serve_text"] = text | rank

@@ -161,10 +161,23 @@ class Served:
     def by_layer(self):
         return isinstance(self.rank, tuple)
 
+    @property
+    def highest(self):
+        """int. The highest rank of a layer."""
+        return max(self.rank) if self.by_layer else self.rank
+
     def ranks(self, paths):
         """Dict of path to rank, by the paths of the adapted layers."""
         each = self.rank if self.by_layer else (self.rank,) * len(paths)
         return dict(zip(paths, each, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedAdapter:
+    """One of several adapters that are exported, and its highest rank."""
+
+    name: str
+    rank: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +192,8 @@ class Plan:
         inputs: `Inputs`.
         text: bool. Whether there is a `serve_text` signature.
         generate: bool. Whether there are generate signatures.
+        adapters: tuple of `ServedAdapter`, empty where the active one alone
+            is exported, without an input for it.
     """
 
     ranks: tuple
@@ -188,6 +203,7 @@ class Plan:
     inputs: Inputs
     text: bool
     generate: bool
+    adapters: tuple = ()
 
     @property
     def steps(self):
@@ -203,6 +219,17 @@ class Plan:
     def highest(self):
         """int. The highest rank that is one for all layers, or 0."""
         return max((x.rank for x in self.ranks if not x.by_layer), default=0)
+
+    @property
+    def choices(self):
+        """Pairs of the name of an adapter, if it is an input, and a rank."""
+        adapters = self.adapters or (ServedAdapter(None, None),)
+        return [
+            (adapter.name, served)
+            for adapter in adapters
+            for served in self.ranks
+            if adapter.rank is None or served.highest <= adapter.rank
+        ]
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self))
@@ -223,4 +250,5 @@ class Plan:
             )
             for x in plan["ranks"]
         )
+        plan["adapters"] = tuple(ServedAdapter(**x) for x in plan["adapters"])
         return cls(**plan)

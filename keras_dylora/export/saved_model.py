@@ -6,13 +6,17 @@ Needs the TensorFlow backend. Every parameter is tracked, and so stored, once.
 import dataclasses
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_dylora.adaptation import as_original
 from keras_dylora.export import stored_variables
+from keras_dylora.export.gates import Gates
+from keras_dylora.export.stacking import stack
 from keras_dylora.export.text import Preprocessing
 from keras_dylora.model import adaptation_of
+
+DEFAULT_SIGNATURE = "serving_default"
+HIGHEST = "highest"
 
 
 def write(model, folder, plan):
@@ -91,60 +95,87 @@ def _endpoints(model, plan):
 
 def _write_shared(model, folder, plan):
     adaptation = adaptation_of(model)
-    config = adaptation.config
+    gates = Gates(plan, adaptation.config.scale, len(adaptation.layers))
+    heads = stack(model, plan.adapters, plan.dtype) if plan.adapters else None
     stored = stored_variables.create(model.weights, plan.dtype)
     endpoints = _endpoints(model, plan)
     artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
+    choice = {}  # what a signature takes beside its inputs
+    if plan.adapters:
+        choice["adapter"] = tf.TensorSpec(None, tf.string, name="adapter")
     rank_spec = tf.TensorSpec(None, tf.int32, name="rank")
 
-    gates = _Gates(plan, config, len(adaptation.layers))
-
     def traced(endpoint, *batch):
-        return _traced(endpoint, adaptation, stored, gates, batch)
+        return _traced(endpoint, adaptation, stored, gates, heads, batch)
 
     rows = {x.run: traced(x, None) for x in endpoints}
     for endpoint in endpoints:
+        run = rows[endpoint.run]
         artifact.add(
             endpoint.name,
-            _at_any_rank(endpoint, rows[endpoint.run], gates),
-            {**endpoint.signature, "rank": rank_spec},
+            _at_any_rank(endpoint, run, gates),
+            {**endpoint.signature, **choice, "rank": rank_spec},
         )
         if endpoint.rank_prefix is None:
             continue
-        run = traced(endpoint)
+        if not plan.adapters:
+            run = traced(endpoint)
         for served in plan.ranks:
+            function = _at_rank(run, gates.of(served))
+            if plan.adapters:
+                function = _at_any_rank(endpoint, run, gates, served.value)
             artifact.add(
                 f"{endpoint.rank_prefix}{served.name}",
-                _at_rank(run, gates.of(served)),
-                endpoint.signature,
+                function,
+                {**endpoint.signature, **choice},
             )
             if endpoint.name == "serve":
                 yield
-    artifact.save(folder, default=plan.ranks[-1].name)
+    default = plan.ranks[-1].name
+    if plan.adapters:
+        default = DEFAULT_SIGNATURE
+        serve = _at_any_rank(
+            endpoints[0], rows[endpoints[0].run], gates, HIGHEST
+        )
+        artifact.add(default, serve, {**endpoints[0].signature, **choice})
+    artifact.save(folder, default)
     yield
 
 
-def _traced(endpoint, adaptation, stored, gates, batch):
+def _traced(endpoint, adaptation, stored, gates, heads, batch):
     """What an endpoint runs, as a graph that several signatures call."""
 
-    def call(tensors, gate):
+    def call(tensors, gate, index=None):
         if gates.by_layer:
             gate = {p: gate[..., i, :] for i, p in enumerate(adaptation.layers)}
         with stored_variables.reading(stored), adaptation.overridden(gate):
-            return endpoint.run(tensors)
+            if index is None:
+                return endpoint.run(tensors)
+            with heads.of(index, stored):
+                return endpoint.run(tensors)
 
     spec = tf.TensorSpec((*batch, *gates.shape), tf.float32)
     signature = [endpoint.specs, spec]
+    if heads is not None:
+        signature.append(tf.TensorSpec(batch, tf.int32))
     return tf.function(call, input_signature=signature, autograph=False)
 
 
-def _at_any_rank(endpoint, run, gates):
+def _at_any_rank(endpoint, run, gates, fixed=None):
+    """At the rank and the adapter that are inputs; the rank may be `fixed`."""
     first = next(iter(endpoint.signature))
 
-    def serve(rank, **tensors):
+    def serve(**tensors):
+        adapter = tensors.pop("adapter") if gates.names else None
+        rank = tensors.pop("rank") if fixed is None else fixed
         batch = tf.shape(tensors[first])[0]
-        gate = gates.rows(rank, batch)
-        return run(endpoint.prepare(tensors), gate)
+        index = gates.index(adapter, batch)
+        if fixed == HIGHEST:
+            rank = gates.highest(index)
+        chosen = [gates.rows(rank, index, batch)]
+        if adapter is not None:
+            chosen.append(index)
+        return run(endpoint.prepare(tensors), *chosen)
 
     return serve
 
@@ -154,51 +185,6 @@ def _at_rank(run, gate):
         return run(tensors, tf.constant(gate))
 
     return serve
-
-
-class _Gates:
-    """The gates of a plan's ranks: one for all layers, or one for each."""
-
-    def __init__(self, plan, config, layers):
-        self.plan = plan
-        self.by_layer = plan.by_layer
-        self.shape = (config.rank,)
-        if self.by_layer:
-            self.shape = layers, config.rank
-        self.own = [x.value for x in plan.ranks if x.by_layer]
-        highest = max([plan.highest, *self.own])
-        self.table = np.zeros((highest + 1, *self.shape), "float32")
-        for b in range(1, plan.highest + 1):
-            self.table[b] = config.scale.gate(b)
-        for served in plan.ranks:
-            self.table[served.value] = config.scale.gate(served.rank)
-
-    def of(self, served):
-        """The gate of a rank, in NumPy."""
-        return self.table[served.value]
-
-    def rows(self, rank, batch):
-        """One for each example, from a scalar rank or one per example."""
-        rank, high = tf.reshape(rank, [-1]), self.plan.highest
-        size = tf.size(rank)
-        known, rule = (rank >= 1) & (rank <= high), f"between 1 and {high}"
-        if self.own:
-            known |= tf.reduce_any(rank[:, None] == self.own, axis=-1)
-            rule += f" or one of {self.own}"
-        checks = [
-            tf.debugging.Assert(
-                tf.reduce_all(known),
-                [f"`rank` must be {rule}. Received:", rank],
-            ),
-            tf.debugging.Assert(
-                (size == 1) | (size == batch),
-                ["`rank` must be a scalar or one for each example. Received:",
-                 size, "ranks for a batch of", batch],
-            ),
-        ]  # fmt: skip
-        with tf.control_dependencies(checks):
-            rank = tf.broadcast_to(rank, [batch])
-        return tf.gather(tf.constant(self.table), rank)
 
 
 def _write_merged(model, folder, plan):
@@ -254,7 +240,7 @@ class _Artifact:
             setattr(module, name, function)
         signatures = {
             **self.functions,
-            "serving_default": self.functions[default],
+            DEFAULT_SIGNATURE: self.functions[default],
         }
         try:
             tf.saved_model.save(module, str(path), signatures=signatures)

@@ -49,7 +49,11 @@ def verify(model, folder, plan):
     tolerance = max(TOLERANCES[x] for x in _precisions(model, plan))
     # Rounding may change which token is the likeliest one, and all after it.
     exact = tolerance == TOLERANCES["float32"]
-    calls = list(_calls(model, folder, plan, exact))
+    active = model.active_adapter
+    try:
+        calls = list(_calls(model, folder, plan, exact))
+    finally:
+        model.set_adapter(active)
     differences = {}
     for call, outputs in zip(calls, _run(calls, plan), strict=True):
         name = str(pathlib.Path(call.artifact).relative_to(folder))
@@ -131,7 +135,7 @@ def _calls(model, folder, plan, exact):
 
     What a sampler draws at random can't be compared across backends.
     """
-    batch = min(max(2, len(plan.ranks)), MAX_BATCH)
+    batch = min(max(2, len(plan.choices)), MAX_BATCH)
     samples = {"serve": (_tensors(model, plan, batch), {})}
     if plan.text:
         texts = np.array([TEXTS[i % len(TEXTS)] for i in range(batch)])
@@ -141,32 +145,42 @@ def _calls(model, folder, plan, exact):
         samples["generate"] = _prompts(samples["serve"][0]), never
     for name, (tensors, extra) in samples.items():
         live = {
-            served.value: _live(model, plan, name, tensors, served)
-            for served in plan.ranks
+            (adapter, served.value): _live(
+                model, plan, name, tensors, adapter, served
+            )
+            for adapter, served in plan.choices
         }
         given = extra if name == "serve_text" else {**tensors, **extra}
-        for served in plan.ranks:
-            expected = live[served.value]
+        for adapter, served in plan.choices:
+            expected = live[adapter, served.value]
             if plan.layout == "merged":
                 file = FILE_NAMES.get(plan.format, "")
                 path = str(folder / served.name / file)
                 yield _Call(path, name, given, expected)
             elif name != "serve_text":
                 fixed = f"{name}_{served.name}".removeprefix("serve_")
-                yield _Call(str(folder), fixed, given, expected)
+                inputs = {**given, **_chosen(adapter)}
+                yield _Call(str(folder), fixed, inputs, expected)
         if plan.layout == "shared":
-            values = list(live)
-            rows = [values[i * len(values) // batch] for i in range(batch)]
+            choices = list(live)
+            rows = [choices[i * len(choices) // batch] for i in range(batch)]
             mixed = {
-                key: np.stack([live[b][key][i] for i, b in enumerate(rows)])
+                key: np.stack([live[x][key][i] for i, x in enumerate(rows)])
                 for key in live[rows[0]]
             }
-            for rank, expected in (
-                (np.array(rows, "int32"), mixed),
-                (np.array(rows[-1], "int32"), live[rows[-1]]),
+            names, values = zip(*rows, strict=True)
+            for adapter, rank, expected in (
+                (names, values, mixed),
+                (names[-1], values[-1], live[rows[-1]]),
             ):
-                inputs = {**given, "rank": rank}
+                inputs = {"rank": np.array(rank, "int32"), **given}
+                inputs |= _chosen(adapter if plan.adapters else None)
                 yield _Call(str(folder), name, inputs, expected)
+
+
+def _chosen(adapter):
+    """The input that tells of an adapter, if there is one."""
+    return {} if adapter is None else {"adapter": np.array(adapter)}
 
 
 def _tensors(model, plan, batch):
@@ -211,9 +225,11 @@ def _tokens(model, texts):
     return keras.utils.unpack_x_y_sample_weight(batch)[0]
 
 
-def _live(model, plan, name, tensors, served):
+def _live(model, plan, name, tensors, adapter, served):
     """Outputs of the live model as a dict of arrays."""
     tensors = {k: ops.convert_to_tensor(v) for k, v in tensors.items()}
+    if adapter is not None:
+        model.set_adapter(adapter)
     with model.rank_scope(served.ranks(model._dylora.layers)):
         if name == "generate":
             outputs = model.make_generate_function()(

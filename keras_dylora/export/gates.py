@@ -1,0 +1,106 @@
+"""The gates of what is served: of each rank, and of each adapter."""
+
+import numpy as np
+import tensorflow as tf
+
+
+class Gates:
+    """The gates of a plan's ranks: one for all layers, or one for each.
+
+    Where several adapters are served, the layers hold the columns of all side
+    by side, and a gate opens those of one.
+
+    Args:
+        plan: `Plan`.
+        scale: the `Scale` of the model.
+        layers: int. How many adapted layers it has.
+    """
+
+    def __init__(self, plan, scale, layers):
+        self.plan = plan
+        self.by_layer = plan.by_layer
+        self.names = [x.name for x in plan.adapters]
+        widths = [x.rank for x in plan.adapters] or [scale.rank]
+        self.own = [x.value for x in plan.ranks if x.by_layer]
+        gates = {b: scale.gate(b) for b in range(1, plan.highest + 1)}
+        gates |= {x.value: scale.gate(x.rank) for x in plan.ranks}
+        shape = (sum(widths),)
+        if self.by_layer:
+            shape = layers, *shape
+        size = len(widths), max(gates) + 1
+        self.shape = shape
+        self.table = np.zeros((*size, *shape), "float32")
+        self.known = np.zeros(size, bool)
+        start = 0
+        for i, width in enumerate(widths):
+            for b, gate in gates.items():
+                gate = np.asarray(gate)
+                if gate[..., width:].any():
+                    continue  # above the rank of this adapter
+                if self.by_layer:
+                    gate = np.broadcast_to(gate, (layers, scale.rank))
+                self.known[i, b] = True
+                self.table[i, b, ..., start : start + width] = gate[..., :width]
+            start += width
+
+    def of(self, served):
+        """The gate of a rank of the one adapter, in NumPy."""
+        return self.table[0, served.value]
+
+    def highest(self, index):
+        """The largest rank that is served of the adapter of each example."""
+        largest = [
+            [x.value for x in self.plan.ranks if self.known[i, x.value]][-1]
+            for i in range(len(self.known))
+        ]
+        return tf.gather(tf.constant(largest, tf.int32), index)
+
+    def index(self, adapter, batch):
+        """The place of an adapter for each example, from one name or as many.
+
+        `None` is the only one.
+        """
+        if adapter is None:
+            return tf.zeros([batch], tf.int32)
+        adapter = tf.reshape(adapter, [-1])
+        found = tf.equal(adapter[:, None], tf.constant(self.names))
+        checks = [
+            tf.debugging.Assert(
+                tf.reduce_all(tf.reduce_any(found, axis=-1)),
+                [f"`adapter` must be one of {self.names}. Received:", adapter],
+            ),
+            _one_or_each("adapter", adapter, batch),
+        ]
+        with tf.control_dependencies(checks):
+            index = tf.argmax(found, axis=-1, output_type=tf.int32)
+            return tf.broadcast_to(index, [batch])
+
+    def rows(self, rank, index, batch):
+        """One for each example, from a scalar rank or one per example."""
+        rank, high = tf.reshape(rank, [-1]), self.plan.highest
+        checks = [_one_or_each("rank", rank, batch)]
+        with tf.control_dependencies(checks):
+            rank = tf.broadcast_to(rank, [batch])
+        inside = (rank >= 0) & (rank < self.known.shape[1])
+        place = tf.stack([index, tf.where(inside, rank, 0)], axis=-1)
+        rule = f"between 1 and {high}"
+        if self.own:
+            rule += f" or one of {self.own}"
+        if self.names:
+            rule += ", and not above the rank of its adapter"
+        known = tf.gather_nd(tf.constant(self.known), place)
+        check = tf.debugging.Assert(
+            tf.reduce_all(known & inside),
+            [f"`rank` must be {rule}. Received:", rank],
+        )
+        with tf.control_dependencies([check]):
+            return tf.gather_nd(tf.constant(self.table), place)
+
+
+def _one_or_each(name, values, batch):
+    size = tf.size(values)
+    return tf.debugging.Assert(
+        (size == 1) | (size == batch),
+        [f"`{name}` must be a scalar or one for each example. Received:",
+         size, f"values of `{name}` for a batch of", batch],
+    )  # fmt: skip
