@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 
+import huggingface_hub
 import keras
 import keras_hub
 import numpy as np
@@ -483,7 +484,143 @@ def test_the_base_is_found(twins, pair, tmp_path):
     assert_same_logits(model, adapted)
 
 
+def test_a_server_may_take_few_ranks(pair, tmp_path):
+    twin, model = pair("roberta")
+    enabled(model)
+    to_peft(model, tmp_path, rank=2, layout="server", server_rank=8)
+    assert adapter_config(tmp_path)["r"] == 8
+    model.set_rank(2)
+    assert_same_logits(model, peft.PeftModel.from_pretrained(twin, tmp_path))
+    with pytest.raises(ValueError, match="`server_rank` must be between 3"):
+        to_peft(model, tmp_path, layout="server", server_rank=2)
+    with pytest.raises(ValueError, match="needs `layout='server'`"):
+        to_peft(model, tmp_path, server_rank=8)
+
+
+def test_model_card(pair, tmp_path):
+    _, model = pair("roberta")
+    enabled(model).compile(loss="mse", metrics=["mae"])
+    x = {"token_ids": np.ones((2, 4)), "padding_mask": np.ones((2, 4))}
+    report = kd.evaluate_ranks(model, x, np.ones((2, 3)), verbose=0)
+    to_peft(
+        model,
+        tmp_path,
+        ranks=[1, 3],
+        base_model_name_or_path="some/base",
+        report=report,
+    )
+    for b in (1, 3):
+        card = huggingface_hub.ModelCard.load(tmp_path / f"rank_{b}/README.md")
+        assert card.data.base_model == "some/base"
+        assert card.data.library_name == "peft"
+        value = f"{report.metrics[b]['mae']:.4f}"
+        row = next(x for x in card.text.splitlines() if f"| **{b}** |" in x)
+        assert value in row
+        assert "AutoPeftModelForSequenceClassification" in card.text
+    to_peft(model, tmp_path, rank=2)  # in its place
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds 'README.md'"):
+        to_peft(model, tmp_path)
+
+
 # From PEFT to Keras
+
+
+def bare(name, pair):
+    """The base model in transformers of a task, and our backbone."""
+    twin, model = pair(name)
+    return twin.base_model, model.backbone
+
+
+def hidden(model):
+    ids, mask = tokens()
+    outputs = model({"token_ids": ids, "padding_mask": mask.astype("int32")})
+    return _valid(backend.to_numpy(outputs))
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+def test_a_bare_model_and_a_task_exchange_adapters(name, pair, tmp_path):
+    twin, backbone = bare(name, pair)
+    enabled(backbone)
+    to_peft(backbone, tmp_path / "bare")
+    expected = hidden(backbone)
+    adapted = peft.PeftModel.from_pretrained(twin, tmp_path / "bare")
+    ids, mask = (torch.tensor(x) for x in tokens())
+    with torch.no_grad():
+        found = adapted(input_ids=ids, attention_mask=mask.long())[0]
+    np.testing.assert_allclose(_valid(found.numpy()), expected, atol=1e-4)
+    _, task = pair(name)
+    from_peft(task, tmp_path / "bare")
+    np.testing.assert_allclose(hidden(task.backbone), expected, atol=1e-5)
+    # And back, with or without our own file beside it.
+    to_peft(task, tmp_path / "task")
+    for plain in (False, True):
+        _, again = bare(name, pair)
+        if plain:
+            (tmp_path / "task/keras_dylora.json").unlink()
+        if name == "roberta":
+            with pytest.raises(ValueError, match="extra: .*classifier"):
+                from_peft(again, tmp_path / "task")
+        from_peft(again, tmp_path / "task", head=False)
+        np.testing.assert_allclose(hidden(again), expected, atol=1e-4)
+
+
+def test_a_bare_model_of_another_base(pair, tmp_path):
+    _, backbone = bare("roberta", pair)
+    to_peft(enabled(backbone), tmp_path)
+    _, task = pair("roberta")
+    for weight in task.backbone.weights:
+        weight.assign(weight + 1.0)
+    with pytest.raises(ValueError, match="the base model that it was trained"):
+        from_peft(task, tmp_path)
+    assert not isinstance(task, kd.DyLoRAModel)
+    from_peft(task, tmp_path, strict=False)
+
+
+def test_a_head_of_other_classes_stays(pair, tmp_path):
+    twin, model = pair("roberta")
+    enabled(model)
+    to_peft(model, tmp_path)
+    other = HUB.RobertaTextClassifier(
+        pair("roberta")[1].backbone, num_classes=5
+    )
+    head = backend.to_numpy(other.get_layer("logits").kernel)
+    with pytest.raises(ValueError, match="mis-shaped"):
+        from_peft(other, tmp_path)
+    from_peft(other, tmp_path, strict=False, head=False)
+    np.testing.assert_array_equal(other.get_layer("logits").kernel, head)
+    assert_same_adapters(model, other, 3)
+
+
+def test_several_by_name(pair, tmp_path):
+    twin, model = pair("roberta")
+    for seed, name in enumerate(("german", "french")):
+        trained_by_peft(
+            copy.deepcopy(twin),
+            tmp_path / name,
+            r=4 - seed,
+            lora_alpha=6 + seed,
+            target_modules=["query", "value"],
+            task_type="SEQ_CLS",
+        )
+        from_peft(model, tmp_path / name, name=name)
+    assert model.adapter_names == ["german", "french"]
+    adapted = peft.PeftModel.from_pretrained(
+        twin, tmp_path / "german", "german"
+    )
+    adapted.load_adapter(tmp_path / "french", "french")
+    for name, rank in (("german", 4), ("french", 3)):
+        model.set_adapter(name)
+        adapted.set_adapter(name)
+        assert model.rank == rank
+        assert_same_logits(model, adapted)
+
+
+def test_a_pickled_adapter_is_refused(pair, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"code")
+    with pytest.raises(ValueError, match="runs code.*save_pretrained"):
+        from_peft(pair("roberta")[1], tmp_path)
 
 
 def assert_same_adapters(model, again, rank):
@@ -685,7 +822,7 @@ NOT_SAVED = {
     "no-ranks": (
         lambda: enabled(roberta_classifier()),
         {"ranks": []},
-        "must name a rank",
+        "at least one rank, and each once",
     ),
     "rank-and-ranks": (
         lambda: enabled(roberta_classifier()),
@@ -740,7 +877,7 @@ def test_other_directories_are_left_alone(tmp_path):
         to_peft(model, folder, overwrite=False)
     (folder / "keras_dylora.json").unlink()  # as if PEFT had saved it
     with pytest.raises(
-        ValueError, match="keras_dylora wrote.*holds 'adapter_c"
+        ValueError, match="keras_dylora wrote.*holds 'README.md"
     ):
         to_peft(model, folder)
     assert adapter_config(folder)["r"] == 1

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 
@@ -96,6 +97,14 @@ class Layout:
                 f"{missing or [blocks.keras for blocks in self.blocks]}"
             )
         return {f"{self.prefix}{name}": x for name, x in found.items()}
+
+    def prefix_of(self, name):
+        """What a tensor's name has before that of its block, or `None`."""
+        blocks = "|".join(
+            re.escape(x.name).replace(r"\{\}", r"\d+") for x in self.blocks
+        )
+        found = re.search(rf"(?:^|\.)({blocks})\.", name)
+        return found and name[: found.start(1)]
 
     def columns(self, layers):
         """Where a linear layer of transformers has the outputs of ours.

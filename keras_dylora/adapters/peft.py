@@ -7,6 +7,7 @@ import numpy as np
 from keras_dylora import files
 from keras_dylora.adapters import peft_files
 from keras_dylora.adapters.families import layout_of
+from keras_dylora.adapters.model_card import is_ours, model_card
 from keras_dylora.adapters.weights import (
     AdapterWeights,
     check_float,
@@ -18,7 +19,7 @@ from keras_dylora.layers import matrix_shape
 from keras_dylora.model import adaptation_of
 from keras_dylora.named import DEFAULT
 from keras_dylora.paths import layer_paths, weight_paths
-from keras_dylora.ranks import as_ranks
+from keras_dylora.ranks import as_rank, as_ranks
 from keras_dylora.trained import trained_weights
 
 LAYOUTS = ("peft", "server")
@@ -34,6 +35,8 @@ def to_peft(
     ranks=None,
     base_model_name_or_path=None,
     dtype=None,
+    server_rank=None,
+    report=None,
 ):
     """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
 
@@ -74,11 +77,17 @@ def to_peft(
             directory. Defaults to `None`.
         dtype: str. What the tensors are stored in, `"float32"`, `"float16"`
             or `"bfloat16"`. Defaults to `None`, float32.
+        server_rank: int, with the layout `"server"`: the rank to pad to, such
+            as 8, 16, 32, 64, 128 or 256, where a server takes no other.
+            Defaults to `None`, the highest of a layer.
+        report: `RankReport`, whose metrics go into the model card,
+            `README.md`. Defaults to `None`.
 
     Raises:
         TypeError: if a rank isn't an integer.
         ValueError: if a rank, `layout` or `dtype` is none of its values, if
-            `rank` and `ranks` are given, if the model isn't enabled or of
+            `rank` and `ranks` are given, if `server_rank` is below that of a
+            layer, if the model isn't enabled or of
             another class, if adapters or trained weights have no place in a
             PEFT adapter or are beyond `dtype`, or if the directory holds
             something else.
@@ -111,12 +120,20 @@ def to_peft(
             "Give `rank` or `ranks`, not both. "
             f"Received: rank={rank!r}, ranks={ranks!r}"
         )
+    if server_rank is not None and layout != "server":
+        raise ValueError(
+            "`server_rank` needs `layout='server'`. "
+            f"Received: server_rank={server_rank!r} with layout={layout!r}"
+        )
     chosen = {".": rank}
     if ranks is not None:
         high = adaptation_of(model).highest
         chosen = {f"rank_{b}": b for b in as_ranks(ranks, 1, high)}
-        if not chosen:
-            raise ValueError("`ranks` must name a rank. Received: ranks=[]")
+        if not chosen or len(chosen) < len(ranks):
+            raise ValueError(
+                "`ranks` must name at least one rank, and each once. "
+                f"Received: ranks={ranks!r}"
+            )
     whole = AdapterWeights.of(model)
     cut = {name: whole.cut(b) for name, b in chosen.items()}
     family = layout_of(model)
@@ -130,7 +147,15 @@ def to_peft(
     }
     with files.new_directory(directory, overwrite, _written) as folder:
         for name, weights in cut.items():
-            fused, described = _described(weights, modules, columns, layout)
+            fused, described = _described(weights, modules, columns)
+            if layout == "server":
+                fused = _of_one_rank(fused, server_rank)
+                described = dataclasses.replace(
+                    described,
+                    config=dataclasses.replace(
+                        described.config, scaling="constant"
+                    ),
+                )
             config = peft_files.peft_config(
                 family, fused, described.config, base_model_name_or_path
             )
@@ -142,19 +167,23 @@ def to_peft(
                 # A server's is padded, and none of ours when it is loaded.
                 described if layout == "peft" else None,
                 dtype or "float32",
+                model_card(config, weights, whole.config, report),
             )
 
 
 def _written(directory):
     """What `to_peft` wrote in a directory, for `files.new_directory`."""
-    return [
-        (folder / name).relative_to(directory)
-        for folder in (directory, *directory.glob("rank_*"))
-        for name in files.together(*peft_files.NAMES)(folder)
-    ]
+    found = []
+    for folder in (directory, *directory.glob("rank_*")):
+        names = files.together(*peft_files.NAMES)(folder)
+        card = folder / peft_files.CARD_NAME
+        if names and card.is_file() and is_ours(card.read_bytes()):
+            names.append(card.name)
+        found += [(folder / name).relative_to(directory) for name in names]
+    return found
 
 
-def _described(weights, modules, columns, layout):
+def _described(weights, modules, columns):
     """The `Factors` by module, and the weights with a config that fits them."""
     fused = {
         module: _fuse(
@@ -165,9 +194,6 @@ def _described(weights, modules, columns, layout):
     config = dataclasses.replace(
         weights.config, target_layers=list(weights.layers)
     )
-    if layout == "server":
-        fused = _of_one_rank(fused)
-        config = dataclasses.replace(config, scaling="constant")
     return fused, dataclasses.replace(weights, config=config)
 
 
@@ -235,9 +261,11 @@ def _fuse(layers, columns):
     return Factors(down, up, first.scale)
 
 
-def _of_one_rank(fused):
+def _of_one_rank(fused, server_rank):
     """The same `Factors`, padded to one rank and with their scale in `up`."""
     rank = max(x.rank for x in fused.values() if x is not None)
+    if server_rank is not None:
+        rank = as_rank(server_rank, rank, 2**31 - 1, "server_rank")
     return {
         module: x
         and Factors(x.down, x.up * np.float32(x.scale), 1.0).padded(rank)
@@ -294,18 +322,18 @@ def from_peft(model, directory, name=DEFAULT, strict=True, head=True):
     - [PEFT checkpoint format](
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
-    weights = _read(model, directory, head)
+    weights = _read(model, directory, strict, head)
     weights.put_on(model, whole=False, strict=strict, name=name)
     return model
 
 
-def _read(model, directory, head):
+def _read(model, directory, strict, head):
     """The adapter for a model, as `AdapterWeights`; with its head, or not."""
     layout = layout_of(model)
     adapter = peft_files.read(directory)
     if not head:
         adapter = adapter.without_head()
-    _check_prefix(layout, adapter)
+    adapter = _placed(model, layout, adapter, strict)
     modules = layout.modules(model)
     columns = _columns(model, layout, modules)
     modules = _adapted(modules, adapter)
@@ -347,25 +375,20 @@ def _read(model, directory, head):
     return AdapterWeights(parts, trained, config, adapter.identity)
 
 
-def _check_prefix(layout, adapter):
-    """Raises a `ValueError` if an adapter of a task is for a bare model.
+def _placed(model, layout, adapter, strict):
+    """An adapter by the names that the layers of a model have.
 
-    Or the other way about: transformers has a prefix for the layers of one.
+    transformers has a prefix for those of a task that a bare model is without,
+    and some versions have others.
     """
     names = [x.removeprefix(peft_files.PREFIX) for x in adapter.tensors]
-    block = layout.blocks[0].name.format("")
-    if layout.prefix and any(x.startswith(block) for x in names):
-        raise ValueError(
-            "An adapter of a bare model is for `model.backbone`, one of a task "
-            f"for the task. Received: tensors {names[:2]} for a model whose "
-            f"layers are in {layout.prefix!r}"
-        )
-    inside = [x for x in names if f".{block}" in x]
-    if not layout.prefix and inside:
-        raise ValueError(
-            "An adapter of a task is for the task model, one of a bare model "
-            f"for its backbone. Received: tensors {inside[:2]} for a backbone"
-        )
+    found = {layout.prefix_of(x) for x in names if ".lora_" in x} - {None}
+    if len(found) != 1 or found == {layout.prefix}:
+        return adapter
+    if strict and adapter.identity is not None:
+        adapter.identity.check_base(model, {})
+    moved = adapter.moved(*found, layout.prefix)
+    return dataclasses.replace(moved, identity=None)
 
 
 def _adapted(modules, adapter):

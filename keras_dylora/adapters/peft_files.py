@@ -23,6 +23,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Beside PEFT's own files: PEFT warns of unknown keys in its config.
 DYLORA_NAME = "keras_dylora.json"
+CARD_NAME = "README.md"
 # Ours first: where it is, the others are ours.
 NAMES = (DYLORA_NAME, CONFIG_NAME, WEIGHTS_NAME)
 PREFIX = "base_model.model."
@@ -102,6 +103,25 @@ class PeftAdapter:
         config = self.config | {"modules_to_save": None}
         return dataclasses.replace(self, config=config, tensors=tensors)
 
+    def moved(self, old, new):
+        """The same with another prefix of the layers, such as `"roberta."`."""
+
+        def name(key):
+            return new + key.removeprefix(old) if key.startswith(old) else key
+
+        config = dict(self.config)
+        for key in ("rank_pattern", "alpha_pattern"):
+            config[key] = {
+                name(k): x for k, x in (config.get(key) or {}).items()
+            }
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"] = list(map(name, config["target_modules"]))
+        tensors = {
+            f"{PREFIX}{name(k.removeprefix(PREFIX))}": x
+            for k, x in self.tensors.items()
+        }
+        return dataclasses.replace(self, config=config, tensors=tensors)
+
     def factors(self, module):
         """The adapter of a linear layer, as `Factors`."""
         return Factors(
@@ -149,6 +169,14 @@ def read(directory):
     of another kind than plain LoRA.
     """
     folder = pathlib.Path(directory)
+    pickled = folder / "adapter_model.bin"
+    if pickled.is_file() and not (folder / WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"A PEFT adapter must hold {WEIGHTS_NAME}: to read a `.bin` runs "
+            "code. Where you trust it, `peft.PeftModel.from_pretrained` and "
+            "its `save_pretrained` write one. "
+            f"Received: {str(pickled)!r}"
+        )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ValueError(
@@ -237,14 +265,15 @@ def _dylora_config(folder):
     return config, identity, ranks
 
 
-def write(folder, tensors, config, adapter, dtype):
+def write(folder, tensors, config, adapter, dtype, card):
     """Writes tensors, less PEFT's prefix, and PEFT's own configuration.
 
-    And beside it what PEFT has no place for of `AdapterWeights`. Those that
-    are for servers are `None`.
+    And the text of a model `card`, and what PEFT has no place for of
+    `AdapterWeights`. Those that are for servers are `None`.
     """
     _save(folder / WEIGHTS_NAME, tensors, dtype)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
     if adapter is None:
         (folder / DYLORA_NAME).write_text(json.dumps(SERVER))
     else:
