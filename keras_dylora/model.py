@@ -10,14 +10,13 @@ from keras import ops
 from keras_dylora import _keras, files, summary, training
 from keras_dylora.adaptation import Adaptation, as_plain
 from keras_dylora.allocation import RankAllocation
-from keras_dylora.calls import check_constants
 from keras_dylora.live_class import (
     combined_class,
     functional_class,
     is_combined,
     to_dylora_class,
 )
-from keras_dylora.paths import adapted_layers, layer_paths
+from keras_dylora.paths import adapted_layers
 from keras_dylora.quantization import quantize_base
 from keras_dylora.ranks import by_layer
 from keras_dylora.recompile import (
@@ -25,13 +24,9 @@ from keras_dylora.recompile import (
     reset_compiled,
     reset_functions,
 )
+from keras_dylora.saving import NO_HDF5, check_savable, load_state, save_state
 
 FORMAT_VERSION = 1
-SEED_STATE = "random_state_"
-NO_HDF5 = (
-    "HDF5 can't hold the adapters of a model. Use a `.keras` file or "
-    "`save_adapter`"
-)
 
 
 def adaptation_of(model):
@@ -63,34 +58,6 @@ def reconfigure(model, config, optimizer=None):
     adaptation.configure(config, **place)
     _keras.track_for_torch(model)
     reset_compiled(model, optimizer)
-
-
-def check_savable(model):
-    """Raises a `ValueError` if a file of an enabled model couldn't be loaded.
-
-    With Keras's own LoRA beside, with values in the place of weights, or where
-    a class of KerasHub's doesn't say in its config how it was made (Llama 3's
-    `tie_word_embeddings`, 0.32).
-    """
-    check_constants(model)
-    layers = layer_paths(model)
-    lora = [p for p, x in layers.items() if getattr(x, "lora_enabled", False)]
-    if lora:
-        raise ValueError(
-            "A model that is enabled can't be saved with Keras's own LoRA in "
-            f"it. Received: LoRA at {lora}"
-        )
-    for each in [model, *layers.values()]:
-        if not isinstance(each, keras.Model):
-            continue
-        cls = getattr(type(each), "original_class", type(each))
-        tied = "tie_word_embeddings"
-        if getattr(each, tied, False) and tied not in cls.get_config(each):
-            raise ValueError(
-                f"{cls.__name__} forgets `{tied}` in its config, so that its "
-                "file couldn't be loaded. Use `save_adapter`, or untied "
-                f"embeddings. Received: {each.name} with {tied}=True"
-            )
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -538,54 +505,14 @@ class DyLoRAModel(keras.Model):
     def _ranks_drawn(self):
         return adaptation_of(self).ranks_drawn
 
-    # In a file, a model's own weights have numbers. The next are of the place
-    # in the rank sequence and of the open columns, in frozen mode, or of
-    # whether steps are at the maximum rank, with `full_rank_steps`.
-
     def save_own_variables(self, store):
         self._prepare()
         super().save_own_variables(store)
-        own = len(_keras.own_weights(self))
-        for i, variable in enumerate(self._dylora.state.values()):
-            store[f"{own + i}"] = variable
-        for name, variable in self._seed_states().items():
-            store[name] = variable
-        self._dylora.named.save(store)
+        save_state(self, store)
 
     def load_own_variables(self, store):
         self._prepare()
-        stored = {k: store[k] for k in store.keys()}
-        own, states = len(_keras.own_weights(self)), self._seed_states()
-        self._dylora.named.load(stored)
-        ranks_drawn = stored.pop(f"{own}", None)
-        if ranks_drawn is None:
-            raise ValueError(
-                "The file holds no DyLoRA state. Load the weights of a base "
-                f"model before you enable DyLoRA. Received: {self.name}"
-            )
-        seeds = {
-            k: stored.pop(k) for k in list(stored) if k.startswith(SEED_STATE)
-        }
-        second = stored.pop(f"{own + 1}", None)
-        super().load_own_variables(stored)
-        self._dylora.ranks_drawn.assign(ranks_drawn)
-        for variable in list(self._dylora.state.values())[1:]:
-            if second is not None and second.shape == variable.shape:
-                variable.assign(second)
-        if seeds.keys() == states.keys():
-            for name, variable in states.items():
-                variable.assign(seeds[name])
-        # Else with another dropout: its random numbers start anew, as Keras's.
-
-    def _seed_states(self):
-        """States of the layers' seed generators, which Keras doesn't save.
-
-        Without them, a run with dropout can't resume where it stopped.
-        """
-        skip = [*self.weights, *self._dylora.state.values()]
-        skip = {id(v) for v in skip + [g.variable for g in self._dylora.gates]}
-        states = [v for v in self.variables if id(v) not in skip]
-        return {f"{SEED_STATE}{i}": v for i, v in enumerate(states)}
+        super().load_own_variables(load_state(self, store))
 
     def get_compile_config(self):
         config = _keras.public_optimizers(super().get_compile_config())
