@@ -211,7 +211,7 @@ def run(
         Dict of `metrics` (by split, rank and name), `seconds` of training,
         `steps`, `trainable` parameters and, for FLOP, the `kept` share.
     """
-    rank = rank or settings.rank
+    rank = settings.rank if rank is None else rank
     if method == "lora-each":
         runs = {
             str(b): run(

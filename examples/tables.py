@@ -99,7 +99,8 @@ class Runner:
 def settings_of(table, scale, rank=None):
     """The `Settings` of a table's runs; `rank` defaults to the scale's."""
     settings = glue.SCALES[scale]
-    settings = dataclasses.replace(settings, rank=rank or settings.rank)
+    if rank is not None:
+        settings = dataclasses.replace(settings, rank=rank)
     if (table, scale) == ("methods", "small"):
         settings = dataclasses.replace(settings, test_size=2_000)
     return settings
