@@ -238,8 +238,8 @@ def optimizer_state(optimizer):
     The user's own setting, which Keras has among them.
     """
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    rate = inner._learning_rate
-    return [v for v in optimizer.variables if v is not rate]
+    rates = {id(each._learning_rate) for each in (optimizer, inner)}
+    return [v for v in optimizer.variables if id(v) not in rates]
 
 
 # Compiling.

@@ -248,6 +248,18 @@ def fresh_optimizer():
     assert not fresh._use_weight_decay(bias)
 
 
+def optimizer_state():
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    for each in (optimizer, keras.optimizers.LossScaleOptimizer(optimizer)):
+        each.build(mlp().trainable_variables)
+        names = {v.path for v in each.variables}
+        rates = {x for x in names if x.endswith("learning_rate")}
+        assert rates
+        state = {v.path for v in _keras.optimizer_state(each)}
+        assert state == names - rates
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+
+
 def public_optimizers():
     model = compiled()
     config = _keras.public_optimizers(model.get_compile_config())
@@ -277,6 +289,7 @@ BREAKS = {
     slot_prefix: "order_ranks forgets the momentum",
     keeps_own_state: "JAX's step, torch's devices, TensorFlow's own formats",
     compile_arguments: "merge: compiled as the model is",
+    optimizer_state: "set_adapter: an adapter would get another learning rate",
     fresh_optimizer: "enable, disable, truncate and merge of a trained model",
     public_optimizers: "files of torch on other backends",
     settled_jit: "files of JAX take minutes to train on torch",

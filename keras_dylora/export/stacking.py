@@ -68,7 +68,7 @@ class Heads:
             key: (variable, tf.Variable(_narrow(value, variable, dtype)))
             for key, (variable, value) in stacked.items()
         }
-        self._layers = [
+        self._owners = [
             layer
             for layer in layer_paths(model).values()
             if any(id(v) in stacked for v in _keras.own_weights(layer))
@@ -81,13 +81,13 @@ class Heads:
         `index` is the place of its adapter, `stored` what is read in place of
         other variables.
         """
-        for layer in self._layers:
+        for layer in self._owners:
             call = functools.partial(self._call, layer.call, index, stored)
             layer.__dict__["call"] = functools.wraps(layer.call)(call)
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer in self._owners:
                 del layer.__dict__["call"]
 
     def _call(self, call, index, stored, *args, **kwargs):
