@@ -616,6 +616,27 @@ def test_several_by_name(pair, tmp_path):
         assert_same_logits(model, adapted)
 
 
+def test_another_rank(pair, tmp_path):
+    """Cut into a model of a lower rank; lower ones are padded, by a name."""
+    twin, model = pair("roberta")
+    trained_by_peft(
+        copy.deepcopy(twin),
+        tmp_path,
+        target_modules=["query", "value"],
+        task_type="SEQ_CLS",
+    )
+    _, whole = pair("roberta")
+    from_peft(whole, tmp_path).set_rank(2)
+    enabled(model, rank=3, scaling="constant")
+    with pytest.raises(ValueError, match="at most the rank.*rank 4"):
+        from_peft(model, tmp_path, name="cut")
+    from_peft(model, tmp_path, name="cut", rank=2)
+    assert model.rank == 2
+    np.testing.assert_allclose(
+        keras_logits(model), keras_logits(whole), atol=1e-5
+    )
+
+
 def test_a_pickled_adapter_is_refused(pair, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"code")

@@ -273,7 +273,9 @@ def _of_one_rank(fused, server_rank):
     }
 
 
-def from_peft(model, directory, name=DEFAULT, strict=True, head=True):
+def from_peft(
+    model, directory, name=DEFAULT, strict=True, head=True, rank=None
+):
     """Loads a Hugging Face PEFT adapter of plain LoRA kind, in place.
 
     A model that isn't enabled yet is enabled for the layers of the adapter.
@@ -297,6 +299,8 @@ def from_peft(model, directory, name=DEFAULT, strict=True, head=True):
         head: bool. Whether to load the head that an adapter may have. If not,
             the model keeps its own, which may have other classes. Defaults to
             `True`.
+        rank: int. Cuts the adapter to its first columns, such as for a model
+            of a lower rank. Defaults to `None`, as it is.
 
     Returns:
         `model` itself.
@@ -323,6 +327,8 @@ def from_peft(model, directory, name=DEFAULT, strict=True, head=True):
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
     weights = _read(model, directory, strict, head)
+    if rank is not None:
+        weights = weights.cut(rank)
     weights.put_on(model, whole=False, strict=strict, name=name)
     return model
 
