@@ -26,7 +26,7 @@ from keras_dylora.recompile import (
 )
 from keras_dylora.saving import NO_HDF5, check_savable, load_state, save_state
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # that of files with several adapters; 1 of all others
 
 
 def adaptation_of(model):
@@ -536,7 +536,7 @@ class DyLoRAModel(keras.Model):
         with as_plain(self):
             base = keras.saving.serialize_keras_object(self)
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": 1 if adaptation.named.is_plain else 2,
             "base": base,
             "dylora": adaptation.get_config(),
             "trainable": trainable,

@@ -76,6 +76,11 @@ class NamedAdapters:
         limit = self.limit if kept is None else kept.limit
         return limit or self.adaptation.config.rank
 
+    @property
+    def is_plain(self):
+        """Whether there is but one, as before there were names."""
+        return self.names == [DEFAULT] and self.limit is None
+
     def add(self, name):
         """Makes a fresh one live, with the head of the one that was."""
         check_name(name)
@@ -201,7 +206,7 @@ class NamedAdapters:
 
     def save(self, store):
         """Puts what isn't in the variables into a store of arrays."""
-        if self.names == [DEFAULT] and self.limit is None:
+        if self.is_plain:
             return
         kept = [(name, x) for name, x in self._kept.items() if x is not None]
         content = {

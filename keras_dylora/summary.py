@@ -85,7 +85,16 @@ def tables(model):
     for b in range(1, rank + 1):
         size = parameters(model, b)
         by_rank.add_row(str(b), f"{size:,}", f"{BYTES * size:,}")
-    return text(layers, by_rank)
+    named, shown = model._dylora.named, [layers, by_rank]
+    if not named.is_plain:
+        adapters = Table(box=box.SIMPLE_HEAD)
+        adapters.add_column("adapter", overflow="fold")
+        adapters.add_column("highest rank", justify="right")
+        for name in named.names:
+            active = " (active)" if name == named.active else ""
+            adapters.add_row(f"{name}{active}", str(named.rank_of(name)))
+        shown.insert(0, adapters)
+    return text(*shown)
 
 
 def text(*tables):

@@ -1,5 +1,8 @@
 """Several adapters on one base: each as though it were alone."""
 
+import json
+import zipfile
+
 import keras
 import numpy as np
 import pytest
@@ -117,6 +120,9 @@ def test_a_loaded_one_has_its_own_rank_scale_and_head(scaling, tmp_path):
     kd.load_adapter(again, tmp_path / "again")
     assert again.dylora_config.rank == 2
     np.testing.assert_allclose(outputs(again), outputs(small), atol=1e-5)
+    lines = []
+    model.dylora_summary(print_fn=lines.append)
+    assert "small (active)" in lines[0]
     model.set_adapter("default")
     assert model.rank == 4
     for b, wanted in before.items():
@@ -181,6 +187,9 @@ def test_a_file_keeps_all(tmp_path):
     kd.load_adapter(model, tmp_path / "small", name="small")
     model.set_adapter("french")
     model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        config = json.loads(archive.read("config.json"))["config"]
+    assert config["format_version"] == 2  # which older ones refuse
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.adapter_names == ["default", "french", "small"]
     assert loaded.active_adapter == "french"
