@@ -2,6 +2,9 @@
 # make test-long: the longest tests, which make test leaves out.
 # make test-families: all of KerasHub, which make test runs on torch alone.
 # make test-lowest: the oldest versions that pyproject.toml allows.
+# make test-nightly: the newest of everything but torch, whose newest may not be
+# its build for CPUs.
+# make test-wheel: the built package in empty environments, a backend in each.
 
 PYTHON ?= python3
 KERAS_BACKEND ?= tensorflow
@@ -15,7 +18,8 @@ INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.t
 BACKENDS := tensorflow jax torch
 SUITE = $(RUN) -m pytest --quiet --ignore tests/test_parity.py
 
-.PHONY: demo test test-long test-families test-lowest test-parity lint clean
+.PHONY: demo test test-long test-families test-lowest test-nightly test-wheel \
+	test-parity lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,9 +81,43 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 		hypothesis keras-nlp pandas psutil pytest
 	touch $@
 
+NIGHTLY := .venv-nightly
+
+test-nightly: $(BACKENDS:%=test-nightly-%)
+
+test-nightly-%: $(NIGHTLY)/installed
+	KERAS_BACKEND=$* $(NIGHTLY)/bin/python -m pytest --quiet \
+		-m "not long" --ignore tests/test_parity.py
+
+# Made anew each time.
+.PHONY: $(NIGHTLY)/installed
+$(NIGHTLY)/installed:
+	$(PYTHON) -m venv --clear $(NIGHTLY)
+	$(NIGHTLY)/bin/python -m pip install --quiet --no-compile \
+		--constraint constraints.txt torch
+	$(NIGHTLY)/bin/python -m pip install --quiet --no-compile --pre \
+		-e ".[test]"
+
+test-wheel: $(BACKENDS:%=test-wheel-%)
+
+dist/wheel: $(VENV)/installed $(shell find keras_dylora -name "*.py")
+	rm -rf dist
+	$(RUN) -m build --quiet
+	touch $@
+
+# Not from here, where Python would find the sources.
+test-wheel-%: dist/wheel
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --no-compile \
+		--constraint constraints.txt $*
+	.venv-wheel/bin/python -m pip install --quiet --no-compile \
+		--constraint constraints.txt \
+		"$$(ls dist/*.whl)[$*]"
+	KERAS_BACKEND=$* .venv-wheel/bin/python -P tests/smoke.py
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) demo build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NIGHTLY) .venv-wheel demo build dist *.egg-info
