@@ -43,6 +43,7 @@ def check(result, method):
     assert result["difference"] <= TOLERANCE
 
 
+@pytest.mark.long
 @pytest.mark.skipif(backend.NAME != "jax", reason="keras.distribution is JAX's")
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_jax_devices(method):

@@ -68,7 +68,11 @@ def test_merging_leaves_the_model_enabled_and_trainable():
     assert len(names) == 2
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize(
+    "used",
+    [False, pytest.param(True, marks=pytest.mark.long)],
+    ids=["fresh", "used"],
+)
 def test_merges_a_task_that_takes_text(used, tmp_path):
     model = text_classifier()
     kd.enable_dylora(model, rank=4)

@@ -53,7 +53,9 @@ def states(model):
     return found
 
 
-@pytest.mark.parametrize("full_rank_steps", [0, 4])
+@pytest.mark.parametrize(
+    "full_rank_steps", [pytest.param(0, marks=pytest.mark.long), 4]
+)
 def test_each_is_trained_as_though_it_were_alone(full_rank_steps):
     options = {"full_rank_steps": full_rank_steps, "scaling": "constant"}
     alone = {}
@@ -90,7 +92,16 @@ def test_learning_rate_is_the_users():
     assert float(model.optimizer.learning_rate) == 0.5
 
 
-@pytest.mark.parametrize("scaling", ["rank", "sqrt", "constant"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        "rank",
+        *(
+            pytest.param(x, marks=pytest.mark.long)
+            for x in ("sqrt", "constant")
+        ),
+    ],
+)
 def test_a_loaded_one_has_its_own_rank_scale_and_head(scaling, tmp_path):
     small = randomize_adapters(
         enabled(rank=2, alpha=5, compiled=False, scaling=scaling), seed=7
@@ -233,6 +244,7 @@ def test_a_swap_traces_nothing():
         assert not any(counts.values())
 
 
+@pytest.mark.long
 def test_within_fit():
     """A callback that changes the adapter after each epoch."""
     turns = ["other", "default", "other"]

@@ -100,7 +100,7 @@ def test_last_batches_and_evaluation_have_other_sizes():
     "options",
     [
         pytest.param({"steps_per_execution": 2}, marks=not_on_torch),
-        {"run_eagerly": True},
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.long),
         {
             "optimizer": lambda: keras.optimizers.Adam(
                 0.01, gradient_accumulation_steps=2

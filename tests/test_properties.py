@@ -5,6 +5,7 @@ import string
 
 import keras
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ def equations(draw):
     return equation, {axis: draw(st.integers(1, 4)) for axis in axes}
 
 
+@pytest.mark.long
 @SETTINGS
 @given(
     equations(),

@@ -115,7 +115,11 @@ def test_before_and_after_enabling_are_the_same(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "order"), [("int8", "after"), ("int4", "before")]
+    ("mode", "order"),
+    [
+        ("int8", "after"),
+        pytest.param("int4", "before", marks=pytest.mark.long),
+    ],
 )
 def test_trains_saves_reloads_and_merges(mode, order, tmp_path):
     model = compiled(quantized(mode, order))

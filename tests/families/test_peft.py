@@ -680,7 +680,11 @@ def enabled(model, targets):
     return {"1": 1, "3": 3, "mixed": mixed}
 
 
-@pytest.mark.parametrize("targets", [None, "all-linear"], ids=str)
+@pytest.mark.parametrize(
+    "targets",
+    [pytest.param(None, marks=pytest.mark.long), "all-linear"],
+    ids=str,
+)
 def test_from_keras_to_peft_and_back(pair, targets, tmp_path):
     twin, model = pair()
     assert_same(model, twin)
@@ -725,7 +729,11 @@ def served(twin, folder):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "atol"), [("float32", 1e-3), ("bfloat16", 2e-2)]
+    ("dtype", "atol"),
+    [
+        ("float32", 1e-3),
+        pytest.param("bfloat16", 2e-2, marks=pytest.mark.long),
+    ],
 )
 def test_served(pair, dtype, atol, tmp_path):
     twin, model = pair()
