@@ -483,7 +483,8 @@ FAMILIES = {
             "DebertaV2ForSequenceClassification",
             "DebertaV2Config",
             **ENCODER,
-            max_position_embeddings=LENGTH,
+            # KerasHub rounds the last distance otherwise on TensorFlow.
+            max_position_embeddings=2 * LENGTH,
             relative_attention=True,
             position_buckets=4,
             pos_att_type=["p2c", "c2p"],
@@ -526,7 +527,7 @@ FAMILIES = {
             },
             vocabulary_size=VOCABULARY,
             num_heads=2,
-            max_sequence_length=LENGTH,
+            max_sequence_length=2 * LENGTH,
             bucket_size=4,
         ),
     ),
