@@ -28,22 +28,23 @@ def check_name(name):
 
 @dataclasses.dataclass
 class _Kept:
-    """An adapter: what it has of its own, and where its training stopped.
+    """An adapter that isn't live, and where its training stopped.
 
     Args:
         values: list of tensors, of the adapters and what is trained besides.
         limit: int. Its rank, or `None`, the model's maximum.
         ranks: list of int, at which the layers compute.
-        training: list of tensors, of the place in the rank sequence and of the
-            optimizer, or `None` before it is trained.
-        optimizer: the one that is meant.
+        state: list of tensors, of its place in the rank sequence.
+        optimizer: the one that trained it, or `None`.
+        slots: list of tensors, what that kept.
     """
 
     values: list
     limit: int | None
     ranks: list
-    training: list | None = None
+    state: list
     optimizer: object = None
+    slots: list | None = None
 
 
 class NamedAdapters:
@@ -96,7 +97,11 @@ class NamedAdapters:
             values[2 * i] = layer.down_initializer(layer.down.shape)
             values[2 * i + 1] = layer.up_initializer(layer.up.shape)
         ranks = [self.adaptation.config.rank] * len(self.adaptation.layers)
-        self._change(name, _Kept(values, None, ranks))
+        state = [
+            np.full(v.shape, name == "full_rank")
+            for name, v in self.adaptation.state.items()
+        ]
+        self._change(name, _Kept(values, None, ranks, state))
 
     def activate(self, name):
         """Makes another one live."""
@@ -155,8 +160,9 @@ class NamedAdapters:
             _copies(self._variables),
             self.limit,
             list(self.adaptation.ranks.values()),
-            _copies(self._training(optimizer)),
+            _copies(self.adaptation.state.values()),
             optimizer,
+            _copies(_slots(optimizer)),
         )
 
     def _put(self, kept):
@@ -165,11 +171,14 @@ class NamedAdapters:
         layers = self.adaptation.layers
         self.adaptation.set_ranks(dict(zip(layers, kept.ranks, strict=True)))
         self.limit = kept.limit
-        optimizer = self._optimizer()
-        values = kept.training
-        if values is None or kept.optimizer is not optimizer:
-            values = self._untrained(optimizer)
-        _assign(self._training(optimizer), values)
+        _assign(self.adaptation.state.values(), kept.state)
+        optimizer, slots = self._optimizer(), kept.slots
+        if kept.optimizer is not optimizer:
+            fresh = optimizer and _keras.fresh_optimizer(optimizer)
+            if fresh:
+                fresh.build(self.adaptation.model.trainable_variables)
+            slots = _copies(_slots(fresh))
+        _assign(_slots(optimizer), slots or [])
 
     def _own_variables(self):
         model, layers = self.adaptation.model, self.adaptation.layers.values()
@@ -181,25 +190,6 @@ class NamedAdapters:
         """The optimizer, once it has a state."""
         optimizer = getattr(self.adaptation.model, "optimizer", None)
         return optimizer if optimizer is not None and optimizer.built else None
-
-    def _training(self, optimizer):
-        """The variables that say where the training of an adapter is."""
-        state = list(self.adaptation.state.values())
-        if optimizer is not None:
-            state += _keras.optimizer_state(optimizer)
-        return state
-
-    def _untrained(self, optimizer):
-        """Their values before the first step."""
-        state = self.adaptation.state
-        values = [
-            np.full(v.shape, name == "full_rank") for name, v in state.items()
-        ]
-        if optimizer is not None:
-            fresh = _keras.fresh_optimizer(optimizer)
-            fresh.build(self.adaptation.model.trainable_variables)
-            values += _copies(_keras.optimizer_state(fresh))
-        return values
 
     # In a file, with the model's own weights. An optimizer's state is that of
     # the live one alone.
@@ -221,7 +211,7 @@ class NamedAdapters:
         encoded = json.dumps(content).encode()
         store[STORE] = np.frombuffer(encoded, "uint8")
         for i, (_, x) in enumerate(kept):
-            for j, value in enumerate(x.values):
+            for j, value in enumerate([*x.values, *x.state]):
                 store[f"{STORE}_{i}_{j}"] = float32_array(value)
 
     def load(self, stored):
@@ -230,11 +220,12 @@ class NamedAdapters:
             return
         content = json.loads(bytes(np.asarray(stored.pop(STORE))))
         variables, kept = self._own_variables(), dict.fromkeys(content["names"])
+        own = [*variables, *self.adaptation.state.values()]
         for i, x in enumerate(content["kept"]):
-            names = [f"{STORE}_{i}_{j}" for j in range(len(variables))]
+            names = [f"{STORE}_{i}_{j}" for j in range(len(own))]
             values = [stored.pop(name, None) for name in names]
             shapes = [None if v is None else tuple(v.shape) for v in values]
-            wanted = [tuple(v.shape) for v in variables]
+            wanted = [tuple(v.shape) for v in own]
             if shapes != wanted:
                 raise ValueError(
                     "The adapters of a file must fit the model. Received: "
@@ -242,10 +233,17 @@ class NamedAdapters:
                     f"{wanted}"
                 )
             values = [ops.convert_to_tensor(np.asarray(v)) for v in values]
-            kept[x["name"]] = _Kept(values, x["limit"], x["ranks"])
+            size = len(variables)
+            kept[x["name"]] = _Kept(
+                values[:size], x["limit"], x["ranks"], values[size:]
+            )
         self._variables = variables
         self._kept, self.active = kept, content["active"]
         self.limit = content["limit"]
+
+
+def _slots(optimizer):
+    return [] if optimizer is None else _keras.optimizer_state(optimizer)
 
 
 def _copies(variables):

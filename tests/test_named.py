@@ -213,6 +213,26 @@ def test_a_file_keeps_all(tmp_path):
         loaded.set_rank(3)
 
 
+def test_a_run_goes_on_from_a_file(tmp_path):
+    """The place of each in its rank sequence, and that its steps at the
+    maximum are over; also with another optimizer."""
+    options = {"full_rank_steps": 4, "scaling": "constant"}
+    model = enabled(**options)
+    train(model, 1)
+    model.add_adapter("other")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    model.compile(keras.optimizers.AdamW(1e-2), classification_loss())
+    for each in (model, loaded):
+        each.set_adapter("default")
+    alone = enabled(**options)
+    train(alone, 1)
+    alone.compile(keras.optimizers.AdamW(1e-2), classification_loss())
+    logs = train(alone, 2)
+    for each in (model, loaded):
+        np.testing.assert_allclose(train(each, 2), logs, rtol=1e-5)
+
+
 def test_weights_keep_all_and_those_of_one_change_the_active(tmp_path):
     one = randomize_adapters(enabled(compiled=False), seed=5)
     one.save_weights(tmp_path / "one.weights.h5")
