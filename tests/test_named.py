@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
+from keras_dylora import named
 from tests import backend
 from tests.models import (
     allocation,
@@ -262,6 +263,25 @@ def test_a_swap_traces_nothing():
             model.predict(tokens(8), verbose=0)
     if backend.NAME != "torch":  # which compiles nothing
         assert not any(counts.values())
+
+
+def test_an_interruption_leaves_the_active_one(monkeypatch):
+    model = randomize_adapters(enabled(compiled=False))
+    model.add_adapter("other")
+    randomize_adapters(model, seed=5)
+    before = outputs(model)
+    assign = named._assign
+
+    def interrupted(variables, values):
+        monkeypatch.setattr(named, "_assign", assign)
+        assign(variables[:3], values[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(named, "_assign", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.set_adapter("default")
+    assert model.active_adapter == "other"
+    np.testing.assert_array_equal(outputs(model), before)
 
 
 @pytest.mark.long
