@@ -191,6 +191,18 @@ def tokens():
     return ids, mask
 
 
+def keras_hub_gpt2(vocabulary_size):
+    backbone = HUB.GPT2Backbone(
+        vocabulary_size=vocabulary_size,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=64,
+        max_sequence_length=16,
+    )
+    return HUB.GPT2CausalLM(backbone, preprocessor=None)
+
+
 def keras_logits(model):
     ids, mask = tokens()
     inputs = {"token_ids": ids, "padding_mask": mask.astype("int32")}
@@ -614,6 +626,50 @@ def test_several_by_name(pair, tmp_path):
         adapted.set_adapter(name)
         assert model.rank == rank
         assert_same_logits(model, adapted)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_embeddings_of_added_tokens(name, pair, tmp_path):
+    twin, model = pair(name)
+    _, older = pair(name)
+    module = {"gpt2": "c_attn", "llama": "q_proj"}[name]
+    adapted = peft.get_peft_model(
+        copy.deepcopy(twin),
+        peft.LoraConfig(
+            target_modules=[module],
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
+            fan_in_fan_out=name == "gpt2",
+        ),
+    )
+    inner = adapted.base_model.model
+    for embedding in (inner.get_input_embeddings(), inner.lm_head):
+        embedding.weight.data[-5:] += 1.0
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    from_peft(model, tmp_path)
+    ids = {"token_ids": tokens()[0] * 0 + VOCABULARY - 2}
+    ids["padding_mask"] = np.ones_like(ids["token_ids"])
+    with torch.no_grad():
+        wanted = adapted(input_ids=torch.tensor(ids["token_ids"])).logits
+    np.testing.assert_allclose(
+        backend.to_numpy(model(ids)), wanted.numpy(), atol=1e-4
+    )
+    # They stay with the adapter.
+    kd.save_adapter(model, tmp_path / "ours")
+    kd.load_adapter(older, tmp_path / "ours")
+    np.testing.assert_allclose(
+        backend.to_numpy(older(ids)), wanted.numpy(), atol=1e-4
+    )
+
+
+def test_embeddings_of_another_vocabulary(pair, tmp_path):
+    twin, _ = pair("gpt2")
+    adapted = peft.get_peft_model(
+        twin, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ValueError, match="the vocabulary of the model"):
+        from_peft(keras_hub_gpt2(VOCABULARY + 3), tmp_path)
 
 
 def test_another_rank(pair, tmp_path):

@@ -23,6 +23,9 @@ from keras_dylora.ranks import as_rank, as_ranks
 from keras_dylora.trained import trained_weights
 
 LAYOUTS = ("peft", "server")
+# What transformers calls the embeddings of tokens, and those of the output.
+EMBEDDINGS = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
+OUTPUT_EMBEDDINGS = "lm_head.weight"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -284,7 +287,9 @@ def from_peft(
     are put in order, as `order_ranks` does, and `scaling` is `"constant"`, so
     that it can be cut. Its scale is kept at every `alpha` of the model, and
     the adapter of a layer that is several in KerasHub, such as GPT-2's
-    `c_attn`, becomes one for each.
+    `c_attn`, becomes one for each. Embeddings that PEFT saved, since tokens
+    were added, go into a model of an equal vocabulary, and are trained in full
+    from then on.
 
     Args:
         model: a KerasHub model as `to_peft` takes it, enabled or not, with the
@@ -351,6 +356,8 @@ def _read(model, directory, strict, head):
     head = layout.head if has_head else {}
     every, layers = weight_paths(model), layer_paths(model)
     shapes = {n: tuple(every[p].shape)[::-1] for n, p in head.items()}
+    embeddings = _embeddings(model, adapter, every)
+    shapes |= {n: adapter.tensor(n).shape for n in embeddings}
     absent = {}  # a layer of ours at rank 0 isn't in the file
     for module, paths in modules.items():
         inputs, _ = matrix_shape(layers[next(filter(None, paths))])
@@ -378,7 +385,47 @@ def _read(model, directory, strict, head):
     if not ranks:
         parts = {path: factors.ordered()[0] for path, factors in parts.items()}
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
+    trained |= {path: value for value, path in embeddings.values()}
     return AdapterWeights(parts, trained, config, adapter.identity)
+
+
+def _embeddings(model, adapter, every):
+    """The embeddings that PEFT saves where tokens were added.
+
+    A dict of the tensor's name to what our weight is, and the path of that.
+    Raises a `ValueError` if the vocabulary is another one.
+    """
+    layer = getattr(getattr(model, "backbone", model), "token_embedding", None)
+    found = {}
+    for key in adapter.tensors if layer is not None else ():
+        name = key.removeprefix(peft_files.PREFIX)
+        if name == key:
+            continue
+        if name.endswith(EMBEDDINGS):
+            variable, value = layer.embeddings, adapter.tensor(name)
+        elif name == OUTPUT_EMBEDDINGS:
+            tied = getattr(layer, "tie_weights", True)
+            variable = layer.embeddings if tied else layer.reverse_embeddings
+            value = adapter.tensor(name)
+            value = value if tied else value.T
+        else:
+            continue
+        if value.shape != tuple(variable.shape):
+            raise ValueError(
+                "The embeddings of an adapter must be of the vocabulary of "
+                f"the model. Received: {name} of shape {value.shape}, must be "
+                f"{tuple(variable.shape)}"
+            )
+        path = next(p for p, v in every.items() if v is variable)
+        found[name] = value, path
+    by_path = {}
+    for name, (value, path) in found.items():
+        if not np.array_equal(by_path.setdefault(path, value), value):
+            raise ValueError(
+                "The embeddings of the model are tied, so an adapter must have "
+                f"the same on both sides. Received: another {name}"
+            )
+    return found
 
 
 def _placed(model, layout, adapter, strict):
