@@ -191,18 +191,6 @@ def tokens():
     return ids, mask
 
 
-def keras_hub_gpt2(vocabulary_size):
-    backbone = HUB.GPT2Backbone(
-        vocabulary_size=vocabulary_size,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=64,
-        max_sequence_length=16,
-    )
-    return HUB.GPT2CausalLM(backbone, preprocessor=None)
-
-
 def keras_logits(model):
     ids, mask = tokens()
     inputs = {"token_ids": ids, "padding_mask": mask.astype("int32")}
@@ -663,13 +651,14 @@ def test_embeddings_of_added_tokens(name, pair, tmp_path):
 
 
 def test_embeddings_of_another_vocabulary(pair, tmp_path):
-    twin, _ = pair("gpt2")
+    twin, model = pair("gpt2")
+    twin.resize_token_embeddings(VOCABULARY + 3)
     adapted = peft.get_peft_model(
         twin, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
     )
     adapted.save_pretrained(tmp_path, save_embedding_layers=True)
     with pytest.raises(ValueError, match="the vocabulary of the model"):
-        from_peft(keras_hub_gpt2(VOCABULARY + 3), tmp_path)
+        from_peft(model, tmp_path)
 
 
 def test_another_rank(pair, tmp_path):
