@@ -1,6 +1,7 @@
 # Two commands: make demo, make test. KERAS_BACKEND picks the demo's backend.
 # make test-long: the longest tests, which make test leaves out.
-# make test-families: all of KerasHub, which make test runs on torch alone.
+# make test-families: all of KerasHub and PEFT, which make test runs on torch
+# alone.
 # make test-lowest: the oldest versions that pyproject.toml allows.
 # make test-nightly: the newest of everything but torch, whose newest may not be
 # its build for CPUs.
@@ -30,11 +31,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(RUN) -m examples.quickstart
 
-# One process for each backend, and one for the backends against each other, two
-# at a time: they trace and compile more than they compute.
+# One process for each backend, one for all of KerasHub, and one for the backends
+# against each other, two at a time: they trace and compile more than they
+# compute. The longest first.
 test: $(VENV)/installed lint
 	$(MAKE) --jobs 2 --keep-going --output-sync=line \
-		$(BACKENDS:%=test-%) test-parity
+		$(BACKENDS:%=test-%) test-hub test-parity
 
 test-parity: $(VENV)/installed
 	$(RUN) -m pytest --quiet tests/test_parity.py
@@ -45,9 +47,12 @@ test-tensorflow: $(VENV)/installed
 test-jax: $(VENV)/installed
 	KERAS_BACKEND=jax $(SUITE) -m "not long and not families"
 
-# Where nothing is compiled, a hundred models take the least.
 test-torch: $(VENV)/installed
-	KERAS_BACKEND=torch $(SUITE) -m "not long"
+	KERAS_BACKEND=torch $(SUITE) -m "not long and not families"
+
+# On torch, where nothing is compiled, a hundred models take the least.
+test-hub: $(VENV)/installed
+	KERAS_BACKEND=torch $(SUITE) -m "families and not long"
 
 # Examples, formats, other processes and kills.
 test-long: $(BACKENDS:%=test-long-%)

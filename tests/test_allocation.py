@@ -42,7 +42,11 @@ def predict(model):
 
 
 @pytest.fixture(
-    params=[("rank", "mixed"), ("constant", "with-zeros"), ("sqrt", "low")],
+    params=[
+        ("rank", "mixed"),
+        pytest.param(("constant", "with-zeros"), marks=pytest.mark.long),
+        pytest.param(("sqrt", "low"), marks=pytest.mark.long),
+    ],
     ids="-".join,
 )
 def case(request):

@@ -54,7 +54,9 @@ def loss(model, ranks, x, y):
         return model.evaluate(x, y, verbose=0)
 
 
-@pytest.mark.parametrize("scaling", ["constant", "rank"])
+@pytest.mark.parametrize(
+    "scaling", ["constant", pytest.param("rank", marks=pytest.mark.long)]
+)
 def test_near_the_best_of_all(scaling):
     model, x, y = student(scaling)
     found = kd.allocate_ranks(model, x, y, budget=0.5, verbose=0)

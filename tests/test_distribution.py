@@ -16,10 +16,7 @@ RUN = """
 from examples import multi_device
 multi_device.main()
 """
-METHODS = (
-    pytest.param("dylora-frozen", marks=pytest.mark.long),
-    "progressive",
-)
+METHODS = ("dylora-frozen", "progressive")
 PARTS = 2
 
 
@@ -43,8 +40,8 @@ def check(result, method):
     assert result["difference"] <= TOLERANCE
 
 
-@pytest.mark.long
 @pytest.mark.skipif(backend.NAME != "jax", reason="keras.distribution is JAX's")
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_jax_devices(method):
     printed = backend.run_python(
@@ -62,6 +59,7 @@ def test_eight_jax_devices(method):
 @pytest.mark.skipif(
     backend.NAME != "tensorflow", reason="tf.distribute is TensorFlow's"
 )
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_mirrored_strategy(method):
     printed = backend.run_python(
@@ -75,6 +73,7 @@ def test_mirrored_strategy(method):
 
 
 @pytest.mark.skipif(backend.NAME != "torch", reason="gloo is torch's")
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_two_torch_processes(method, monkeypatch):
     from examples import multi_device

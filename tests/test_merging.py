@@ -222,7 +222,11 @@ def test_bad_merges(model, rank, error, message):
         kd.merge(model(), rank=rank)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
+@pytest.mark.parametrize(
+    "frozen",
+    [pytest.param(False, marks=pytest.mark.long), True],
+    ids=["all", "frozen"],
+)
 @pytest.mark.parametrize("kind", ["enabled", "by-hand"])
 def test_truncate_keeps_the_ranks_that_are_left(kind, frozen):
     if kind == "enabled":

@@ -30,6 +30,7 @@ from tests.models import (
     roberta_classifier,
 )
 
+pytestmark = pytest.mark.families
 HUB = keras_hub.models
 ENCODER = {
     "vocab_size": VOCABULARY,

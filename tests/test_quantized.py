@@ -297,12 +297,14 @@ def test_quantized_in_mixed_precision(policy):
     backend.NAME != "tensorflow",
     reason="elsewhere, it exports what TensorFlow loads of the saved model",
 )
+@pytest.mark.long
 def test_exports_with_a_quantized_base(tmp_path):
     model = quantized("int8")
     kd.export_ranks(model, tmp_path / "ranks", ranks=[2], layout="shared")
     assert (tmp_path / "ranks").is_dir()
 
 
+@pytest.mark.long
 def test_quantizes_a_task_that_takes_text(recwarn):
     model = text_classifier()
     kd.enable_dylora(model, rank=2)
