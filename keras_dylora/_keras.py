@@ -310,9 +310,13 @@ def stamped_jit(compile_config):
 
 
 def settled_jit(compile_config):
-    """Undoes `stamped_jit`; another backend chooses anew."""
+    """Undoes `stamped_jit`; another backend chooses anew.
+
+    Version 0.1.0 wrote no backend: what it compiled may have been JAX's choice.
+    """
     config, backend = dict(compile_config), keras.backend.backend()
-    if config.pop("backend", backend) != backend:
+    stamp = config.pop("backend", None)
+    if config.get("jit_compile") if stamp is None else stamp != backend:
         config["jit_compile"] = "auto"
     return config
 

@@ -191,6 +191,10 @@ def settled_jit():
     assert _keras.settled_jit(config)["jit_compile"] == config["jit_compile"]
     other = {**config, "backend": "another"}
     assert _keras.settled_jit(other)["jit_compile"] == "auto"
+    old = {"jit_compile": True}  # of 0.1.0, maybe on JAX
+    assert _keras.settled_jit(old)["jit_compile"] == "auto"
+    old = {"jit_compile": False}
+    assert _keras.settled_jit(old)["jit_compile"] is False
 
 
 def slot_prefix():
