@@ -41,14 +41,8 @@ test: $(VENV)/installed lint
 test-parity: $(VENV)/installed
 	$(RUN) -m pytest --quiet tests/test_parity.py
 
-test-tensorflow: $(VENV)/installed
-	KERAS_BACKEND=tensorflow $(SUITE) -m "not long and not families"
-
-test-jax: $(VENV)/installed
-	KERAS_BACKEND=jax $(SUITE) -m "not long and not families"
-
-test-torch: $(VENV)/installed
-	KERAS_BACKEND=torch $(SUITE) -m "not long and not families"
+$(BACKENDS:%=test-%): test-%: $(VENV)/installed
+	KERAS_BACKEND=$* $(SUITE) -m "not long and not families"
 
 # On torch, where nothing is compiled, a hundred models take the least.
 test-hub: $(VENV)/installed

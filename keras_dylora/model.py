@@ -250,7 +250,7 @@ class DyLoRAModel(keras.Model):
         Its columns are fresh, and its head starts as that of the one that was
         active. Each adapter has a head, a rank, a place in the rank sequence
         and an optimizer state of its own; the learning rate is shared. Those
-        that aren't active wait beside the model, as NumPy arrays.
+        that aren't active wait beside the model, as tensors.
 
         Args:
             name: str.

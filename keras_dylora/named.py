@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_dylora import _keras
 from keras_dylora.geometry import float32_array
-from keras_dylora.trained import trained_statistics, trained_weights
+from keras_dylora.trained import head_weights
 
 DEFAULT = "default"
 # What a file of weights has of the adapters that aren't live.
@@ -44,7 +44,7 @@ class _Kept:
     ranks: list
     state: list
     optimizer: object = None
-    slots: list | None = None
+    slots: list = ()
 
 
 class NamedAdapters:
@@ -84,12 +84,7 @@ class NamedAdapters:
 
     def add(self, name):
         """Makes a fresh one live, with the head of the one that was."""
-        check_name(name)
-        if name in self._kept:
-            raise ValueError(
-                "The name of a new adapter must be free; `delete_adapter` "
-                f"frees it. Received: name={name!r} beside {self.names}"
-            )
+        self.check_free(name)
         if len(self._kept) == 1:
             self._variables = self._own_variables()
         values = _copies(self._variables)
@@ -102,6 +97,15 @@ class NamedAdapters:
             for name, v in self.adaptation.state.items()
         ]
         self._change(name, _Kept(values, None, ranks, state))
+
+    def check_free(self, name):
+        """Raises what `check_name` does, or if there is one of the name."""
+        check_name(name)
+        if name in self._kept:
+            raise ValueError(
+                "The name of a new adapter must be free; `delete_adapter` "
+                f"frees it. Received: name={name!r} beside {self.names}"
+            )
 
     def activate(self, name):
         """Makes another one live."""
@@ -173,18 +177,17 @@ class NamedAdapters:
         self.limit = kept.limit
         _assign(self.adaptation.state.values(), kept.state)
         optimizer, slots = self._optimizer(), kept.slots
-        if kept.optimizer is not optimizer:
-            fresh = optimizer and _keras.fresh_optimizer(optimizer)
-            if fresh:
-                fresh.build(self.adaptation.model.trainable_variables)
+        if optimizer is not None and kept.optimizer is not optimizer:
+            fresh = _keras.fresh_optimizer(optimizer)
+            fresh.build(self.adaptation.model.trainable_variables)
             slots = _copies(_slots(fresh))
-        _assign(_slots(optimizer), slots or [])
+        if optimizer is not None:
+            _assign(_slots(optimizer), slots)
 
     def _own_variables(self):
         model, layers = self.adaptation.model, self.adaptation.layers.values()
-        head = trained_weights(model) | trained_statistics(model)
         adapters = [v for x in layers for v in (x.down, x.up)]
-        return [*adapters, *head.values()]
+        return [*adapters, *head_weights(model).values()]
 
     def _optimizer(self):
         """The optimizer, once it has a state."""

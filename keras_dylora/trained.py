@@ -1,7 +1,12 @@
 """What a model trains besides its adapters, and what training changes there."""
 
 from keras_dylora import _keras
-from keras_dylora.paths import layer_paths, weight_paths
+from keras_dylora.paths import layer_paths, weight_paths, without_adapters
+
+
+def head_weights(model):
+    """All that an adapter has besides its factors, by path."""
+    return trained_weights(model) | trained_statistics(model)
 
 
 def trained_weights(model):
@@ -9,9 +14,8 @@ def trained_weights(model):
 
     Those that are frozen by now are among them.
     """
-    adapters = {id(v) for x in model.dylora_layers for v in (x.down, x.up)}
-    ids = _trained_ids(model) - adapters
-    return {p: v for p, v in weight_paths(model).items() if id(v) in ids}
+    trained = without_adapters(_trained(model), model.dylora_layers)
+    return _by_path(model, trained)
 
 
 def trained_statistics(model):
@@ -21,14 +25,15 @@ def trained_statistics(model):
     the sake of an adapter in it has none.
     """
     adapted = {id(layer) for layer in model.dylora_layers}
-    trained, paths = _trained_ids(model), layer_paths(model)
+    trained = {id(v) for v in _trained(model)}
+    paths = layer_paths(model)
     whole = {
         id(x)
         for path in model._dylora.trained_layers
         for x in [paths[path], *layer_paths(paths[path]).values()]
     }
-    ids = {
-        id(v)
+    statistics = [
+        v
         for layer in paths.values()
         if id(layer) not in adapted
         and (
@@ -36,10 +41,14 @@ def trained_statistics(model):
             or any(id(v) in trained for v in _keras.own_weights(layer))
         )
         for v in _keras.statistics(layer)
-    }
+    ]
+    return _by_path(model, statistics)
+
+
+def _trained(model):
+    return [*model.trainable_variables, *model._dylora.trained]
+
+
+def _by_path(model, variables):
+    ids = {id(v) for v in variables}
     return {p: v for p, v in weight_paths(model).items() if id(v) in ids}
-
-
-def _trained_ids(model):
-    trained = model._dylora.trained
-    return {id(v) for v in [*model.trainable_variables, *trained]}

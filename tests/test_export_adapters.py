@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
+from keras_dylora.paths import without_adapters
 from tests import backend
 from tests.models import allocation, randomize, randomize_adapters
 from tests.test_export import (
@@ -41,11 +42,13 @@ def with_adapters(model, tmp_path):
     return model
 
 
+def head(model):
+    return without_adapters(model.trainable_variables, model.dylora_layers)
+
+
 def _move_head(model, by):
-    adapters = {id(v) for x in model.dylora_layers for v in (x.down, x.up)}
-    for weight in model.trainable_variables:
-        if id(weight) not in adapters:
-            weight.assign(backend.to_numpy(weight) + by)
+    for weight in head(model):
+        weight.assign(backend.to_numpy(weight) + by)
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +123,9 @@ def test_the_base_is_stored_once(served):
     layers = model.dylora_layers
     columns = sum(x.down.shape[0] + x.up.shape[1] for x in layers)
     adapters = columns * (4 + 4 + 2)
-    head = sum(
-        int(np.prod(v.shape))
-        for v in model.trainable_variables
-        if all(v is not x.down and v is not x.up for x in layers)
-    )
+    of_head = sum(int(np.prod(v.shape)) for v in head(model))
     base = sum(int(np.prod(v.shape)) for v in model.weights) - 4 * columns
-    assert stored == base + adapters + 2 * head  # one is in the base
+    assert stored == base + adapters + 2 * of_head  # one is in the base
     assert manifest["adapters"] == {"default": 4, "other": 4, "small": 2}
     assert manifest["signatures"]["serve"]["adapter"] == ["string", None]
     assert manifest["largest_difference"]["serve"] < 1e-5
@@ -162,7 +161,6 @@ def test_generated_text_of_several(tmp_path):
         tmp_path / "server",
         [(path, "generate", {**inputs, **chosen, "rank": np.int32(2)})],
     )
-    model.set_rank(2)
     for i, name in enumerate(chosen["adapter"]):
         model.set_adapter(str(name))
         model.set_rank(2)

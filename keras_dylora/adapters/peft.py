@@ -151,16 +151,12 @@ def to_peft(
     with files.new_directory(directory, overwrite, _written) as folder:
         for name, weights in cut.items():
             fused, described = _described(weights, modules, columns)
+            dylora = described.config
             if layout == "server":
                 fused = _of_one_rank(fused, server_rank)
-                described = dataclasses.replace(
-                    described,
-                    config=dataclasses.replace(
-                        described.config, scaling="constant"
-                    ),
-                )
+                dylora = dataclasses.replace(dylora, scaling="constant")
             config = peft_files.peft_config(
-                family, fused, described.config, base_model_name_or_path
+                family, fused, dylora, base_model_name_or_path
             )
             (folder / name).mkdir(exist_ok=True)
             peft_files.write(
@@ -401,14 +397,12 @@ def _embeddings(model, adapter, every):
         name = key.removeprefix(peft_files.PREFIX)
         if name == key:
             continue
-        if name.endswith(EMBEDDINGS):
-            variable, value = layer.embeddings, adapter.tensor(name)
-        elif name == OUTPUT_EMBEDDINGS:
-            tied = getattr(layer, "tie_weights", True)
-            variable = layer.embeddings if tied else layer.reverse_embeddings
-            value = adapter.tensor(name)
-            value = value if tied else value.T
-        else:
+        variable, value = layer.embeddings, adapter.tensor(name)
+        if name == OUTPUT_EMBEDDINGS and not getattr(
+            layer, "tie_weights", True
+        ):
+            variable, value = layer.reverse_embeddings, value.T
+        elif name != OUTPUT_EMBEDDINGS and not name.endswith(EMBEDDINGS):
             continue
         if value.shape != tuple(variable.shape):
             raise ValueError(

@@ -123,11 +123,8 @@ class AdapterWeights:
         enabled = isinstance(model, DyLoRAModel)
         if enabled:
             high, names = model.dylora_config.rank, model.adapter_names
-            if name in names and name != DEFAULT:
-                raise ValueError(
-                    "The name of a new adapter must be free; `delete_adapter` "
-                    f"frees it. Received: name={name!r} beside {names}"
-                )
+            if name != DEFAULT:
+                adaptation_of(model).named.check_free(name)
             rule = "the rank" if name in names else "at most the rank"
             rank = self.config.rank
             if rank > high or (name in names and rank != high):

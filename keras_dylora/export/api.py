@@ -276,8 +276,7 @@ def _check_model(model, plan):
             "`set_adapter` and export each. "
             f"Received: layout={plan.layout!r}"
         )
-    least = min([x.rank for x in plan.adapters], default=None)
-    if least and not any(x.highest <= least for x in plan.ranks):
+    if {x.name for x in plan.adapters} - {name for name, _ in plan.choices}:
         raise ValueError(
             "`ranks` must have one for every adapter. Received: "
             f"{[x.name for x in plan.ranks]} for adapters "

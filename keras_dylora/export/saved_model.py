@@ -16,7 +16,6 @@ from keras_dylora.export.text import Preprocessing
 from keras_dylora.model import adaptation_of
 
 DEFAULT_SIGNATURE = "serving_default"
-HIGHEST = "highest"
 
 
 def write(model, folder, plan):
@@ -109,21 +108,24 @@ def _write_shared(model, folder, plan):
         return _traced(endpoint, adaptation, stored, gates, heads, batch)
 
     rows = {x.run: traced(x, None) for x in endpoints}
+
+    def chosen(endpoint, rank_of=None):
+        return _at_any_rank(endpoint, rows[endpoint.run], gates, rank_of)
+
     for endpoint in endpoints:
-        run = rows[endpoint.run]
         artifact.add(
             endpoint.name,
-            _at_any_rank(endpoint, run, gates),
+            chosen(endpoint),
             {**endpoint.signature, **choice, "rank": rank_spec},
         )
         if endpoint.rank_prefix is None:
             continue
-        if not plan.adapters:
-            run = traced(endpoint)
+        alone = None if plan.adapters else traced(endpoint)
         for served in plan.ranks:
-            function = _at_rank(run, gates.of(served))
             if plan.adapters:
-                function = _at_any_rank(endpoint, run, gates, served.value)
+                function = chosen(endpoint, lambda _, b=served.value: b)
+            else:
+                function = _at_rank(alone, gates.of(served))
             artifact.add(
                 f"{endpoint.rank_prefix}{served.name}",
                 function,
@@ -133,11 +135,12 @@ def _write_shared(model, folder, plan):
                 yield
     default = plan.ranks[-1].name
     if plan.adapters:
-        default = DEFAULT_SIGNATURE
-        serve = _at_any_rank(
-            endpoints[0], rows[endpoints[0].run], gates, HIGHEST
+        default, serve = DEFAULT_SIGNATURE, endpoints[0]
+        artifact.add(
+            default,
+            chosen(serve, gates.highest),
+            {**serve.signature, **choice},
         )
-        artifact.add(default, serve, {**endpoints[0].signature, **choice})
     artifact.save(folder, default)
     yield
 
@@ -161,17 +164,20 @@ def _traced(endpoint, adaptation, stored, gates, heads, batch):
     return tf.function(call, input_signature=signature, autograph=False)
 
 
-def _at_any_rank(endpoint, run, gates, fixed=None):
-    """At the rank and the adapter that are inputs; the rank may be `fixed`."""
+def _at_any_rank(endpoint, run, gates, rank_of):
+    """At the adapter that is an input, and at the rank that is one too.
+
+    Or at what `rank_of` says, by the places of the adapters.
+    """
     first = next(iter(endpoint.signature))
 
     def serve(**tensors):
         adapter = tensors.pop("adapter") if gates.names else None
-        rank = tensors.pop("rank") if fixed is None else fixed
+        rank = tensors.pop("rank") if rank_of is None else None
         batch = tf.shape(tensors[first])[0]
         index = gates.index(adapter, batch)
-        if fixed == HIGHEST:
-            rank = gates.highest(index)
+        if rank_of is not None:
+            rank = rank_of(index)
         chosen = [gates.rows(rank, index, batch)]
         if adapter is not None:
             chosen.append(index)

@@ -15,7 +15,7 @@ from keras_dylora.geometry import float32_array
 from keras_dylora.model import adaptation_of
 from keras_dylora.paths import layer_paths
 from keras_dylora.rank_gate import GateRow, RankGate
-from keras_dylora.trained import trained_statistics, trained_weights
+from keras_dylora.trained import head_weights
 
 
 def stack(model, adapters, dtype):
@@ -31,7 +31,7 @@ def stack(model, adapters, dtype):
     """
     adaptation = adaptation_of(model)
     layers = adaptation.layers.values()
-    head = trained_weights(model) | trained_statistics(model)
+    head = head_weights(model)
     factors, values = [], []
     for each in adapters:
         model.set_adapter(each.name)
@@ -47,7 +47,7 @@ def stack(model, adapters, dtype):
         layer.down.assign(np.hstack([x.down for x in own]))
         layer.up.assign(np.vstack([x.up for x in own]))
     stacked = {
-        id(variable): (variable, np.stack(each))
+        id(variable): (variable, tf.cast(np.stack(each), variable.dtype))
         for variable, each in zip(
             head.values(), zip(*values, strict=True), strict=True
         )
@@ -65,8 +65,8 @@ class Heads:
 
     def __init__(self, model, stacked, dtype):
         self._variables = {
-            key: (variable, tf.Variable(_narrow(value, variable, dtype)))
-            for key, (variable, value) in stacked.items()
+            key: (variable, tf.Variable(stored_variables.narrowed(x, dtype)))
+            for key, (variable, x) in stacked.items()
         }
         self._owners = [
             layer
@@ -111,9 +111,3 @@ def _chosen(outputs, index):
     rows = tf.shape(outputs)[1]
     index = tf.repeat(index, rows // tf.maximum(tf.size(index), 1))
     return tf.gather_nd(outputs, tf.stack([index, tf.range(rows)], axis=-1))
-
-
-def _narrow(value, variable, dtype):
-    own = tf.as_dtype(variable.dtype)
-    wider = dtype is not None and own.size > tf.as_dtype(dtype).size
-    return tf.cast(value, dtype if wider else own)

@@ -18,15 +18,21 @@ def create(variables, dtype, copies=()):
     copied, stored = {id(v) for v in copies}, {}
     for variable in variables:
         value = tf.convert_to_tensor(variable.value)
-        narrow = (
-            dtype is not None
-            and value.dtype.is_floating
-            and value.dtype.size > tf.as_dtype(dtype).size
-        )
-        if narrow or id(variable) in copied:
-            value = tf.cast(value, dtype) if narrow else value
-            stored[id(variable)] = variable, tf.Variable(value)
+        narrow = narrowed(value, dtype)
+        if narrow is not value or id(variable) in copied:
+            stored[id(variable)] = variable, tf.Variable(narrow)
     return stored
+
+
+def narrowed(value, dtype):
+    """A tensor in `dtype`, if one is given and it is a wider float."""
+    if (
+        dtype is not None
+        and value.dtype.is_floating
+        and value.dtype.size > tf.as_dtype(dtype).size
+    ):
+        return tf.cast(value, dtype)
+    return value
 
 
 class _Substitution(keras.StatelessScope):
