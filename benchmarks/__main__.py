@@ -8,7 +8,15 @@ import importlib
 import os
 import pathlib
 
-BENCHMARKS = ("step", "memory", "ranks", "allocate", "export", "adapters")
+BENCHMARKS = (
+    "step",
+    "memory",
+    "ranks",
+    "allocate",
+    "export",
+    "adapters",
+    "gpu",
+)
 
 
 def main(argv=None):
@@ -19,10 +27,14 @@ def main(argv=None):
     )
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument(
-        "--backend", default="jax", choices=("tensorflow", "jax", "torch")
+        "--backend",
+        choices=("tensorflow", "jax", "torch"),
+        help="jax; of gpu, every one that is installed",
     )
     parser.add_argument(
-        "--size", default="minilm", choices=("minilm", "roberta-base")
+        "--size",
+        choices=("tiny", "minilm", "roberta-base"),
+        help="minilm; of gpu roberta-base, and a GPT-2 beside it",
     )
     parser.add_argument(
         "--processes", default=2, type=int, help="fresh ones, a competitor"
@@ -33,8 +45,13 @@ def main(argv=None):
     parser.add_argument("--steps", default=8, type=int, help="a round")
     parser.add_argument("--output", default="results", type=pathlib.Path)
     args = parser.parse_args(argv)
-    # The processes that measure inherit it.
-    os.environ["KERAS_BACKEND"] = args.backend
+    if args.benchmark != "gpu":
+        args.backend = args.backend or "jax"
+        # The processes that measure inherit it.
+        os.environ["KERAS_BACKEND"] = args.backend
+    args.size = args.size or (
+        "roberta-base" if args.benchmark == "gpu" else "minilm"
+    )
     importlib.import_module(f"benchmarks.{args.benchmark}").main(args)
 
 

@@ -47,14 +47,14 @@ def main(args):
 def start(backend, size):
     import keras_dylora as kd
 
+    size = competitors.SIZES[size]
     prepare = competitors.dylora(competitors.LINEAR, scaling="constant")
     model = competitors.KerasTraining(size, prepare).model
     rng = np.random.default_rng(0)
     for layer in model.dylora_layers:  # at zero there is no gain
         layer.up.assign(0.01 * rng.normal(size=layer.up.shape))
     shape = SENTENCES, LENGTH
-    vocabulary = competitors.SIZES[size]["vocabulary"]
-    tokens = rng.integers(5, vocabulary, shape).astype("int32")
+    tokens = rng.integers(5, size.vocabulary, shape).astype("int32")
     x = {"token_ids": tokens, "padding_mask": np.ones(shape, "bool")}
     y = rng.integers(0, 2, SENTENCES)
     compute_loss, traces = model.compute_loss, []

@@ -1,29 +1,42 @@
 """What a user could train with instead: one model each, ready for steps.
 
-All are RoBERTa classifiers of the same sizes with random weights, on the same
-random tokens and labels, with AdamW and without dropout.
+All of a size are the same model with random weights, a RoBERTa classifier or a
+GPT-2 that writes, on the same random tokens, with AdamW and without dropout.
 """
 
+import dataclasses
 import time
 
 import numpy as np
 
-BATCH, LENGTH, POSITIONS = 16, 64, 512
+RANK = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model, and the batches that it is trained on."""
+
+    vocabulary: int
+    layers: int
+    heads: int
+    hidden: int
+    writes: bool = False  # whether it is a GPT-2, not a RoBERTa
+    batch: int = 16
+    length: int = 64
+    positions: int = 512
+    dtype: str = "float32"
+
+    @property
+    def intermediate(self):
+        return 4 * self.hidden
+
+
 SIZES = {
-    "minilm": {
-        "vocabulary": 30522,
-        "layers": 6,
-        "heads": 12,
-        "hidden": 384,
-        "intermediate": 1536,
-    },
-    "roberta-base": {
-        "vocabulary": 50265,
-        "layers": 12,
-        "heads": 12,
-        "hidden": 768,
-        "intermediate": 3072,
-    },
+    "tiny": Size(1000, 2, 2, 32),
+    "minilm": Size(30522, 6, 12, 384),
+    "roberta-base": Size(50265, 12, 12, 768),
+    "tiny-gpt2": Size(1000, 2, 2, 32, writes=True),
+    "gpt2-medium": Size(50257, 24, 16, 1024, writes=True, positions=1024),
 }
 ATTENTION = ("query", "key", "value", "attention_output")
 FEEDFORWARD = ("feedforward_intermediate_dense", "feedforward_output_dense")
@@ -31,59 +44,76 @@ LINEAR = ATTENTION + FEEDFORWARD
 
 
 def examples(size, steps):
-    """Token ids, `(steps * batch, length)`, and a label for each row."""
+    """Token ids, `(steps * batch, length)`, and labels.
+
+    A label for each row, or for each token the one that follows.
+    """
     rng = np.random.default_rng(0)
-    vocabulary = SIZES[size]["vocabulary"]
-    tokens = rng.integers(5, vocabulary, (steps * BATCH, LENGTH))
-    return tokens.astype("int32"), rng.integers(0, 2, len(tokens))
+    rows = steps * size.batch
+    shape = (rows, size.length + size.writes)
+    tokens = rng.integers(5, size.vocabulary, shape).astype("int32")
+    if size.writes:
+        return tokens[:, :-1], tokens[:, 1:]
+    return tokens, rng.integers(0, 2, rows)
 
 
-def classifier(size):
-    """A KerasHub classifier without a preprocessor."""
+def keras_task(size):
+    """A KerasHub task without a preprocessor."""
     import keras_hub
 
-    sizes = SIZES[size]
-    backbone = keras_hub.models.RobertaBackbone(
-        vocabulary_size=sizes["vocabulary"],
-        num_layers=sizes["layers"],
-        num_heads=sizes["heads"],
-        hidden_dim=sizes["hidden"],
-        intermediate_dim=sizes["intermediate"],
-        dropout=0.0,
-        max_sequence_length=POSITIONS,
+    backbone, task, arguments = (
+        (keras_hub.models.GPT2Backbone, keras_hub.models.GPT2CausalLM, {})
+        if size.writes
+        else (
+            keras_hub.models.RobertaBackbone,
+            keras_hub.models.RobertaTextClassifier,
+            {"num_classes": 2},
+        )
     )
-    return keras_hub.models.RobertaTextClassifier(backbone, num_classes=2)
+    return task(
+        backbone=backbone(
+            vocabulary_size=size.vocabulary,
+            num_layers=size.layers,
+            num_heads=size.heads,
+            hidden_dim=size.hidden,
+            intermediate_dim=size.intermediate,
+            dropout=0.0,
+            max_sequence_length=size.positions,
+            dtype=size.dtype,
+        ),
+        preprocessor=None,
+        **arguments,
+    )
 
 
 class KerasTraining:
     """Steps of `fit`.
 
     Args:
-        size: a key of `SIZES`.
-        prepare: function that makes a classifier what is compared.
+        size: a `Size`.
+        prepare: function that makes a task what is compared.
     """
 
     def __init__(self, size, prepare):
         import keras
 
-        from examples.training import trainable_parameters
-
         self.size = size
         keras.utils.set_random_seed(0)
-        self.model = classifier(size)
+        self.model = keras_task(size)
         prepare(self.model)
         self.model.compile(
-            keras.optimizers.AdamW(1e-3),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            optimizer=keras.optimizers.AdamW(1e-3),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
-        self.parameters = trainable_parameters(self.model)
+        self.parameters = sum(
+            int(np.prod(v.shape)) for v in self.model.trainable_variables
+        )
 
     def data(self, steps):
-        from examples.training import dataset
-
+        """`(x, y)` as Keras takes them."""
         tokens, labels = examples(self.size, steps)
-        x = {"token_ids": tokens, "padding_mask": np.ones(tokens.shape, "bool")}
-        return dataset((x, labels), BATCH, seed=0)
+        mask = np.ones(tokens.shape, "bool")
+        return {"token_ids": tokens, "padding_mask": mask}, labels
 
     def seconds(self, steps):
         """Seconds of one step, the mean of `steps` of them."""
@@ -92,53 +122,116 @@ class KerasTraining:
         self.run(data)
         return (time.perf_counter() - start) / steps
 
+    # The tokens are ready, so Keras's methods are called and not KerasHub's,
+    # which would make a `tf.data` pipeline of them.
+
     def run(self, data):
-        self.model.fit(data, shuffle=False, verbose=0)
+        import keras
+
+        keras.Model.fit(
+            self.model,
+            *data,
+            batch_size=self.size.batch,
+            shuffle=False,
+            verbose=0,
+        )
+
+    def evaluate(self, data, ranks):
+        """Evaluates at each of the ranks; `None` is a model as it is."""
+        import keras
+
+        for rank in ranks:
+            if rank is not None:
+                self.model.set_rank(rank)
+            keras.Model.evaluate(
+                self.model, *data, batch_size=self.size.batch, verbose=0
+            )
+
+    def generate(self, prompts, length, rank=None):
+        """Writes greedily after prompts, up to a length in tokens."""
+        if rank is not None:
+            self.model.set_rank(rank)
+        rows, written = prompts.shape
+        tokens = np.zeros((rows, length), "int32")
+        tokens[:, :written] = prompts
+        mask = np.zeros((rows, length), "bool")
+        mask[:, :written] = True
+        self.model.generate(
+            {"token_ids": tokens, "padding_mask": mask}, stop_token_ids=None
+        )
 
 
 class KerasForward(KerasTraining):
     """Steps of `predict`: what no training on this model can do without."""
 
     def run(self, data):
-        self.model.predict(data, verbose=0)
+        import keras
+
+        keras.Model.predict(
+            self.model, data[0], batch_size=self.size.batch, verbose=0
+        )
 
 
 class PeftTraining:
-    """Steps of PEFT's LoRA on transformers, in a plain torch loop."""
+    """Steps of PEFT's LoRA on transformers, in a plain torch loop.
 
-    def __init__(self, size, targets, rank):
+    Adapters have the base's dtype, which is faster than PEFT's default of
+    float32, and the loss is waited for once, at the end.
+    """
+
+    def __init__(self, size, targets, compiled=False):
         import peft
         import torch
         import transformers
 
         self.size = size
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
-        sizes = SIZES[size]
-        config = transformers.RobertaConfig(
-            vocab_size=sizes["vocabulary"],
-            num_hidden_layers=sizes["layers"],
-            num_attention_heads=sizes["heads"],
-            hidden_size=sizes["hidden"],
-            intermediate_size=sizes["intermediate"],
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            # Its positions begin behind that of the padding.
-            max_position_embeddings=POSITIONS + 2,
-            num_labels=2,
-        )
+        if size.writes:
+            base = transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(
+                    vocab_size=size.vocabulary,
+                    n_layer=size.layers,
+                    n_head=size.heads,
+                    n_embd=size.hidden,
+                    n_positions=size.positions,
+                    resid_pdrop=0.0,
+                    embd_pdrop=0.0,
+                    attn_pdrop=0.0,
+                )
+            )
+        else:
+            base = transformers.RobertaForSequenceClassification(
+                transformers.RobertaConfig(
+                    vocab_size=size.vocabulary,
+                    num_hidden_layers=size.layers,
+                    num_attention_heads=size.heads,
+                    hidden_size=size.hidden,
+                    intermediate_size=size.intermediate,
+                    hidden_dropout_prob=0.0,
+                    attention_probs_dropout_prob=0.0,
+                    # Its positions begin behind that of the padding.
+                    max_position_embeddings=size.positions + 2,
+                    num_labels=2,
+                )
+            )
+        base = base.to(self.device, getattr(torch, size.dtype))
         self.model = peft.get_peft_model(
-            transformers.RobertaForSequenceClassification(config),
+            base,
             peft.LoraConfig(
-                task_type="SEQ_CLS",
-                r=rank,
+                task_type="CAUSAL_LM" if size.writes else "SEQ_CLS",
+                r=RANK,
                 lora_alpha=16,
                 target_modules=targets,
+                fan_in_fan_out=size.writes,
             ),
+            autocast_adapter_dtype=False,
         )
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, 1e-3)
         self.parameters = sum(p.numel() for p in trained)
+        self.call = torch.compile(self.model) if compiled else self.model
 
     def seconds(self, steps):
         import torch
@@ -148,24 +241,47 @@ class PeftTraining:
         )
         mask = torch.ones_like(tokens)
         batches = zip(
-            *(t.split(BATCH) for t in (tokens, mask, labels)), strict=True
+            *(t.split(self.size.batch) for t in (tokens, mask, labels)),
+            strict=True,
         )
         start = time.perf_counter()
-        for ids, mask, y in batches:
-            loss = self.model(ids, attention_mask=mask, labels=y).loss
+        for batch in batches:
+            ids, mask, y = (t.to(self.device) for t in batch)
+            if self.size.writes:
+                # It shifts the labels itself.
+                y = ids
+            loss = self.call(ids, attention_mask=mask, labels=y).loss
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            loss.item()
+        loss.item()
         return (time.perf_counter() - start) / steps
 
+    def generate(self, prompts, length, rank=None):
+        import torch
 
-def dylora(targets=("query", "value"), rank=8, **config):
+        ids = torch.tensor(prompts).long().to(self.device)
+        new = length - ids.shape[1]
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+
+def dylora(targets=("query", "value"), rank=RANK, **config):
     def prepare(model):
         import keras_dylora as kd
 
         kd.enable_dylora(
-            model, rank=rank, target_layers=list(targets), **config
+            model,
+            rank=rank,
+            target_layers=list(targets),
+            verbose=0,
+            **config,
         )
 
     return prepare
@@ -187,7 +303,7 @@ TRAINED = {
     "DyLoRA, q+v": dylora(),
     "DyLoRA frozen, q+v": dylora(frozen=True),
     "DyLoRA per example, q+v": dylora(draw="example", scaling="constant"),
-    "LoRA of ours, q+v": dylora(min_rank=8),
+    "LoRA of ours, q+v": dylora(min_rank=RANK),
     "Keras LoRA 8, q+v": keras_lora(8),
     "Keras LoRA 1, q+v": keras_lora(1),
     "DyLoRA, linear": dylora(LINEAR),
@@ -201,12 +317,25 @@ TRAINED = {
 }
 FORWARD = "forward"
 PEFT = "PEFT LoRA 8, q+v"
+PEFT_LINEAR = "PEFT LoRA 8, linear"
+PEFT_COMPILED = "PEFT LoRA 8, q+v, compiled"
 
 
 def make(name, size):
     """The competitor of this name: it has `seconds(steps)`, `parameters`."""
     if name == FORWARD:
         return KerasForward(size, whole)
-    if name == PEFT:
-        return PeftTraining(size, ["query", "value"], rank=8)
+    if "PEFT" in name:
+        targets = _PEFT_TARGETS[name == PEFT_LINEAR, size.writes]
+        return PeftTraining(size, targets, compiled=name == PEFT_COMPILED)
     return KerasTraining(size, TRAINED[name])
+
+
+# GPT-2's query, key and value are one layer there, whose adapter has as many
+# weights as those of query and value alone.
+_PEFT_TARGETS = {
+    (False, False): ["query", "value"],
+    (False, True): ["c_attn"],
+    (True, False): r".*\.layer\..*\.(query|key|value|dense)",
+    (True, True): ["c_attn", "c_proj", "c_fc"],
+}

@@ -15,7 +15,7 @@ from examples import markdown
 def main(args):
     import keras_dylora as kd
 
-    model = competitors.classifier(args.size)
+    model = competitors.keras_task(competitors.SIZES[args.size])
     base = 4 * model.count_params()
     kd.enable_dylora(model, rank=8)
     rows = {}

@@ -86,7 +86,7 @@ def start(name, size):
             import peft  # noqa: F401
             import transformers  # noqa: F401
         before = peak_memory()
-        competitors.make(name, size).seconds(steps)
+        competitors.make(name, competitors.SIZES[size]).seconds(steps)
         peak = peak_memory()
         return peak, peak - before
 

@@ -61,7 +61,9 @@ def main(args):
 def start(way, size):
     import keras_dylora as kd
 
-    trained = competitors.KerasTraining(size, competitors.dylora())
+    trained = competitors.KerasTraining(
+        competitors.SIZES[size], competitors.dylora()
+    )
     model, traces = trained.model, []
     test_step = model.test_step
 
@@ -72,12 +74,12 @@ def start(way, size):
     model.test_step = counted
 
     def all_ranks(data):
-        kd.evaluate_ranks(model, data, verbose=0)
+        kd.evaluate_ranks(model, *data, verbose=0)
 
     def one_by_one(data):
         for rank in range(1, 9):
             model.set_rank(rank)
-            model.evaluate(data, verbose=0)
+            model.evaluate(*data, verbose=0)
 
     run = all_ranks if way == "evaluate_ranks" else one_by_one
 

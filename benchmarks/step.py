@@ -71,7 +71,7 @@ def main(args):
 
 
 def start(name, size):
-    competitor = competitors.make(name, size)
+    competitor = competitors.make(name, competitors.SIZES[size])
 
     def answer(steps):
         return competitor.seconds(steps), competitor.parameters

@@ -1,6 +1,7 @@
 """Medians, ratios, and a result written as Markdown and a plot."""
 
 import importlib.metadata
+import json
 import statistics
 
 import numpy as np
@@ -14,23 +15,29 @@ def spread(values):
     return f"{middle:.3f}", f"{low:.3f} to {high:.3f}"
 
 
-def write(args, parts, bars, unit):
-    """Prints the parts of a result, and writes them with a plot of its bars."""
+def write(args, parts, bars, unit, backends=None, data=None):
+    """Prints the parts of a result, and writes them with a plot of its bars.
+
+    Of one backend unless several are named; with data, as JSON too.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    backends = backends or [args.backend]
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}"
-        for package in ("keras", "keras-hub", args.backend)
+        for package in ("keras", "keras-hub", *backends)
     )
-    title = f"{args.benchmark}, {args.size}, {args.backend}"
+    title = ", ".join((args.benchmark, args.size, *backends))
     text = "\n\n".join([f"### {title}", versions, *parts]) + "\n"
     print(f"\n{text}")
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{args.benchmark}-{args.size}-{args.backend}"
+    path = args.output / "-".join((args.benchmark, args.size, *backends))
     path.with_suffix(".md").write_text(text)
+    if data is not None:
+        path.with_suffix(".json").write_text(json.dumps(data, indent=1))
     figure, axes = plt.subplots(
         figsize=(7, 0.8 + 0.32 * len(bars)), layout="constrained"
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import platform
 import resource
 import traceback
 
@@ -67,3 +68,36 @@ def _serve(connection, start, arguments):
 def peak_memory():
     """Bytes: the most that this process has held so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def device():
+    """The name of the card, and the most bytes it held for this process.
+
+    Without a card, of the processor and this process.
+    """
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return (
+                torch.cuda.get_device_name(),
+                torch.cuda.max_memory_allocated(),
+            )
+    elif backend == "jax":
+        import jax
+
+        card = jax.local_devices()[0]
+        if card.platform != "cpu":
+            return card.device_kind, card.memory_stats()["peak_bytes_in_use"]
+    else:
+        import tensorflow as tf
+
+        cards = tf.config.list_physical_devices("GPU")
+        if cards:
+            details = tf.config.experimental.get_device_details(cards[0])
+            peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+            return details["device_name"], peak
+    return platform.processor() or platform.machine(), peak_memory()

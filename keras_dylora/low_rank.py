@@ -11,6 +11,13 @@ from keras_dylora.config import AdapterArguments
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.rank_gate import GateRow, RankGate
 
+if keras.backend.backend() == "torch":
+    from keras_dylora import torch_product
+
+    _cast = torch_product.cast
+else:
+    torch_product, _cast = None, ops.cast
+
 
 @_keras.keeps_own_state
 class LowRankAdapter:
@@ -201,31 +208,48 @@ class LowRankAdapter:
         self._gate.gate.set_rank(rank)
 
     def call(self, inputs, training=None):
-        return self._call_adapted(super().call, inputs, training)
+        base = torch_product.base(self, inputs) if torch_product else None
+        if base is None:
+            return self._call_adapted(super().call, inputs, training)
+        outputs, rows, kept = base
+        bottleneck, up = self._bottleneck(rows, kept, training)
+        outputs = torch_product.add_product(self, outputs, bottleneck, up, kept)
+        return outputs if self._is_linear else self.activation(outputs)
 
     def quantized_call(self, inputs, training=None):
         return self._call_adapted(super().quantized_call, inputs, training)
 
     def _call_adapted(self, base_call, inputs, training):
-        # With rematerialization on JAX it is a tracer, which has no truth.
-        if training is True and self.min_rank < self.rank:
-            self._gate.warn_unless_chosen(self.path)
-        activation = self.activation
-        if activation in (None, keras.activations.linear):
-            return base_call(inputs) + self._call_adapter(inputs, training)
+        rows, kept = self._geometry.rows(inputs)
+        rows = ops.cast(rows, self.compute_dtype)
+        bottleneck, up = self._bottleneck(rows, kept, training)
+        update = self._geometry.back(bottleneck @ up, kept)
+        if self._is_linear:
+            return base_call(inputs) + update
         # The adapter is added before the activation, which the base layer's
         # call would apply.
-        self.activation = None
+        activation, self.activation = self.activation, None
         try:
             outputs = base_call(inputs)
         finally:
             self.activation = activation
-        return activation(outputs + self._call_adapter(inputs, training))
+        return activation(outputs + update)
 
-    def _call_adapter(self, inputs, training):
-        gate = self._gate.value
-        down = ops.cast(self.down, self.compute_dtype)
-        up = ops.cast(self.up, self.compute_dtype)
+    @property
+    def _is_linear(self):
+        return self.activation in (None, keras.activations.linear)
+
+    def _bottleneck(self, rows, kept, training):
+        """`(rows @ down) * gate`, and `up`, with which it is multiplied.
+
+        The rows are those of an input that has the axes `kept` beside.
+        """
+        # With rematerialization on JAX it is a tracer, which has no truth.
+        if training is True and self.min_rank < self.rank:
+            self._gate.warn_unless_chosen(self.path)
+        gate = self._gate.value(self.compute_dtype)
+        down = _cast(self.down, self.compute_dtype)
+        up = _cast(self.up, self.compute_dtype)
         if self.frozen:
             newest = ranks.column(
                 ops.sum(ops.cast(gate > 0, "int32")), self.rank
@@ -233,19 +257,17 @@ class LowRankAdapter:
             down = _gradient_where(newest, down)
             up = _gradient_where(newest[:, None], up)
         if self.dropout and training:
-            inputs = keras.random.dropout(
-                inputs, self.dropout, seed=self._dropout_seed
+            rows = keras.random.dropout(
+                rows, self.dropout, seed=self._dropout_seed
             )
-        rows, kept = self._geometry.rows(inputs)
-        bottleneck = ops.matmul(rows, down)
-        gate = ops.cast(gate, bottleneck.dtype)
-        if len(gate.shape) == 2:
-            gate = self._gate_of_examples(gate, inputs, kept)
-            bottleneck = ops.reshape(bottleneck, (*kept, self.rank))
-        bottleneck = ops.reshape(bottleneck * gate, (-1, self.rank))
-        return self._geometry.back(ops.matmul(bottleneck, up), kept)
+        bottleneck = rows @ down
+        if len(gate.shape) == 1:
+            return bottleneck * gate, up
+        gate = self._gate_of_examples(gate, kept)
+        bottleneck = ops.reshape(bottleneck, (*kept, self.rank)) * gate
+        return ops.reshape(bottleneck, (-1, self.rank)), up
 
-    def _gate_of_examples(self, gate, inputs, kept):
+    def _gate_of_examples(self, gate, kept):
         """A gate `(batch, rank)`, to be multiplied by `(*kept, rank)`.
 
         An input may have more rows than there are examples: beam search folds
@@ -259,8 +281,8 @@ class LowRankAdapter:
                     "With a rank for each example, the input of every adapted "
                     "layer must have the examples along its first axis. Use "
                     "`draw='step'` or other `target_layers`. Received: an "
-                    f"input of shape {tuple(inputs.shape)} of {self.path} for "
-                    f"{size} examples"
+                    f"input of shape {(*kept, *self._geometry.inputs)} of "
+                    f"{self.path} for {size} examples"
                 )
             copies = rows // size
         else:

@@ -9,6 +9,11 @@ from keras import ops
 
 from keras_dylora import ranks
 
+if keras.backend.backend() == "torch":
+    from keras_dylora.torch_product import GateRows
+else:
+    GateRows = None
+
 
 class RankGate:
     """The gates of the adapted layers of a model, a row for each layer.
@@ -32,6 +37,7 @@ class RankGate:
             aggregation="only_first_replica",
             name="gate",
         )
+        self._rows = GateRows() if GateRows else None
 
     @property
     def active_ranks(self):
@@ -56,6 +62,12 @@ class RankGate:
         active_ranks, self.scale = self.active_ranks, scale
         self.set_ranks(active_ranks)
 
+    def row(self, index, dtype):
+        """What one layer reads, `(rank,)`; for traced functions too."""
+        if self._rows:
+            return self._rows.row(self.variable, index, dtype)
+        return ops.cast(ops.convert_to_tensor(self.variable)[index], dtype)
+
     def assign(self, row):
         """Sets the gates of a step, all alike: `(rank,)`."""
         self.variable.assign(ops.broadcast_to(row, self.variable.shape))
@@ -68,13 +80,11 @@ class GateRow:
     gate: RankGate
     index: int = 0
 
-    @property
-    def value(self):
+    def value(self, dtype):
         """`(rank,)`, or `(batch, rank)` where examples have their own rank."""
         if self.override is not None:
-            return ops.convert_to_tensor(self.override)
-        # A copy: torch couldn't differentiate once the variable changes.
-        return ops.copy(ops.convert_to_tensor(self.gate.variable)[self.index])
+            return ops.cast(self.override, dtype)
+        return self.gate.row(self.index, dtype)
 
     @property
     def override(self):

@@ -1,0 +1,71 @@
+"""A layer's base and adapter in as few passes as torch can.
+
+Keras adds the bias of a `Dense` in a pass of its own, and attention
+projections are an `einsum`. As products of matrices, the bias and the adapter
+are added within a product. Imported on torch alone.
+"""
+
+import torch
+
+
+def base(layer, inputs):
+    """The output of a base layer as a matrix, before its activation.
+
+    Returns:
+        A tensor `(rows, outputs)`, new; the input as a matrix; and the axes
+        that both have beside. Or `None` where the layer isn't a plain product
+        of matrices.
+    """
+    geometry = layer._geometry
+    kernel = layer.kernel.value
+    if (
+        geometry.input_order
+        or geometry.output_order
+        or geometry.kernel_axes != tuple(range(kernel.ndim))
+        or inputs.dtype != kernel.dtype
+    ):
+        return None
+    kept = inputs.shape[: inputs.ndim - len(geometry.inputs)]
+    rows = inputs.reshape(-1, geometry.shape[0])
+    kernel = kernel.reshape(geometry.shape)
+    if layer.bias is None:
+        return rows @ kernel, rows, kept
+    bias = layer.bias.value
+    if bias.shape != geometry.outputs:
+        if bias.ndim > len(geometry.outputs):
+            return None
+        bias = bias.expand(geometry.outputs)
+    return torch.addmm(bias.reshape(-1), rows, kernel), rows, kept
+
+
+def add_product(layer, rows, a, b, kept):
+    """The output of a layer: `rows + a @ b`, in place of `rows`."""
+    return rows.addmm_(a, b).view(*kept, *layer._geometry.outputs)
+
+
+def cast(variable, dtype):
+    return variable.value.to(getattr(torch, dtype))
+
+
+class GateRows:
+    """The rows of a gate, copied once for all layers that read them.
+
+    A copy, since torch couldn't differentiate once the variable changes.
+    """
+
+    def __init__(self):
+        self._value = self._state = None
+        self._rows = {}  # by dtype
+
+    def row(self, variable, index, dtype):
+        value, dtype = variable.value, getattr(torch, dtype)
+        if torch.compiler.is_compiling():
+            return value[index].to(dtype, copy=True)
+        # `_version` counts what is assigned; another place is another device.
+        state = value.data_ptr(), value._version
+        if self._value is not value or self._state != state:
+            self._value, self._state, self._rows = value, state, {}
+        if dtype not in self._rows:
+            copy = value.detach().to(dtype, copy=True)
+            self._rows[dtype] = copy.unbind()
+        return self._rows[dtype][index]
