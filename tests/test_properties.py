@@ -44,18 +44,22 @@ def equations(draw):
 def test_a_layer_computes_its_merged_kernel(shape, rank, scaling, dtype, data):
     equation, sizes = shape
     source, _, output = re.split("[,>]", equation.replace("-", ""))
+    # Any axis of the output but the first may have a bias.
+    bias_axes = [axis for axis in output[1:] if data.draw(st.booleans())]
     layer = kd.DyLoRAEinsumDense(
         equation,
         tuple(sizes[axis] for axis in output[1:]),
         rank=rank,
         alpha=float(rank),
         scaling=scaling,
+        bias_axes="".join(bias_axes) or None,
+        activation=data.draw(st.sampled_from([None, "relu"])),
         dtype=dtype,
     )
     rng = np.random.default_rng(0)
     x = rng.normal(size=[sizes[axis] for axis in source])
     layer.build(x.shape)
-    for weight in (layer.kernel, layer.down, layer.up):
+    for weight in layer.weights:
         weight.assign(0.3 * rng.normal(size=weight.shape))
     b = data.draw(st.integers(0, rank))
     layer.set_rank(b)
@@ -64,6 +68,10 @@ def test_a_layer_computes_its_merged_kernel(shape, rank, scaling, dtype, data):
     assert keras.backend.standardize_dtype(found.dtype) == dtype
     kernel = backend.to_numpy(keras.ops.cast(layer.kernel, "float32"))
     expected = np.einsum(equation, x, kernel + layer.delta_kernel(b))
+    if bias_axes:
+        expected += backend.to_numpy(keras.ops.cast(layer.bias, "float32"))
+    if layer.activation is keras.activations.relu:
+        expected = np.maximum(expected, 0.0)
     np.testing.assert_allclose(
         backend.to_numpy(keras.ops.cast(found, "float32")),
         expected,

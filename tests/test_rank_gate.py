@@ -79,6 +79,38 @@ def test_a_hand_built_layer_has_a_gate_of_its_own():
     assert np.abs(model.predict(x, verbose=0) - alone).max() > 1e-3
 
 
+def test_layers_read_what_a_checkpoint_sets():
+    """The variable is the truth, whoever changes it, and how."""
+    model = randomize_adapters(mlp())
+    x, _ = mlp_data()
+    layer = model.dylora_layers[0]
+    gate = layer._gate.gate.variable
+    at_full = backend.to_numpy(layer(x))
+    layer.set_rank(1)
+    at_one, row = backend.to_numpy(layer(x)), backend.to_numpy(gate)
+    assert np.abs(at_one - at_full).max() > 1e-3
+    layer.set_rank(4)
+    gate.assign(row)
+    np.testing.assert_array_equal(backend.to_numpy(layer(x)), at_one)
+    if backend.NAME == "torch":
+        import torch
+
+        layer.set_rank(4)
+        layer(x)
+        with torch.no_grad():
+            gate.value.copy_(torch.tensor(row))
+        np.testing.assert_array_equal(backend.to_numpy(layer(x)), at_one)
+        layer.set_rank(4)
+        layer(x)
+        gate.value.data = torch.tensor(row)  # as a move to a device does
+        np.testing.assert_array_equal(backend.to_numpy(layer(x)), at_one)
+    mapping = [(gate, keras.ops.convert_to_tensor(row))]
+    layer.set_rank(4)
+    with keras.StatelessScope(state_mapping=mapping):
+        np.testing.assert_array_equal(backend.to_numpy(layer(x)), at_one)
+    np.testing.assert_array_equal(backend.to_numpy(layer(x)), at_full)
+
+
 @pytest.mark.parametrize("rank", [-1, 5])
 def test_a_rank_that_is_none(rank):
     layer = enabled().dylora_layers[1]
