@@ -6,17 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import _keras, ranks
+from keras_dylora import _keras, ranks, torch_product
 from keras_dylora.config import AdapterArguments
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.rank_gate import GateRow, RankGate
 
-if keras.backend.backend() == "torch":
-    from keras_dylora import torch_product
-
-    _cast = torch_product.cast
-else:
-    torch_product, _cast = None, ops.cast
+_cast = torch_product.cast if torch_product.ON_TORCH else ops.cast
 
 
 @_keras.keeps_own_state
@@ -208,7 +203,9 @@ class LowRankAdapter:
         self._gate.gate.set_rank(rank)
 
     def call(self, inputs, training=None):
-        base = torch_product.base(self, inputs) if torch_product else None
+        base = None
+        if torch_product.ON_TORCH:
+            base = torch_product.base(self, inputs)
         if base is None:
             return self._call_adapted(super().call, inputs, training)
         outputs, rows, kept = base

@@ -8,11 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import ranks
-
-if keras.backend.backend() == "torch":
-    from keras_dylora.torch_product import GateRows
-else:
-    GateRows = None
+from keras_dylora.torch_product import ON_TORCH, GateRows
 
 
 class RankGate:
@@ -37,7 +33,7 @@ class RankGate:
             aggregation="only_first_replica",
             name="gate",
         )
-        self._rows = GateRows() if GateRows else None
+        self._rows = GateRows() if ON_TORCH else None
 
     @property
     def active_ranks(self):

@@ -2,10 +2,15 @@
 
 Keras adds the bias of a `Dense` in a pass of its own, and attention
 projections are an `einsum`. As products of matrices, the bias and the adapter
-are added within a product. Imported on torch alone.
+are added within a product. Of no use on another backend, where `ON_TORCH` is
+false: compilers do this themselves.
 """
 
-import torch
+import keras
+
+ON_TORCH = keras.backend.backend() == "torch"
+if ON_TORCH:
+    import torch
 
 
 def base(layer, inputs):
