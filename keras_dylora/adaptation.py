@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 
 import keras
 import numpy as np
@@ -169,6 +170,28 @@ class Adaptation:
     def rank_chosen(self):
         """Within it, the layers know that their rank is meant."""
         return self._gates_with("chosen", dict.fromkeys(self.gates, True))
+
+    def warn_of_idle(self):
+        """Warns once of layers that training never called.
+
+        `enable_dylora` leaves out those of a functional model; what it can't
+        trace shows here.
+        """
+        idle = [
+            path
+            for path, layer in self.layers.items()
+            if layer._gate.index not in layer._gate.gate.read
+        ]
+        if idle and len(idle) < len(self.layers):
+            warnings.warn(
+                "Adapted layers that the model never calls aren't trained, "
+                "and their updates would count in `merge` alone: leave them "
+                f"out of `target_layers`. Received: {idle}",
+                stacklevel=3,
+            )
+            for path in idle:
+                row = self.layers[path]._gate
+                row.gate.read.add(row.index)
 
     def _by_gate(self, values):
         """Dict of gate to dict of row to the value of its layer."""

@@ -387,7 +387,9 @@ class DyLoRAModel(keras.Model):
                 kwargs,
                 training.OrderAfterFullRank(training.write_back),
             )
-        return super().fit(*args, **kwargs)
+        history = super().fit(*args, **kwargs)
+        self._dylora.warn_of_idle()
+        return history
 
     @property
     def _full_rank_steps(self):

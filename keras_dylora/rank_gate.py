@@ -23,6 +23,7 @@ class RankGate:
         self.scale = scale
         self.override = {}  # by row, what layers read in place of it
         self.chosen = False  # whether a step or a `rank_scope` set the rank
+        self.read = set()  # the rows that a call has read
         self.variable = keras.Variable(
             # Callable, as a layer may be built while JAX traces.
             lambda shape, dtype: scale.gate([scale.rank] * layers),
@@ -78,6 +79,7 @@ class GateRow:
 
     def value(self, dtype):
         """`(rank,)`, or `(batch, rank)` where examples have their own rank."""
+        self.gate.read.add(self.index)
         if self.override is not None:
             return ops.cast(self.override, dtype)
         return self.gate.row(self.index, dtype)

@@ -56,6 +56,30 @@ def test_a_layer_that_is_never_called_is_left_out(capsys):
     )
 
 
+class Subclassed(keras.Model):
+    """Nothing of it can be traced before it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = ReadsAKernel(name="block")
+
+    def call(self, x):
+        return self.block(x)
+
+
+def test_a_layer_that_training_never_calls_is_warned_of():
+    model, x = Subclassed(), np.ones((4, 6), "float32")
+    model(x)
+    kd.enable_dylora(model, rank=2, trainable_layers=())
+    assert len(model.dylora_layers) == 2
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match=r"never calls.*\['block/value'\]"):
+        model.fit(x, np.ones((4, 5)), verbose=0)
+    with warnings.catch_warnings(record=True) as caught:
+        model.fit(x, np.ones((4, 5)), verbose=0)
+    assert not [w for w in caught if "never calls" in str(w.message)]  # once
+
+
 def test_nothing_but_layers_that_are_never_called():
     model = reads_a_kernel()
     with pytest.raises(ValueError, match=r"calls.*\['block/value'\]"):
