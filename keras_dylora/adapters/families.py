@@ -25,12 +25,15 @@ class Blocks:
             their Keras layers have in theirs. One that begins with a slash is
             at the top, where Keras numbers it.
         first: int. The number of the first one in KerasHub. Defaults to `0`.
+        ungated: dict that counts in place of `linear` where the model has no
+            gates and so lacks some of its layers. Defaults to `None`, none.
     """
 
     name: str
     keras: str
     linear: dict
     first: int = 0
+    ungated: dict | None = None
 
     def modules(self, paths):
         """The linear layers of all blocks of a model, with Keras's paths."""
@@ -39,7 +42,13 @@ class Blocks:
             block = self.keras.format(i + self.first)
             if not any(path.startswith(f"{block}/") for path in paths):
                 return found
-            for name, layers in self.linear.items():
+            linear = self.linear
+            if self.ungated and not any(
+                path.startswith(f"{block}/") and "gate" in path
+                for path in paths
+            ):
+                linear = self.ungated
+            for name, layers in linear.items():
                 found[f"{self.name.format(i)}.{name}"] = tuple(
                     f"{layer[1:]}_{i}".removesuffix("_0")
                     if layer.startswith("/")
@@ -220,14 +229,24 @@ def _t5(keras, number, name):
     )
 
 
-def _t5_feedforward(number):
-    """Of a gated T5, as 1.1 and Flan are."""
+def _t5_blocks(half, attention, number):
+    """Blocks with the feed-forward layers of T5 1.1 and Flan, or of T5."""
     name = f"layer.{number}.DenseReluDense"
-    return {
+    gated = {
         f"{name}.wi_0": ("input_projector",),
         f"{name}.wi_1": ("gate_projector",),
         f"{name}.wo": ("output_projector",),
     }
+    ungated = {
+        f"{name}.wi": ("input_projector",),
+        f"{name}.wo": ("output_projector",),
+    }
+    return Blocks(
+        f"{half}.block.{{}}",
+        f"transformer_{half}_layer_{{}}",
+        attention | gated,
+        ungated=attention | ungated,
+    )
 
 
 def _stack(backbone, linear, keras=_LAYER, name="encoder.layer.{}", **rest):
@@ -443,18 +462,16 @@ LAYOUTS = {
         Layout(
             "T5Backbone",
             (
-                Blocks(
-                    "encoder.block.{}",
-                    "transformer_encoder_layer_{}",
-                    _t5("self_attention", 0, "SelfAttention")
-                    | _t5_feedforward(1),
+                _t5_blocks(
+                    "encoder",
+                    _t5("self_attention", 0, "SelfAttention"),
+                    1,
                 ),
-                Blocks(
-                    "decoder.block.{}",
-                    "transformer_decoder_layer_{}",
+                _t5_blocks(
+                    "decoder",
                     _t5("self_attention", 0, "SelfAttention")
-                    | _t5("cross_attention", 1, "EncDecAttention")
-                    | _t5_feedforward(2),
+                    | _t5("cross_attention", 1, "EncDecAttention"),
+                    2,
                 ),
             ),
         ),

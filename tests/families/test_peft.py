@@ -155,6 +155,33 @@ def t5_names(weights):
     return names
 
 
+def t5(gated):
+    return (
+        of(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-relu" if gated else "relu",
+        ),
+        by_hand(
+            "T5Seq2SeqLM",
+            "T5Backbone",
+            t5_names,
+            vocabulary_size=VOCABULARY,
+            num_heads=2,
+            activation="relu",
+            use_gated_activation=gated,
+            dropout=0.0,
+        ),
+    )
+
+
 FAMILIES = {
     "xlm-roberta": (
         of(
@@ -531,30 +558,8 @@ FAMILIES = {
             bucket_size=4,
         ),
     ),
-    "t5": (
-        of(
-            "T5ForConditionalGeneration",
-            "T5Config",
-            vocab_size=VOCABULARY,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=2,
-            num_heads=2,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-relu",
-        ),
-        by_hand(
-            "T5Seq2SeqLM",
-            "T5Backbone",
-            t5_names,
-            vocabulary_size=VOCABULARY,
-            num_heads=2,
-            activation="relu",
-            use_gated_activation=True,
-            dropout=0.0,
-        ),
-    ),
+    "t5": t5(gated=False),
+    "t5-gated": t5(gated=True),
     "bart": (
         of(
             "BartForConditionalGeneration",
