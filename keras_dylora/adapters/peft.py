@@ -64,7 +64,7 @@ def to_peft(
         model: an enabled KerasHub text classifier of RoBERTa, XLM-R, BERT,
             DistilBERT, ALBERT or DeBERTa-v3, a causal LM of GPT-2, OPT, Bloom,
             Falcon, GPT-NeoX, Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to
-            3, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or gated T5,
+            3, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or T5,
             an image classifier of ViT, or the backbone of one, or of ELECTRA.
         directory: str or path. Written beside, then renamed.
         rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
