@@ -132,9 +132,12 @@ def test_in_place_and_back(case):
 
     randomize_adapters(model)
     model.set_rank(0)
-    assert_same(by_hand(model, x), expected)
-    for a, b in zip(outputs(model, x), compiled, strict=True):
-        # XLA fuses another program in another way: a last bit may differ.
+    if backend.NAME != "torch":
+        assert_same(by_hand(model, x), expected)
+    # XLA fuses another program in another way, and on torch an adapted layer
+    # adds its bias within the product: a last bit may differ.
+    found = [*by_hand(model, x), *outputs(model, x)]
+    for a, b in zip(found, [*expected, *compiled], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     model.set_rank(3)
     changed = by_hand(model, x)
