@@ -388,7 +388,9 @@ class DyLoRAModel(keras.Model):
                 training.OrderAfterFullRank(training.write_back),
             )
         history = super().fit(*args, **kwargs)
-        self._dylora.warn_of_idle()
+        # On TensorFlow, a subclassed model is built in its first step only.
+        if hasattr(self, "_dylora"):
+            self._dylora.warn_of_idle()
         return history
 
     @property

@@ -307,3 +307,19 @@ def test_a_weight_without_axes_keeps_its_shape(tmp_path):
     kd.load_adapter(other, tmp_path / "adapter")
     factor = other.get_layer("scaled").factor
     assert factor.shape == () and float(factor) == 3.0
+
+
+class Unbuilt(kd.DyLoRAModel):
+    def __init__(self):
+        super().__init__()
+        self.hidden = kd.DyLoRADense(3, rank=2)
+
+    def call(self, x):
+        return self.hidden(x)
+
+
+def test_fit_without_a_step():
+    """As where `BackupAndRestore` finds that all epochs are done."""
+    model = Unbuilt()
+    model.compile("sgd", "mse")
+    assert model.fit(*mlp_data(), epochs=0, verbose=0).history == {}
