@@ -9,6 +9,7 @@ import contextlib
 
 import keras
 import numpy as np
+from keras import ops
 from keras.src.backend.common.global_state import get_global_attribute
 
 # Live objects change their class, and built layers their variables.
@@ -76,7 +77,7 @@ def keeps_own_state(cls):
     base class, as Keras rewrites the bases of a functional model's class.
     """
 
-    def variables(self):
+    def variables(self: keras.Layer) -> list[keras.Variable]:
         return [*self._own_state().values(), *super(cls, self).variables]
 
     def children(self, save_type="checkpoint", **kwargs):
@@ -243,6 +244,30 @@ def optimizer_state(optimizer):
 
 
 # Compiling.
+
+
+def own_value(variable):
+    """What a variable holds, not a copy, for `replace_value` to bring back.
+
+    On TensorFlow and JAX a variable that takes another value leaves this one
+    alone. On torch it writes into it, so only `replace_value` may follow.
+    """
+    if keras.backend.backend() == "torch":
+        return variable.value.data
+    return ops.convert_to_tensor(variable)
+
+
+def replace_value(variable, value):
+    """Has a variable hold a value, which on torch it doesn't copy.
+
+    Of hundreds of variables, that is most of the time of an `assign`.
+    """
+    if keras.backend.backend() == "torch":
+        parameter = variable.value
+        value = ops.convert_to_tensor(value, variable.dtype)
+        parameter.data = value.detach().to(parameter.device)
+    else:
+        variable.assign(value)
 
 
 def compile_arguments(model):

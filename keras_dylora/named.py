@@ -44,7 +44,7 @@ class _Kept:
     ranks: list
     state: list
     optimizer: object = None
-    slots: list = ()
+    slots: list | tuple = ()
 
 
 class NamedAdapters:
@@ -161,28 +161,28 @@ class NamedAdapters:
     def _live(self):
         optimizer = self._optimizer()
         return _Kept(
-            _copies(self._variables),
+            _values(self._variables),
             self.limit,
             list(self.adaptation.ranks.values()),
-            _copies(self.adaptation.state.values()),
+            _values(self.adaptation.state.values()),
             optimizer,
-            _copies(_slots(optimizer)),
+            _values(_slots(optimizer)),
         )
 
     def _put(self, kept):
-        _assign(self._variables, kept.values)
+        _replace(self._variables, kept.values)
         self.limit = None  # the ranks are within the new one
         layers = self.adaptation.layers
         self.adaptation.set_ranks(dict(zip(layers, kept.ranks, strict=True)))
         self.limit = kept.limit
-        _assign(self.adaptation.state.values(), kept.state)
+        _replace(self.adaptation.state.values(), kept.state)
         optimizer, slots = self._optimizer(), kept.slots
         if optimizer is not None and kept.optimizer is not optimizer:
             fresh = _keras.fresh_optimizer(optimizer)
             fresh.build(self.adaptation.model.trainable_variables)
-            slots = _copies(_slots(fresh))
+            slots = _values(_slots(fresh))
         if optimizer is not None:
-            _assign(_slots(optimizer), slots)
+            _replace(_slots(optimizer), slots)
 
     def _own_variables(self):
         model, layers = self.adaptation.model, self.adaptation.layers.values()
@@ -253,6 +253,10 @@ def _copies(variables):
     return [ops.copy(ops.convert_to_tensor(v)) for v in variables]
 
 
-def _assign(variables, values):
+def _values(variables):
+    return [_keras.own_value(v) for v in variables]
+
+
+def _replace(variables, values):
     for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
+        _keras.replace_value(variable, value)

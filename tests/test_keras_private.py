@@ -264,6 +264,22 @@ def optimizer_state():
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
 
 
+def own_value():
+    variable = keras.Variable([1.0, 2.0])
+    held = _keras.own_value(variable)
+    _keras.replace_value(variable, keras.ops.ones(2))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(held), [1, 2])
+
+
+def replace_value():
+    variable = keras.Variable([1.0, 2.0])
+    value = keras.ops.convert_to_tensor([3.0, 4.0])
+    _keras.replace_value(variable, value)
+    np.testing.assert_array_equal(variable.numpy(), [3, 4])
+    if backend.NAME == "torch":
+        assert variable.value.data_ptr() == value.data_ptr()
+
+
 def public_optimizers():
     model = compiled()
     config = _keras.public_optimizers(model.get_compile_config())
@@ -295,6 +311,8 @@ BREAKS = {
     compile_arguments: "merge: compiled as the model is",
     optimizer_state: "set_adapter: an adapter would get another learning rate",
     fresh_optimizer: "enable, disable, truncate and merge of a trained model",
+    own_value: "set_adapter: an adapter that isn't live changes",
+    replace_value: "torch: set_adapter copies all that an adapter has",
     public_optimizers: "files of torch on other backends",
     settled_jit: "files of JAX take minutes to train on torch",
 }

@@ -270,14 +270,14 @@ def test_an_interruption_leaves_the_active_one(monkeypatch):
     model.add_adapter("other")
     randomize_adapters(model, seed=5)
     before = outputs(model)
-    assign = named._assign
+    assign = named._replace
 
     def interrupted(variables, values):
-        monkeypatch.setattr(named, "_assign", assign)
+        monkeypatch.setattr(named, "_replace", assign)
         assign(variables[:3], values[:3])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(named, "_assign", interrupted)
+    monkeypatch.setattr(named, "_replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.set_adapter("default")
     assert model.active_adapter == "other"
