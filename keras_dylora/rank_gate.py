@@ -65,6 +65,12 @@ class RankGate:
             return self._rows.row(self.variable, index, dtype)
         return ops.cast(ops.convert_to_tensor(self.variable)[index], dtype)
 
+    def newest(self, index):
+        """Which column is that of the rank of one layer, a mask `(rank,)`."""
+        if self._rows:
+            return self._rows.newest(self.variable, index)
+        return ranks.newest(ops.convert_to_tensor(self.variable)[index])
+
     def assign(self, row):
         """Sets the gates of a step, all alike: `(rank,)`."""
         self.variable.assign(ops.broadcast_to(row, self.variable.shape))
@@ -83,6 +89,12 @@ class GateRow:
         if self.override is not None:
             return ops.cast(self.override, dtype)
         return self.gate.row(self.index, dtype)
+
+    def newest(self):
+        """Which column is that of the rank, a mask `(rank,)`."""
+        if self.override is not None:
+            return ranks.newest(self.override)
+        return self.gate.newest(self.index)
 
     @property
     def override(self):

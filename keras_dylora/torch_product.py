@@ -8,6 +8,8 @@ false: compilers do this themselves.
 
 import keras
 
+from keras_dylora import ranks
+
 ON_TORCH = keras.backend.backend() == "torch"
 if ON_TORCH:
     import torch
@@ -60,17 +62,25 @@ class GateRows:
 
     def __init__(self):
         self._value = self._state = None
-        self._rows = {}  # by dtype
+        self._rows = {}  # by name
 
     def row(self, variable, index, dtype):
-        value, dtype = variable.value, getattr(torch, dtype)
+        def cast_row(value):
+            return value.to(getattr(torch, dtype), copy=True)
+
+        return self._row(variable, index, dtype, cast_row)
+
+    def newest(self, variable, index):
+        return self._row(variable, index, "newest", ranks.newest)
+
+    def _row(self, variable, index, name, function):
+        value = variable.value
         if torch.compiler.is_compiling():
-            return value[index].to(dtype, copy=True)
+            return function(value[index])
         # `_version` counts what is assigned; another place is another device.
         state = value.data_ptr(), value._version
         if self._value is not value or self._state != state:
             self._value, self._state, self._rows = value, state, {}
-        if dtype not in self._rows:
-            copy = value.detach().to(dtype, copy=True)
-            self._rows[dtype] = copy.unbind()
-        return self._rows[dtype][index]
+        if name not in self._rows:
+            self._rows[name] = function(value.detach()).unbind()
+        return self._rows[name][index]

@@ -20,7 +20,9 @@ match keras.backend.backend():
     case "jax":
         from keras_dylora.training import stateless as skin
     case _:
-        from keras_dylora.training import stateful as skin
+        from keras_dylora.training import (  # type: ignore[no-redef]
+            stateful as skin,
+        )
 
 forward = skin.forward
 restore_rank_on_error = skin.restore_rank_on_error

@@ -16,7 +16,8 @@ def train_step(model, keras_step, data):
         model.start_training()
     gates = [gate.variable for gate in model._dylora.gates]
     inference = [ops.copy(gate) for gate in gates]
-    before = [ops.copy(variable) for variable, _ in step.masked(model)]
+    masked = step.masked(model)
+    before = [ops.copy(variable) for variable, _ in masked]
     iterations = ops.copy(model.optimizer.iterations)
     try:
         examples, drawn = step.begin(model, data)
@@ -26,7 +27,7 @@ def train_step(model, keras_step, data):
         for gate, value in zip(gates, inference, strict=True):
             gate.assign(value)
     if model._dylora.config.frozen:
-        step.hold(model, before, iterations)
+        step.hold(model, masked, before, iterations)
     return {**logs, **drawn}
 
 

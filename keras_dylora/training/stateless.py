@@ -22,7 +22,8 @@ def train_step(model, keras_step, state, data):
     gates = [gate.variable for gate in model._dylora.gates]
     with _scope(model, trainable, non_trainable, optimizer) as scope:
         inference = [scope.get_current_value(gate) for gate in gates]
-        before = [scope.get_current_value(v) for v, _ in step.masked(model)]
+        masked = step.masked(model)
+        before = [scope.get_current_value(v) for v, _ in masked]
         iterations = ops.convert_to_tensor(model.optimizer.iterations)
         examples, drawn = step.begin(model, data)
     state = (trainable, _values(scope, model)[1], optimizer, metrics)
@@ -32,7 +33,7 @@ def train_step(model, keras_step, state, data):
         for gate, value in zip(gates, inference, strict=True):
             gate.assign(value)
         if model._dylora.config.frozen:
-            step.hold(model, before, iterations)
+            step.hold(model, masked, before, iterations)
     return {**logs, **drawn}, (*_values(scope, model), state[3])
 
 

@@ -155,16 +155,16 @@ def adapter_slots(model, accumulators=False):
             yield slot, owner, adapters[id(owner)]
 
 
-def hold(model, values, iterations):
+def hold(model, masked, values, iterations):
     """Puts back what the step may not have changed.
 
-    Takes the values of `masked(model)` and the optimizer's iterations before
-    it. With gradient accumulation, an update may change the columns of all
-    ranks drawn since the update before.
+    Takes `masked(model)`, and the values of it and of the optimizer's
+    iterations before the step. With gradient accumulation, an update may
+    change the columns of all ranks drawn since the update before.
     """
     opened = ops.convert_to_tensor(model._dylora.open_columns)
     mask = ops.greater(opened, 0)
-    for (variable, by_column), value in zip(masked(model), values, strict=True):
+    for (variable, by_column), value in zip(masked, values, strict=True):
         mine = mask if by_column else ops.expand_dims(mask, -1)
         after = ops.convert_to_tensor(variable)
         variable.assign(ops.where(mine, after, value))
