@@ -1,11 +1,14 @@
 """RankAllocation: a rank for each adapted layer, taken wherever a rank is."""
 
 import collections
-import collections.abc
 import json
+import os
 import pathlib
 import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Self
 
+import keras
 from rich import box
 from rich.table import Table
 
@@ -13,8 +16,11 @@ from keras_dylora import figures, files, summary
 from keras_dylora.layers import matrix_shape
 from keras_dylora.ranks import as_rank, by_layer
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-class RankAllocation(collections.abc.Mapping):
+
+class RankAllocation(Mapping[str, int]):
     """A rank for each adapted layer of a model, in place of one for all.
 
     It is taken wherever a rank is: `set_rank`, `rank_scope`,
@@ -44,48 +50,53 @@ class RankAllocation(collections.abc.Mapping):
     ```
     """
 
-    def __init__(self, ranks, matrices, max_rank):
+    def __init__(
+        self,
+        ranks: Mapping[str, int],
+        matrices: Mapping[str, tuple[int, int]],
+        max_rank: int,
+    ) -> None:
         self.max_rank = as_rank(max_rank, 1, 2**31 - 1, "max_rank")
         self.ranks = by_layer(dict(ranks), matrices, self.max_rank)
         self.matrices = {p: tuple(matrices[p]) for p in self.ranks}
 
     @classmethod
-    def of(cls, model, ranks):
+    def of(cls, model: keras.Model, ranks: Mapping[str, int]) -> Self:
         """That of a model with these ranks, a dict of path to int."""
         layers = model._dylora.layers
         matrices = {path: matrix_shape(x) for path, x in layers.items()}
         return cls(ranks, matrices, model.dylora_config.rank)
 
     @property
-    def parameters(self):
+    def parameters(self) -> int:
         """int. The parameters of the adapters at these ranks."""
         return sum(b * sum(self.matrices[p]) for p, b in self.ranks.items())
 
     @property
-    def share(self):
+    def share(self) -> float:
         """float. `parameters` over those at the maximum rank."""
         columns = sum(sum(shape) for shape in self.matrices.values())
         return self.parameters / (columns * self.max_rank)
 
     @property
-    def label(self):
+    def label(self) -> str:
         """str. A name for tables: the lowest and highest rank, the share."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
         return f"{low} to {high}, {self.share:.1%}"
 
-    def __getitem__(self, path):
+    def __getitem__(self, path: str) -> int:
         return self.ranks[path]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.ranks)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ranks)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(frozenset(self.ranks.items()))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"RankAllocation({len(self)} layers, ranks {self.label})"
 
     def _grid(self):
@@ -98,7 +109,7 @@ class RankAllocation(collections.abc.Mapping):
             kinds[re.sub(r"_?\d+", "", path)].append(b)
         return kinds
 
-    def __str__(self):
+    def __str__(self) -> str:
         grid = self._grid()
         table = Table(box=box.SIMPLE_HEAD)
         table.add_column("ranks of layers", overflow="fold")
@@ -111,7 +122,7 @@ class RankAllocation(collections.abc.Mapping):
             f"{self.share:.1%} of those at rank {self.max_rank}"
         )
 
-    def to_json(self, path=None):
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The allocation as JSON, also written to `path` if one is given.
 
         Returns:
@@ -129,7 +140,7 @@ class RankAllocation(collections.abc.Mapping):
         return text
 
     @classmethod
-    def from_json(cls, path):
+    def from_json(cls, path: str | os.PathLike[str]) -> Self:
         """Reads the file that `to_json` wrote.
 
         Raises:
@@ -145,7 +156,7 @@ class RankAllocation(collections.abc.Mapping):
                 f"Received: {str(path)!r} ({error!r})"
             ) from error
 
-    def plot(self, path=None):
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
         """Draws the ranks as a heat map, of depth and kind of layer.
 
         Args:

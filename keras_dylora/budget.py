@@ -10,6 +10,8 @@ down; at the end they are rounded.
 import itertools
 import numbers
 import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import keras
 import numpy as np
@@ -25,15 +27,52 @@ FIRST, LAST = 0.1, 0.0125  # the largest change in a step, over the maximum
 MOMENTUM = 0.5
 
 
+@overload
 def allocate_ranks(
-    model,
-    x,
-    y=None,
-    budget=0.5,
-    sample_weight=None,
-    batch_size=32,
-    verbose="auto",
-):
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    budget: float = 0.5,
+    sample_weight: Any = None,
+    batch_size: int = 32,
+    verbose: int | Literal["auto"] = "auto",
+) -> RankAllocation: ...
+
+
+@overload
+def allocate_ranks(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    budget: Sequence[float],
+    sample_weight: Any = None,
+    batch_size: int = 32,
+    verbose: int | Literal["auto"] = "auto",
+) -> list[RankAllocation]: ...
+
+
+@overload
+def allocate_ranks(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    budget: Sequence[float],
+    sample_weight: Any = None,
+    batch_size: int = 32,
+    verbose: int | Literal["auto"] = "auto",
+) -> list[RankAllocation]: ...
+
+
+def allocate_ranks(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    budget: float | Sequence[float] = 0.5,
+    sample_weight: Any = None,
+    batch_size: int = 32,
+    verbose: int | Literal["auto"] = "auto",
+) -> RankAllocation | list[RankAllocation]:
     """Finds a rank for each layer under a budget of adapter parameters.
 
     Layers gain from ranks unequally. A model that was trained for every rank

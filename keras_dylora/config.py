@@ -4,6 +4,8 @@ import dataclasses
 import math
 import numbers
 import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import keras
 
@@ -15,6 +17,12 @@ from keras_dylora.distributions import (
 )
 from keras_dylora.ranks import SCALINGS, Scale, as_rank
 from keras_dylora.training.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    from keras_dylora.geometry import Factors
+
+# Names, paths or regular expressions, or a function of a path and its layer.
+Layers = str | Sequence[str] | Callable[[str, keras.Layer], bool] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,7 @@ class AdapterArguments:
     dropout: float = 0.0
     scaling: str = "rank"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rank, alpha, dropout = self.rank, self.alpha, self.dropout
         as_rank(rank, 1, 2**31 - 1, "rank")
         as_rank(self.min_rank, 1, rank, "min_rank")
@@ -49,11 +57,13 @@ class AdapterArguments:
         # NumPy's scalars are taken, but JSON and Keras need Python's.
         for field in dataclasses.fields(self):
             object.__setattr__(
-                self, field.name, field.type(getattr(self, field.name))
+                self,
+                field.name,
+                field.type(getattr(self, field.name)),  # type: ignore[operator]
             )
 
     @classmethod
-    def of(cls, source):
+    def of(cls, source: Any) -> Self:
         """The arguments that a layer or a config has as attributes."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: getattr(source, name) for name in names})
@@ -143,8 +153,8 @@ class DyLoRAConfig:
     rank: int = 8
     min_rank: int = 1
     alpha: float = 16.0
-    target_layers: object = None
-    trainable_layers: object = None
+    target_layers: Layers = None
+    trainable_layers: Layers = None
     rank_distribution: str | RankDistribution = "uniform"
     frozen: bool = False
     dropout: float = 0.0
@@ -154,7 +164,7 @@ class DyLoRAConfig:
     draw: str = "step"
     full_rank_steps: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         arguments = dataclasses.asdict(AdapterArguments.of(self))
         for name, value in arguments.items():
             object.__setattr__(self, name, value)
@@ -182,7 +192,7 @@ class DyLoRAConfig:
             )
 
     @classmethod
-    def progressive(cls, full_rank_steps, **fields):
+    def progressive(cls, full_rank_steps: int, **fields: Any) -> Self:
         """The recipe that makes every rank as good as we know how to.
 
         LoRA at the maximum rank first; then its columns are put in order, and
@@ -219,17 +229,17 @@ class DyLoRAConfig:
         return cls(full_rank_steps=full_rank_steps, **{**recipe, **fields})
 
     @property
-    def scale(self):
+    def scale(self) -> Scale:
         """The `Scale` that `rank`, `alpha` and `scaling` stand for."""
         return Scale(self.rank, self.alpha, self.scaling)
 
     @property
-    def distribution(self):
+    def distribution(self) -> RankDistribution:
         """The `RankDistribution` that `rank_distribution` stands for."""
         return get_distribution(self.rank_distribution)
 
     @property
-    def rank_probabilities(self):
+    def rank_probabilities(self) -> dict[int, float]:
         """Dict of the ranks that are trained to their probabilities."""
         probabilities = self.distribution.probabilities(
             self.min_rank, self.rank
@@ -240,7 +250,12 @@ class DyLoRAConfig:
             if p > 0
         }
 
-    def truncated(self, ranks, adapters, stacklevel=3):
+    def truncated(
+        self,
+        ranks: Collection[int],
+        adapters: "Iterable[Factors]",
+        stacklevel: int = 3,
+    ) -> Self:
         """The config of this run's adapters when they are cut to `ranks`.
 
         One for each of the `Factors` that are cut, which need be trained at it
@@ -256,7 +271,7 @@ class DyLoRAConfig:
             )
         return self.at_maximum(rank)
 
-    def at_maximum(self, rank):
+    def at_maximum(self, rank: int) -> Self:
         """The config of adapters that are cut to a maximum rank."""
         distribution = self.rank_distribution
         if isinstance(distribution, Categorical):
@@ -277,7 +292,7 @@ class DyLoRAConfig:
             rank_distribution=distribution,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -298,7 +313,7 @@ class DyLoRAConfig:
         return config
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         config = dict(config)
         config["rank_distribution"] = _revived(config)
         return cls(**config)

@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -18,33 +20,33 @@ class RankDistribution:
     A subclass gives `weights(ranks)`, one non-negative weight for each rank.
     """
 
-    def weights(self, ranks):
+    def weights(self, ranks: Sequence[int]) -> Sequence[float]:
         raise NotImplementedError
 
-    def probabilities(self, min_rank, rank):
+    def probabilities(self, min_rank: int, rank: int) -> np.ndarray:
         """Probabilities of the ranks `min_rank..rank`, a float64 array."""
         weights = np.asarray(
             self.weights(range(min_rank, rank + 1)), dtype="float64"
         )
         return weights / weights.sum()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         return cls(**config)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return (
             type(self) is type(other)
             and self.get_config() == other.get_config()
         )
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((type(self), repr(self)))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = ", ".join(
             f"{k}={v!r}" for k, v in self.get_config().items()
         )
@@ -74,18 +76,20 @@ class Uniform(RankDistribution):
     - [DyLoRA, Algorithm 1 and Table 4](https://arxiv.org/abs/2210.07558)
     """
 
-    def __init__(self, full=0.0):
+    full: float
+
+    def __init__(self, full: float = 0.0) -> None:
         if not isinstance(full, numbers.Real) or not 0 <= full <= 1:
             raise ValueError(
                 f"`full` must be between 0 and 1. Received: full={full!r}"
             )
         self.full = float(full)
 
-    def weights(self, ranks):
+    def weights(self, ranks: Sequence[int]) -> list[float]:
         share = 1.0 - self.full
         return [share] * (len(ranks) - 1) + [share + self.full * len(ranks)]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"full": self.full}
 
 
@@ -111,15 +115,17 @@ class Geometric(RankDistribution):
     Reference: [DyLoRA, Table 4](https://arxiv.org/abs/2210.07558)
     """
 
-    def __init__(self, p=0.15):
+    p: float
+
+    def __init__(self, p: float = 0.15) -> None:
         if not isinstance(p, numbers.Real) or not 0.0 < p < 1.0:
             raise ValueError(f"`p` must be between 0 and 1. Received: p={p!r}")
         self.p = float(p)
 
-    def weights(self, ranks):
+    def weights(self, ranks: Sequence[int]) -> list[float]:
         return [(1.0 - self.p) ** (b - ranks[0]) for b in ranks]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"p": self.p}
 
 
@@ -145,13 +151,13 @@ class Categorical(RankDistribution):
     ```
     """
 
-    def __init__(self, weights):
+    def __init__(self, weights: dict[int, float] | dict[int, int]) -> None:
         if not isinstance(weights, dict) or not weights:
             raise TypeError(
                 "`weights` must be a dict of rank to weight. "
                 f"Received: weights={weights!r}"
             )
-        self.by_rank = {}
+        self.by_rank: dict[int, float] = {}
         for b, weight in weights.items():
             # JSON turns integer keys into strings.
             b = int(b) if isinstance(b, str) and b.isdecimal() else b
@@ -172,7 +178,7 @@ class Categorical(RankDistribution):
                 f"Received: weights={weights!r}"
             )
 
-    def weights(self, ranks):
+    def weights(self, ranks: Sequence[int]) -> list[float]:
         outside = sorted(set(self.by_rank) - set(ranks))
         if outside:
             raise ValueError(
@@ -181,11 +187,11 @@ class Categorical(RankDistribution):
             )
         return [self.by_rank.get(b, 0.0) for b in ranks]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"weights": {str(b): w for b, w in self.by_rank.items()}}
 
 
-def get_distribution(identifier):
+def get_distribution(identifier: Any) -> RankDistribution:
     """A `RankDistribution` from its name, its config or itself."""
     names = {"uniform": Uniform, "geometric": Geometric}
     if isinstance(identifier, RankDistribution):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
 import keras
 
@@ -13,6 +14,7 @@ from keras_dylora.model import DyLoRAModel, adaptation_of
 from keras_dylora.paths import layer_paths
 from keras_dylora.summary import announcement
 from keras_dylora.targets import find_targets, listing
+from keras_dylora.types import Model
 
 # What PEFT calls it, and what it is called here.
 OTHER_NAMES = {
@@ -40,7 +42,12 @@ def _warn_of_quantized(model, trained_layers):
         )
 
 
-def enable_dylora(model, config=None, verbose=1, **overrides):
+def enable_dylora(
+    model: Model,
+    config: DyLoRAConfig | None = None,
+    verbose: int = 1,
+    **overrides: Any,
+) -> Model:
     """Upgrades a built Keras or KerasHub model to DyLoRA, in place.
 
     The target layers get an adapter (no base weight is copied), the backbone
@@ -137,7 +144,7 @@ def enable_dylora(model, config=None, verbose=1, **overrides):
     return model
 
 
-def disable_dylora(model):
+def disable_dylora(model: Model) -> Model:
     """Takes the adapters off again: the original model, bit for bit.
 
     The trained head keeps its values. To keep the adapter too, use `merge`.

@@ -3,6 +3,7 @@
 import collections.abc
 import importlib.util
 import itertools
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,9 +14,16 @@ from keras_dylora import summary
 from keras_dylora.allocation import RankAllocation
 from keras_dylora.model import adaptation_of
 from keras_dylora.report import RankReport
+from keras_dylora.types import Rank
 
 
-def evaluate_ranks(model, x, y=None, ranks=None, **evaluate_kwargs):
+def evaluate_ranks(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    ranks: collections.abc.Iterable[Rank] | None = None,
+    **evaluate_kwargs: Any,
+) -> RankReport:
     """Evaluates a model at every rank, with one compiled function.
 
     Inputs that the model preprocesses (raw strings) are preprocessed once,
@@ -277,13 +285,23 @@ class RankEvaluation(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, data, ranks=None, every=1, **evaluate_kwargs):
+    _ready: Any
+    _prepared_for: Any
+
+    def __init__(
+        self,
+        data: Any,
+        ranks: collections.abc.Sequence[int] | None = None,
+        every: int = 1,
+        **evaluate_kwargs: Any,
+    ) -> None:
         super().__init__()
         if hasattr(ranks, "shape"):  # targets
             raise TypeError(
                 "The data must be one argument, `(x, y)` or a dataset, and "
                 "`ranks` a list of integers. "
-                f"Received: ranks={type(ranks)} of shape {ranks.shape}"
+                f"Received: ranks={type(ranks)} of shape "
+                f"{ranks.shape}"  # type: ignore[union-attr]
             )
         if any(isinstance(b, RankAllocation) for b in ranks or ()):
             raise TypeError(
@@ -296,7 +314,7 @@ class RankEvaluation(keras.callbacks.Callback):
         self.every = rank_functions.as_rank(every, 1, 2**31 - 1, "every")
         self._ready = self._prepared_for = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         model = self.model
         # On TensorFlow, a subclassed model is built in its first step only.
         if model.built:
@@ -313,9 +331,12 @@ class RankEvaluation(keras.callbacks.Callback):
             self._ready = EvaluationData(model, x, y, kwargs)
             self._prepared_for = prepared_for
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if (epoch + 1) % self.every:
             return
+        logs = {} if logs is None else logs
         chosen = _chosen(self.model, self.ranks)
         report = self._ready.report(self.model, chosen, verbose=0)
         for b, metrics in report.metrics.items():

@@ -59,7 +59,7 @@ class DyLoRADense(LowRankAdapter, keras.layers.Dense):
     original_class = keras.layers.Dense
 
     @staticmethod
-    def geometry_of(layer):
+    def geometry_of(layer: keras.Layer) -> Geometry:
         inputs, units = layer.kernel.shape
         return Geometry((inputs,), (units,))
 
@@ -111,21 +111,21 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
     original_class = keras.layers.EinsumDense
 
     @staticmethod
-    def geometry_of(layer):
+    def geometry_of(layer: keras.Layer) -> Geometry:
         return Geometry.of_equation(layer.equation, layer.kernel.shape)
 
 
-ADAPTED_CLASSES = {
+ADAPTED_CLASSES: dict[type, type[LowRankAdapter]] = {
     cls.original_class: cls for cls in (DyLoRADense, DyLoRAEinsumDense)
 }
 
 
-def geometry(layer):
+def geometry(layer: keras.Layer) -> Geometry:
     """The `Geometry` of a layer that is adapted or can be."""
     cls = ADAPTED_CLASSES.get(type(layer), type(layer))
     return cls.geometry_of(layer)
 
 
-def matrix_shape(layer):
+def matrix_shape(layer: keras.Layer) -> tuple[int, int]:
     """`(inputs, outputs)` of a layer that is adapted or can be."""
     return geometry(layer).shape

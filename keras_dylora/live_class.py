@@ -62,7 +62,7 @@ def to_original_class(model):
 
 
 def _refuse(method, *args, **kwargs):
-    path, *_ = *args, *kwargs.values(), None
+    path, *_ = *args, *kwargs.values(), None  # type: ignore[misc]
     raise ValueError(
         f"{REFUSED[method]} Received: {method}({str(path)!r}) of an enabled "
         "model"

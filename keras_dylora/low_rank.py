@@ -1,6 +1,7 @@
 """The low-rank part that both adapted layers share."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import keras
 import numpy as np
@@ -11,32 +12,46 @@ from keras_dylora.config import AdapterArguments
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.rank_gate import GateRow, RankGate
 
+if TYPE_CHECKING:
+    # What it is mixed into.
+    from keras import Layer as _Base
+else:
+    _Base = object
+
 _cast = torch_product.cast if torch_product.ON_TORCH else ops.cast
 
 
 @_keras.keeps_own_state
-class LowRankAdapter:
+class LowRankAdapter(_Base):
     """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
 
     The concrete class says which matrix its base layer's kernel is, as
     `geometry_of(layer)`.
     """
 
-    original_class = None
+    original_class: type | None = None
+    rank: int
+    min_rank: int
+    alpha: float
+    frozen: bool
+    dropout: float
+    scaling: str
+    down: keras.Variable
+    up: keras.Variable
 
     def __init__(
         self,
-        *args,
-        rank=8,
-        min_rank=1,
-        alpha=16.0,
-        frozen=False,
-        dropout=0.0,
-        scaling="rank",
-        down_initializer=None,
-        up_initializer="zeros",
-        **kwargs,
-    ):
+        *args: Any,
+        rank: int = 8,
+        min_rank: int = 1,
+        alpha: float = 16.0,
+        frozen: bool = False,
+        dropout: float = 0.0,
+        scaling: str = "rank",
+        down_initializer: str | dict | keras.Initializer | None = None,
+        up_initializer: str | dict | keras.Initializer = "zeros",
+        **kwargs: Any,
+    ) -> None:
         if kwargs.get("lora_rank") is not None:
             raise ValueError(
                 f"`{type(self).__name__}` has an adapter of its own and takes "
@@ -58,13 +73,13 @@ class LowRankAdapter:
         )
         self.up_initializer = keras.initializers.get(up_initializer)
 
-    def set_arguments(self, arguments):
+    def set_arguments(self, arguments: AdapterArguments) -> None:
         """Takes over `AdapterArguments`, as attributes."""
         for name, value in dataclasses.asdict(arguments).items():
             setattr(self, name, value)
 
     @classmethod
-    def check_base(cls, layer):
+    def check_base(cls, layer: keras.Layer) -> None:
         """Raises `ValueError` if a built base layer can't take an adapter."""
         mode, rule = layer.quantization_mode, None
         if layer.kernel_constraint is not None:
@@ -80,7 +95,13 @@ class LowRankAdapter:
         cls.geometry_of(layer)
 
     @classmethod
-    def upgrade(cls, layer, arguments, row, seed):
+    def upgrade(
+        cls,
+        layer: keras.Layer,
+        arguments: AdapterArguments,
+        row: GateRow,
+        seed: int,
+    ) -> None:
         """Turns a built base layer into this class, in place.
 
         With `AdapterArguments`, a `GateRow`, and a seed of the initial values
@@ -91,20 +112,20 @@ class LowRankAdapter:
         with _keras.unlocked(layer):
             layer._build_adapter(row, seed)
 
-    def downgrade(self):
+    def downgrade(self) -> None:
         """Makes a layer that `upgrade` made its base layer again."""
         _keras.forget(self, "down", "up", "_dropout_seed")
         for name in _ATTRIBUTES:
             self.__dict__.pop(name, None)
         _keras.set_class(self, self.original_class)
 
-    def enable_lora(self, rank, *args, **kwargs):
+    def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
             "A layer has one adapter. Use `disable_dylora` before Keras's own "
             f"LoRA. Received: enable_lora({rank!r}) of {self.path}"
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         super().build(input_shape)
         row = GateRow(RankGate(1, self.scale))
         self._build_adapter(row, seed=None)
@@ -133,7 +154,9 @@ class LowRankAdapter:
         )
         self._gate = row
 
-    def truncate(self, arguments, row, rank):
+    def truncate(
+        self, arguments: AdapterArguments, row: GateRow, rank: int
+    ) -> None:
         """Cuts `down` and `up` to a new maximum rank.
 
         With the `AdapterArguments` at that rank, and its `GateRow`. Columns
@@ -155,12 +178,12 @@ class LowRankAdapter:
             variable.trainable = flag
 
     @property
-    def trainable(self):
+    def trainable(self) -> bool:
         """Whether the adapter is trainable; the base layer never is."""
         return super().trainable
 
     @trainable.setter
-    def trainable(self, value):
+    def trainable(self, value: bool) -> None:
         keras.Layer.trainable.fset(self, value)
         if hasattr(self, "_gate"):
             self._freeze_base()
@@ -174,22 +197,22 @@ class LowRankAdapter:
         return {"gate": row.gate.variable} if row else {}
 
     @property
-    def base_weights(self):
+    def base_weights(self) -> list[keras.Variable]:
         """The variables of the base layer."""
         adapter = (self.down, self.up)
         return [w for w in self.weights if all(w is not a for a in adapter)]
 
     @property
-    def scale(self):
+    def scale(self) -> ranks.Scale:
         """The `Scale` of the layer."""
         return ranks.Scale(self.rank, self.alpha, self.scaling)
 
     @property
-    def active_rank(self):
+    def active_rank(self) -> int:
         """int. The rank that the layer computes at; `rank` is the highest."""
         return self._gate.active_rank
 
-    def set_rank(self, rank):
+    def set_rank(self, rank: int) -> None:
         """Sets the rank that the layer computes at, in `0..self.rank`.
 
         `0` gives the base layer. Layers that `enable_dylora` adapts share one
@@ -202,7 +225,7 @@ class LowRankAdapter:
             )
         self._gate.gate.set_rank(rank)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         base = None
         if torch_product.ON_TORCH:
             base = torch_product.base(self, inputs)
@@ -213,7 +236,7 @@ class LowRankAdapter:
         outputs = torch_product.add_product(self, outputs, bottleneck, up, kept)
         return outputs if self._is_linear else self.activation(outputs)
 
-    def quantized_call(self, inputs, training=None):
+    def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
         return self._call_adapted(super().quantized_call, inputs, training)
 
     def _call_adapted(self, base_call, inputs, training):
@@ -247,10 +270,9 @@ class LowRankAdapter:
         gate = self._gate.value(self.compute_dtype)
         down = _cast(self.down, self.compute_dtype)
         up = _cast(self.up, self.compute_dtype)
-        if self.frozen:
-            newest = ranks.column(
-                ops.sum(ops.cast(gate > 0, "int32")), self.rank
-            )
+        # With a rank for each example nothing is trained in frozen mode.
+        if self.frozen and len(gate.shape) == 1:
+            newest = self._gate.newest()
             down = _gradient_where(newest, down)
             up = _gradient_where(newest[:, None], up)
         if self.dropout and training:
@@ -288,7 +310,7 @@ class LowRankAdapter:
             gate = ops.repeat(gate, copies, axis=0)
         return ops.reshape(gate, (-1, *(1,) * (len(kept) - 1), self.rank))
 
-    def factors(self, rank=None):
+    def factors(self, rank: int | None = None) -> Factors:
         """The adapter as `Factors`, cut to a rank, by default the highest."""
         scale = self.scale
         whole = Factors(
@@ -298,18 +320,18 @@ class LowRankAdapter:
         )
         return whole if rank is None else whole.cut(rank, scale)
 
-    def delta_kernel(self, rank):
+    def delta_kernel(self, rank: int) -> np.ndarray:
         """The update of the kernel at a rank in `0..self.rank`, in NumPy."""
         ranks.as_rank(rank, 0, self.rank)
         return self._geometry.kernel(self.factors(rank).product())
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         store["down"] = self.down
         store["up"] = self.up
         store["active_rank"] = np.asarray(self.active_rank, dtype="int32")
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         if "down" not in store.keys():
             raise ValueError(
                 f"The file holds no adapter for layer '{self.path}'. Load the "
@@ -324,7 +346,7 @@ class LowRankAdapter:
         # The base layers count the variables of a plain layer.
         pass
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             **dataclasses.asdict(AdapterArguments.of(self)),

@@ -12,9 +12,10 @@ from keras_dylora.paths import layer_paths
 from keras_dylora.quantization import float_kernel
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import compile_as, new_optimizer
+from keras_dylora.types import Model, Rank
 
 
-def merge(model, rank=None):
+def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     """A new, plain model with the adapters of one rank in its kernels.
 
     Computes `kernel + scale * down[:, :b] @ up[:b, :]` in float32 and
@@ -99,7 +100,7 @@ def _other_weights(model, layers):
     return [weight for weight in model.weights if id(weight) not in skip]
 
 
-def truncate(model, rank):
+def truncate(model: Model, rank: Rank) -> Model:
     """Cuts the adapters of a live model to a lower maximum rank, in place.
 
     Outputs at ranks up to the new maximum stay the same. Training goes on at

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
 
 import keras
 from keras import ops
@@ -10,12 +12,15 @@ from keras import ops
 from keras_dylora import _keras, files, summary, training
 from keras_dylora.adaptation import Adaptation, as_plain
 from keras_dylora.allocation import RankAllocation
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.distributions import RankDistribution
 from keras_dylora.live_class import (
     combined_class,
     functional_class,
     is_combined,
     to_dylora_class,
 )
+from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.paths import adapted_layers
 from keras_dylora.quantization import quantize_base
 from keras_dylora.ranks import by_layer
@@ -25,11 +30,12 @@ from keras_dylora.recompile import (
     reset_functions,
 )
 from keras_dylora.saving import NO_HDF5, check_savable, load_state, save_state
+from keras_dylora.types import Rank
 
 FORMAT_VERSION = 2  # that of files with several adapters; 1 of all others
 
 
-def adaptation_of(model):
+def adaptation_of(model: keras.Model) -> Adaptation:
     """The `Adaptation` of a model, or a `ValueError`."""
     if isinstance(model, DyLoRAModel):
         model._prepare()
@@ -104,17 +110,18 @@ class DyLoRAModel(keras.Model):
     """
 
     original_class = keras.Model
+    train_function: Any
 
     def __init__(
         self,
-        *args,
-        rank_distribution="uniform",
-        objective="sampled",
-        seed=0,
-        draw="step",
-        full_rank_steps=0,
-        **kwargs,
-    ):
+        *args: Any,
+        rank_distribution: str | RankDistribution = "uniform",
+        objective: str = "sampled",
+        seed: int = 0,
+        draw: str = "step",
+        full_rank_steps: int = 0,
+        **kwargs: Any,
+    ) -> None:
         functional = len(args) == 2 or "outputs" in kwargs
         if is_combined(type(self)) and not issubclass(
             functional_class(), type(self).original_class
@@ -128,7 +135,10 @@ class DyLoRAModel(keras.Model):
         if functional:
             # Left alone, Keras would make `Functional` a base of this very
             # class, and so of every subclassed model.
-            combined = combined_class(type(self), functional_class())
+            combined = combined_class(
+                type(self),  # type: ignore[arg-type]
+                functional_class(),
+            )
             _keras.set_class(self, combined)
         super().__init__(*args, **kwargs)
         options = {
@@ -151,17 +161,17 @@ class DyLoRAModel(keras.Model):
         object.__setattr__(self, "_dylora", adaptation)
 
     @property
-    def dylora_config(self):
+    def dylora_config(self) -> DyLoRAConfig:
         """The `DyLoRAConfig` of the model; its `rank` is the maximum."""
         return adaptation_of(self).config
 
     @property
-    def dylora_layers(self):
+    def dylora_layers(self) -> list[LowRankAdapter]:
         """The adapted layers, in forward order."""
         return list(adaptation_of(self).layers.values())
 
     @property
-    def rank(self):
+    def rank(self) -> Rank:
         """int. The rank that the model computes at outside of training.
 
         Training and validation keep it; `dylora_config.rank` is the maximum.
@@ -175,19 +185,19 @@ class DyLoRAModel(keras.Model):
         return next(iter(ranks.values()))
 
     @property
-    def trainable(self):
+    def trainable(self) -> bool:
         """Whether the model trains what `enable_dylora` left trainable."""
         return super().trainable
 
     @trainable.setter
-    def trainable(self, value):
+    def trainable(self, value: bool) -> None:
         keras.Model.trainable.fset(self, value)
         # Keras makes all below it trainable, also what was never to be.
         adaptation = self.__dict__.get("_dylora")
         if value and adaptation is not None:
             adaptation.train(adaptation.trained)
 
-    def set_rank(self, rank):
+    def set_rank(self, rank: Rank) -> None:
         """Sets the rank of `predict`, `evaluate`, `generate` and calls.
 
         Compiled functions read the new rank; nothing is traced again. A live
@@ -214,7 +224,9 @@ class DyLoRAModel(keras.Model):
         training.write_back(self)
         adaptation.set_ranks(rank)
 
-    def dylora_summary(self, print_fn=None):
+    def dylora_summary(
+        self, print_fn: Callable[[str], object] | None = None
+    ) -> None:
         """Prints the adapted layers, and what is trained for each rank.
 
         Paths, sizes of the matrices, ranks and parameters; by rank, the
@@ -231,12 +243,12 @@ class DyLoRAModel(keras.Model):
         (print_fn or print)(summary.tables(self))
 
     @property
-    def adapter_names(self):
+    def adapter_names(self) -> list[str]:
         """list of str. The adapters on the base, in the order they came."""
         return adaptation_of(self).named.names
 
     @property
-    def active_adapter(self):
+    def active_adapter(self) -> str:
         """str. The adapter that the model computes with and trains.
 
         `"default"` is the name of the first, unless `load_adapter` gave it
@@ -244,7 +256,7 @@ class DyLoRAModel(keras.Model):
         """
         return adaptation_of(self).named.active
 
-    def add_adapter(self, name):
+    def add_adapter(self, name: str) -> None:
         """Adds an adapter to the same base and makes it the active one.
 
         Its columns are fresh, and its head starts as that of the one that was
@@ -271,7 +283,7 @@ class DyLoRAModel(keras.Model):
         """
         self._named().add(name)
 
-    def set_adapter(self, name):
+    def set_adapter(self, name: str) -> None:
         """Makes another adapter the active one; nothing is traced again.
 
         Everything is of the active adapter: `predict`, `fit`, `rank`,
@@ -285,7 +297,7 @@ class DyLoRAModel(keras.Model):
         """
         self._named().activate(name)
 
-    def delete_adapter(self, name):
+    def delete_adapter(self, name: str) -> None:
         """Removes an adapter that isn't the active one.
 
         Args:
@@ -302,7 +314,7 @@ class DyLoRAModel(keras.Model):
         return adaptation.named
 
     @contextlib.contextmanager
-    def rank_scope(self, rank):
+    def rank_scope(self, rank: Rank) -> Iterator[Self]:
         """Sets the rank for the time of a `with` block.
 
         Takes and raises what `set_rank` does. Within a training step, a loss
@@ -336,7 +348,9 @@ class DyLoRAModel(keras.Model):
                 variable.assign(value)
 
     @contextlib.contextmanager
-    def draw_ranks(self, x, non_trainable_variables=None):
+    def draw_ranks(
+        self, x: Any, non_trainable_variables: Sequence[Any] | None = None
+    ) -> Iterator[list[Any] | None]:
         """For a training loop of your own: calls are at drawn ranks.
 
         Within a `with` block, calls of the model compute what a step of `fit`
@@ -379,7 +393,7 @@ class DyLoRAModel(keras.Model):
         with adaptation.overridden(gate):
             yield state
 
-    def fit(self, *args, **kwargs):
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         if self._full_rank_steps:
             args, kwargs = training.with_callback(
                 super().fit,
@@ -399,7 +413,7 @@ class DyLoRAModel(keras.Model):
             return self._dylora.config.full_rank_steps
         return self._dylora_options["full_rank_steps"]
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         # On TensorFlow, a subclassed model is built in its first step only.
         layers = adapted_layers(self).values()
         if layers and all(layer.built for layer in layers):
@@ -411,7 +425,7 @@ class DyLoRAModel(keras.Model):
             self.train_function = function
         return function
 
-    def start_training(self):
+    def start_training(self) -> None:
         """Makes what a step needs beside the layers, once they are built."""
         self._prepare()
         self._dylora.named.limit = None  # all columns are trained
@@ -424,12 +438,17 @@ class DyLoRAModel(keras.Model):
         if self._dylora.config.frozen:
             training.check_slots(self)
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         return training.train_step(self, super().train_step, *args)
 
     def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs
-    ):
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         compute = super().compute_loss
         if hasattr(self, "_dylora") and self._dylora.training:
             compute = functools.partial(
@@ -437,7 +456,12 @@ class DyLoRAModel(keras.Model):
             )
         return compute(x, y, y_pred, sample_weight, **kwargs)
 
-    def save(self, filepath, overwrite=True, **kwargs):
+    def save(
+        self,
+        filepath: str | os.PathLike[str],
+        overwrite: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """Saves the model with its adapters, as `keras.Model.save` does.
 
         A `.keras` file is written beside its place, then renamed.
@@ -457,7 +481,16 @@ class DyLoRAModel(keras.Model):
         with files.new_file(path) as beside:
             super().save(beside, **kwargs)
 
-    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+    def quantize(
+        self,
+        mode: Literal["int8", "int4"] | None = None,
+        config: Any = None,
+        filters: str
+        | Sequence[str]
+        | Callable[[keras.Layer], bool]
+        | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Quantizes the base model; the adapters stay in float32.
 
         Layers that are trained in full, such as a task head, are left out: no
@@ -496,7 +529,7 @@ class DyLoRAModel(keras.Model):
             _keras.track_for_torch(self)
             reset_functions(self)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # The class of an enabled model can't be imported. The archive names
         # the one that revives it.
         _, arguments = super().__reduce__()
@@ -509,16 +542,16 @@ class DyLoRAModel(keras.Model):
     def _ranks_drawn(self):
         return adaptation_of(self).ranks_drawn
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         self._prepare()
         super().save_own_variables(store)
         save_state(self, store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         self._prepare()
         super().load_own_variables(load_state(self, store))
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict[str, Any] | None:
         config = _keras.public_optimizers(super().get_compile_config())
         if config and self.optimizer is not None:
             # Keras couldn't load what an optimizer saved before it was built
@@ -526,10 +559,10 @@ class DyLoRAModel(keras.Model):
             config["optimizer_built"] = self.optimizer.built
         return _keras.stamped_jit(config)
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         compile_from(self, config)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         if _keras.saves_hdf5():  # `keras.saving.save_model` passes by `save`
             raise ValueError(f"{NO_HDF5}. Received: {self.name}")
         if not is_combined(type(self)):
@@ -547,7 +580,11 @@ class DyLoRAModel(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        custom_objects: Mapping[str, Any] | None = None,
+    ) -> Self:
         if "base" not in config:
             return super().from_config(config, custom_objects)
         if config["format_version"] > FORMAT_VERSION:

@@ -6,9 +6,10 @@ import warnings
 from keras_dylora import training
 from keras_dylora.config import AdapterArguments
 from keras_dylora.model import adaptation_of, reconfigure
+from keras_dylora.types import Model
 
 
-def order_ranks(model):
+def order_ranks(model: Model) -> Model:
     """Puts the columns of every adapter in the order of their weight, in place.
 
     Of all adapters of a lower rank, the first columns are then the one that is

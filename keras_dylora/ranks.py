@@ -7,18 +7,19 @@ columns of the down projection and the first `b` rows of the up projection.
 import collections.abc
 import dataclasses
 import numbers
+from typing import Any
 
 from keras import ops
 
 
-def as_rank(value, low, high, name="rank"):
+def as_rank(value: Any, low: int, high: int, name: str = "rank") -> int:
     """Returns `value` as an `int`, or raises if it isn't a rank."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"`{name}` must be an integer. Received: {name}={value!r} "
             f"(of type {type(value).__name__})"
         )
-    if not low <= value <= high:
+    if not low <= value <= high:  # type: ignore[operator]
         raise ValueError(
             f"`{name}` must be between {low} and {high}. "
             f"Received: {name}={value}"
@@ -26,12 +27,12 @@ def as_rank(value, low, high, name="rank"):
     return int(value)
 
 
-def as_ranks(values, low, high):
+def as_ranks(values: Any, low: int, high: int) -> list[int]:
     """Returns `values` as a list of `int`, or raises if one isn't a rank."""
     return [as_rank(b, low, high) for b in as_list(values)]
 
 
-def as_list(values):
+def as_list(values: Any) -> list[Any]:
     """Returns `values` as a list, or raises if it isn't one of ranks."""
     no_list = (str, bytes, collections.abc.Mapping)
     if isinstance(values, no_list) or not hasattr(values, "__iter__"):
@@ -41,7 +42,12 @@ def as_list(values):
     return list(values)
 
 
-def by_layer(ranks, paths, high, low=0):
+def by_layer(
+    ranks: int | collections.abc.Mapping[str, int],
+    paths: collections.abc.Iterable[str],
+    high: int,
+    low: int = 0,
+) -> dict[str, int]:
     """A dict of path to rank, from one that is for all or a dict like it.
 
     A layer of a dict may be at rank 0 while `low` is 1, but not all of them.
@@ -87,11 +93,11 @@ class Scale:
     alpha: float
     scaling: str = "rank"
 
-    def at(self, b):
+    def at(self, b: Any) -> Any:
         """The scale of rank `b`."""
         return SCALINGS[self.scaling](self.rank, self.alpha, b)
 
-    def gate(self, active_rank):
+    def gate(self, active_rank: Any) -> Any:
         """The scale of `b` for the first `b` entries, then zeros.
 
         `active_rank` is `b`, an int or an integer tensor. Returns a float32
@@ -103,7 +109,16 @@ class Scale:
         return ops.where(ops.arange(self.rank, dtype="int32") < b, value, 0.0)
 
 
-def column(active_rank, rank):
-    """A boolean mask of shape `(rank,)`: true at entry `active_rank` only."""
-    entry = ops.cast(active_rank, "int32") - 1
+def column(active_rank: Any, rank: int) -> Any:
+    """A boolean mask of shape `(rank,)`: true at entry `active_rank` only.
+
+    Of several ranks, a row for each.
+    """
+    entry = ops.expand_dims(ops.cast(active_rank, "int32") - 1, -1)
     return ops.equal(ops.arange(rank, dtype="int32"), entry)
+
+
+def newest(gate: Any) -> Any:
+    """The `column` of the rank that a gate `(..., rank)` is of."""
+    active_rank = ops.sum(ops.cast(gate > 0, "int32"), axis=-1)
+    return column(active_rank, gate.shape[-1])

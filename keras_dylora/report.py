@@ -3,6 +3,9 @@
 import html
 import json
 import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich import box
@@ -10,6 +13,11 @@ from rich.table import Table
 
 from keras_dylora import figures, files, summary
 from keras_dylora.allocation import RankAllocation
+from keras_dylora.types import Rank
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 # Parts of the names of Keras's losses and error metrics.
 _LOWER_IS_BETTER = (
@@ -54,7 +62,13 @@ class RankReport:
     ```
     """
 
-    def __init__(self, metrics, min_rank=1, parameters=None):
+    def __init__(
+        self,
+        # `Any` is a `Rank`: no `Mapping[int, …]` is a `Mapping[Rank, …]`.
+        metrics: Mapping[Any, Mapping[str, float]],
+        min_rank: int = 1,
+        parameters: Mapping[Any, int] | None = None,
+    ) -> None:
         by_rank = {_rank(b): values for b, values in metrics.items()}
         known = {_rank(b): size for b, size in (parameters or {}).items()}
         self.allocations = [b for b in by_rank if isinstance(b, RankAllocation)]
@@ -64,37 +78,42 @@ class RankReport:
                 f"rank. Received: parameters of {list(known)} for ranks "
                 f"{list(by_rank)}"
             )
-        self.metrics = {
+        self.metrics: dict[Rank, dict[str, float]] = {
             b: {name: float(v) for name, v in by_rank[b].items()}
             for b in sorted(
-                by_rank, key=known.get if self.allocations else None
+                by_rank,
+                key=known.get  # type: ignore[arg-type]
+                if self.allocations
+                else None,
             )
         }
         self.min_rank = min_rank
-        self.parameters = {b: known[b] for b in self.metrics if b in known}
+        self.parameters: dict[Rank, int] = {
+            b: known[b] for b in self.metrics if b in known
+        }
 
     @property
-    def ranks(self):
+    def ranks(self) -> list[Rank]:
         """The evaluated ranks, ascending, with allocations by their size."""
         return list(self.metrics)
 
     @property
-    def metric_names(self):
+    def metric_names(self) -> list[str]:
         """Names of the metrics, `loss` last."""
         names = list(next(iter(self.metrics.values())))
         return sorted(names, key=lambda name: name == "loss")
 
-    def is_trained(self, rank):
+    def is_trained(self, rank: Rank) -> bool:
         """Whether a rank was trained: not the base, not below `min_rank`.
 
         Those of an allocation's layers, but for the ones that are at 0.
         """
-        ranks = [rank]
+        ranks: list = [rank]
         if isinstance(rank, RankAllocation):
             ranks = [b for b in rank.values() if b > 0]
         return bool(ranks) and min(ranks) >= max(self.min_rank, 1)
 
-    def values(self, metric):
+    def values(self, metric: str) -> list[float]:
         """The values of one metric, in the order of `ranks`.
 
         Raises:
@@ -107,7 +126,13 @@ class RankReport:
             )
         return [values[metric] for values in self.metrics.values()]
 
-    def best(self, metric, tolerance=0, mode="auto", max_parameters=None):
+    def best(
+        self,
+        metric: str,
+        tolerance: float = 0,
+        mode: Literal["auto", "max", "min"] = "auto",
+        max_parameters: int | None = None,
+    ) -> Rank:
         """The smallest trained rank within a tolerance of the best one.
 
         Args:
@@ -184,7 +209,7 @@ class RankReport:
             )
         return few
 
-    def area(self, metric):
+    def area(self, metric: str) -> float:
         """Area under the metric over the ranks from 1, divided by its width.
 
         Without allocations. So it is in the units of the metric: the mean
@@ -196,7 +221,7 @@ class RankReport:
         points = [
             (b, value)
             for b, value in zip(self.ranks, self.values(metric), strict=True)
-            if b not in self.allocations and b > 0
+            if not isinstance(b, RankAllocation) and b > 0
         ]
         if not points:
             raise ValueError(
@@ -226,7 +251,7 @@ class RankReport:
                 row.append("" if self.is_trained(b) else untrained)
         return names, rows
 
-    def __str__(self):
+    def __str__(self) -> str:
         names, rows = self._rows()
         table = Table(box=box.SIMPLE_HEAD)
         for name in names:
@@ -235,7 +260,7 @@ class RankReport:
             table.add_row(*row)
         return summary.text(table)
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         names, rows = self._rows()
         lines = [
             "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells)
@@ -243,7 +268,7 @@ class RankReport:
         ]
         return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
-    def to_dataframe(self):
+    def to_dataframe(self) -> "pandas.DataFrame":
         """The report as a `pandas.DataFrame`, a row for each rank.
 
         Raises:
@@ -266,10 +291,10 @@ class RankReport:
         frame["trained"] = [self.is_trained(b) for b in self.ranks]
         return frame
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"RankReport(ranks={self.ranks}, metrics={self.metric_names})"
 
-    def to_json(self, path=None):
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON, also written to `path` if one is given.
 
         Returns:
@@ -305,8 +330,13 @@ class RankReport:
         return text
 
     def plot(
-        self, path=None, metric=None, rank=None, others=None, label="DyLoRA"
-    ):
+        self,
+        path: str | os.PathLike[str] | None = None,
+        metric: str | None = None,
+        rank: Rank | None = None,
+        others: "Mapping[str, RankReport] | None" = None,
+        label: str = "DyLoRA",
+    ) -> "Figure":
         """Draws a metric over the ranks and marks the chosen rank.
 
         Untrained ranks are drawn hollow. With allocations, over the parameters

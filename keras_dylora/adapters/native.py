@@ -1,8 +1,10 @@
 """Our own adapter files: safetensors and JSON, cut to the rank that is kept."""
 
 import dataclasses
+import os
 import pathlib
 
+import keras
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
@@ -11,12 +13,18 @@ from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.model import DyLoRAModel
 from keras_dylora.named import DEFAULT
+from keras_dylora.types import Model, Rank
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
 
 
-def save_adapter(model, directory, rank=None, overwrite=True):
+def save_adapter(
+    model: keras.Model,
+    directory: str | os.PathLike[str],
+    rank: Rank | None = None,
+    overwrite: bool = True,
+) -> None:
     """Saves the adapters, cut to a rank, and the trained head.
 
     The directory holds `adapter.safetensors`, with
@@ -54,7 +62,13 @@ def save_adapter(model, directory, rank=None, overwrite=True):
         metadata.write(folder / CONFIG_NAME, folder / WEIGHTS_NAME, weights)
 
 
-def load_adapter(model, directory, name=DEFAULT, strict=True, head=True):
+def load_adapter(
+    model: Model,
+    directory: str | os.PathLike[str],
+    name: str = DEFAULT,
+    strict: bool = True,
+    head: bool = True,
+) -> Model:
     """Loads what `save_adapter` wrote, in place.
 
     A model that isn't enabled yet is enabled with the configuration of the
@@ -100,7 +114,7 @@ def load_adapter(model, directory, name=DEFAULT, strict=True, head=True):
     """
     weights = _read(directory)
     config = weights.config
-    fields = ()
+    fields: tuple[str, ...] = ()
     if isinstance(model, DyLoRAModel):
         replaces = name in model.adapter_names
         fields = ("alpha", "scaling") if replaces else ("scaling",)

@@ -1,7 +1,11 @@
 """to_peft and from_peft: adapters in the Hugging Face PEFT format."""
 
 import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Literal
 
+import keras
 import numpy as np
 
 from keras_dylora import files
@@ -20,7 +24,9 @@ from keras_dylora.model import adaptation_of
 from keras_dylora.named import DEFAULT
 from keras_dylora.paths import layer_paths, weight_paths
 from keras_dylora.ranks import as_rank, as_ranks
+from keras_dylora.report import RankReport
 from keras_dylora.trained import trained_weights
+from keras_dylora.types import Model, Rank
 
 LAYOUTS = ("peft", "server")
 # What transformers calls the embeddings of tokens, and those of the output.
@@ -30,17 +36,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def to_peft(
-    model,
-    directory,
-    rank=None,
-    overwrite=True,
-    layout="peft",
-    ranks=None,
-    base_model_name_or_path=None,
-    dtype=None,
-    server_rank=None,
-    report=None,
-):
+    model: keras.Model,
+    directory: str | os.PathLike[str],
+    rank: Rank | None = None,
+    overwrite: bool = True,
+    layout: Literal["peft", "server"] = "peft",
+    ranks: Sequence[int] | None = None,
+    base_model_name_or_path: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    server_rank: int | None = None,
+    report: RankReport | None = None,
+) -> None:
     """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
 
     PEFT loads the directory onto the transformers model with the same base
@@ -273,8 +279,13 @@ def _of_one_rank(fused, server_rank):
 
 
 def from_peft(
-    model, directory, name=DEFAULT, strict=True, head=True, rank=None
-):
+    model: Model,
+    directory: str | os.PathLike[str],
+    name: str = DEFAULT,
+    strict: bool = True,
+    head: bool = True,
+    rank: int | None = None,
+) -> Model:
     """Loads a Hugging Face PEFT adapter of plain LoRA kind, in place.
 
     A model that isn't enabled yet is enabled for the layers of the adapter.

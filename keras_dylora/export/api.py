@@ -2,6 +2,8 @@
 
 import collections.abc
 import importlib.util
+import os
+from typing import Any, Literal
 
 import keras
 
@@ -12,6 +14,8 @@ from keras_dylora.export import by_tensorflow, manifest
 from keras_dylora.export.plan import Inputs, Plan, Served, ServedAdapter
 from keras_dylora.export.verify import verify as verify_artifact
 from keras_dylora.model import adaptation_of
+from keras_dylora.report import RankReport
+from keras_dylora.types import Rank
 
 LAYOUTS = ("shared", "merged")
 FORMATS = ("saved_model", "onnx", "litert")
@@ -19,21 +23,23 @@ DTYPES = (None, "float32", "float16", "bfloat16")
 
 
 def export_ranks(
-    model,
-    directory,
-    ranks=None,
-    layout="shared",
-    input_signature=None,
-    dtype=None,
-    verify=True,
-    overwrite=False,
-    verbose=True,
-    preprocessing=False,
-    generate_signature=False,
-    format="saved_model",
-    report=None,
-    adapters=None,
-):
+    model: keras.Model,
+    directory: str | os.PathLike[str],
+    ranks: collections.abc.Sequence[int]
+    | collections.abc.Mapping[str, Rank]
+    | None = None,
+    layout: Literal["shared", "merged"] = "shared",
+    input_signature: Any = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    verbose: bool = True,
+    preprocessing: bool = False,
+    generate_signature: bool = False,
+    format: Literal["saved_model", "onnx", "litert"] = "saved_model",
+    report: RankReport | None = None,
+    adapters: list[str] | tuple[str, ...] | Literal["all"] | None = None,
+) -> None:
     """Exports one model for every rank, or one model per rank, for serving.
 
     From any backend, with a free batch size and sequence length. The result
@@ -122,8 +128,8 @@ def export_ranks(
     """
     adaptation = adaptation_of(model)
     config = adaptation.config
-    adapters = _adapters(adapters, model)
-    high = max([x.rank for x in adapters], default=adaptation.highest)
+    served = _adapters(adapters, model)
+    high = max([x.rank for x in served], default=adaptation.highest)
     named = _named(ranks, config.min_rank, high)
     plan = Plan(
         ranks=_served(named, model, high),
@@ -133,7 +139,7 @@ def export_ranks(
         inputs=Inputs.of(model, input_signature),
         text=bool(preprocessing),
         generate=bool(generate_signature),
-        adapters=adapters,
+        adapters=served,
     )
     _check_model(model, plan)
     metrics = _check_report(report, named, plan)

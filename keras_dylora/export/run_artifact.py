@@ -28,7 +28,7 @@ def main(folder):
         np.savez(folder / f"{name}.outputs.npz", **outputs)
 
 
-loaded = {}
+loaded: dict = {}
 
 
 def saved_model(path, signature, inputs):
