@@ -16,6 +16,7 @@ BENCHMARKS = (
     "export",
     "adapters",
     "gpu",
+    "large",
 )
 
 

@@ -7,8 +7,9 @@ import keras
 from keras_dylora import _keras
 from keras_dylora.paths import layer_paths
 
-# For the axes of an input that have any size: as Keras does, or these.
-SIZES = (None, 16, 64, 8, 256)
+# For the axes of an input that have any size: these, or as Keras does. Small
+# ones first: what torch can't trace without computing is computed.
+SIZES = (16, 64, 8, 256, None)
 
 
 def never_called(model, layers):

@@ -5,6 +5,7 @@ may name another layer; a shape may fit another base.
 """
 
 import dataclasses
+import math
 import re
 
 import keras
@@ -142,8 +143,10 @@ def _has(dimensions, weight):
 
 
 def _first(weight):
-    flat = ops.reshape(ops.convert_to_tensor(weight), (-1,))
-    return float32_array(flat[:ENTRIES]).tolist()
+    # Not all of it as a row, of which JAX makes a copy.
+    rows = -(-ENTRIES // max(math.prod(weight.shape[1:]), 1))
+    first = ops.convert_to_tensor(weight)[:rows]
+    return float32_array(first).reshape(-1)[:ENTRIES].tolist()
 
 
 def _unnumbered(path):

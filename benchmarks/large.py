@@ -1,0 +1,127 @@
+"""A Llama of a billion parameters: time and memory of what is done to it.
+
+On Linux, which lets a process forget the most it held so far.
+"""
+
+import gc
+import pathlib
+import resource
+import tempfile
+import time
+
+from benchmarks import table
+from benchmarks.workers import Worker
+from examples import markdown
+
+RANK = 8
+# By size: what a TinyLlama has, and what a test can do with.
+SIZES = {
+    "minilm": {
+        "vocabulary_size": 32_000,
+        "num_layers": 22,
+        "num_query_heads": 32,
+        "num_key_value_heads": 4,
+        "hidden_dim": 2_048,
+        "intermediate_dim": 5_632,
+    },
+    "tiny": {
+        "vocabulary_size": 4_000,
+        "num_layers": 4,
+        "num_query_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_dim": 256,
+        "intermediate_dim": 512,
+    },
+}
+
+
+def main(args):
+    worker = Worker(start, args.size)
+    try:
+        parameters, rows = worker.ask()
+    finally:
+        worker.close()
+    table.write(
+        args,
+        [
+            f"{parameters:,} parameters in bfloat16",
+            markdown.table(
+                ("", "seconds", "over the base"),
+                [(n, f"{s:.2f}", f"{m:.3f}") for n, s, m in rows],
+            ),
+        ],
+        {name: memory for name, _, memory in rows},
+        "peak memory over the base's",
+        data=[
+            {"name": n, "seconds": s, "over_base": m, "parameters": parameters}
+            for n, s, m in rows
+        ],
+    )
+
+
+def start(size):
+    return lambda: measure(SIZES[size])
+
+
+def measure(size):
+    """The parameters of the model, and `(name, seconds, memory)` of each.
+
+    The memory is 1 and what was held beside the base, in bases.
+    """
+    import keras_hub
+
+    import keras_dylora as kd
+
+    def new_model():
+        backbone = keras_hub.models.LlamaBackbone(**size, dtype="bfloat16")
+        return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+
+    model = new_model()
+    parameters = model.count_params()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        for name, call in (
+            ("a second model, by itself", new_model),
+            ("enable_dylora", lambda: kd.enable_dylora(model, rank=RANK)),
+            ("order_ranks", lambda: kd.order_ranks(model)),
+            ("save_adapter", lambda: kd.save_adapter(model, folder / "own")),
+            ("load_adapter", lambda: kd.load_adapter(model, folder / "own")),
+            ("to_peft", lambda: kd.to_peft(model, folder / "peft")),
+            ("from_peft", lambda: kd.from_peft(model, folder / "peft")),
+            ("merge", lambda: kd.merge(model, RANK)),
+            (
+                "export_ranks",
+                lambda: kd.export_ranks(model, folder / "e", verify=False),
+            ),
+            ("disable_dylora", lambda: kd.disable_dylora(model)),
+        ):
+            seconds, held = _measured(call)
+            rows.append((name, seconds, 1 + held / (2 * parameters)))
+            print(*rows[-1], flush=True)
+    return parameters, rows
+
+
+def _measured(call):
+    """Seconds, and the most bytes that were held beside those of before.
+
+    In this process, and in the largest of those it waited for.
+    """
+    gc.collect()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before, children = _held("VmRSS"), _children()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    grown = _children() - children
+    return seconds, _held("VmHWM") - before + (_children() if grown else 0)
+
+
+def _held(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    line = next(x for x in lines if x.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+def _children():
+    return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
