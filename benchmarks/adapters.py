@@ -24,6 +24,7 @@ def main(args):
     names = [f"adapter_{i}" for i in range(1, ADAPTERS)]
     for name in names:
         model.add_adapter(name)
+        several.seconds(1)  # equal heads would be stored once
     model.set_adapter("default")
     steps = []
     for turn in range(args.rounds + 1):

@@ -1,7 +1,7 @@
 """Time of a training step, beside what a user could train with instead."""
 
 from benchmarks import competitors, table
-from benchmarks.competitors import FORWARD, PEFT
+from benchmarks.competitors import FORWARD, PEFT, PEFT_LINEAR
 from benchmarks.workers import workers
 from examples import markdown
 
@@ -14,6 +14,7 @@ RATIOS = [
     ("DyLoRA, q+v", "Keras LoRA 1, q+v", 1),
     ("DyLoRA, linear", "Keras LoRA 8, linear", 1),
     ("DyLoRA, q+v", PEFT, 1),
+    ("DyLoRA, linear", PEFT_LINEAR, 1),
     ("DyLoRA, q+v", "fine-tuning", 1),
     ("DyLoRA, q+v", FORWARD, 2),
     ("DyLoRA, q+v", "DyLoRA, first layer", 1),
@@ -26,7 +27,7 @@ def main(args):
     ratios = [
         ratio
         for ratio in RATIOS
-        if args.backend == "torch" or PEFT not in ratio
+        if args.backend == "torch" or ratio[1] not in (PEFT, PEFT_LINEAR)
     ]
     names = list(dict.fromkeys(n for ratio in ratios for n in ratio[:2]))
     rounds, parameters = [], {}
