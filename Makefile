@@ -6,6 +6,8 @@
 # make test-nightly: the newest of everything but torch, whose newest may not be
 # its build for CPUs.
 # make test-wheel: the built package in empty environments, a backend in each.
+# make docs: the pages of docs/ as a site, in site/.
+# make notebooks: the guides, run on KERAS_BACKEND, in docs/guides/.
 
 PYTHON ?= python3
 KERAS_BACKEND ?= tensorflow
@@ -20,7 +22,7 @@ BACKENDS := tensorflow jax torch
 SUITE = $(RUN) -m pytest --quiet --ignore tests/test_parity.py
 
 .PHONY: demo test test-long test-families test-lowest test-nightly test-wheel \
-	test-parity lint clean
+	test-parity docs notebooks lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,7 +70,7 @@ test-lowest: test-lowest-jax test-lowest-tensorflow
 test-lowest-%: $(LOWEST)/installed
 	KERAS_BACKEND=$* $(LOWEST)/bin/python -m pytest --quiet \
 		-m "not long and not families" --ignore tests/families \
-		--ignore tests/test_old_files.py \
+		--ignore tests/test_docs.py --ignore tests/test_old_files.py \
 		--ignore tests/test_parity.py --ignore tests/test_peft.py \
 		--ignore tests/test_experiments.py --ignore tests/test_nlg.py
 
@@ -114,9 +116,17 @@ test-wheel-%: dist/wheel
 		"$$(ls dist/*.whl)[$*]"
 	KERAS_BACKEND=$* .venv-wheel/bin/python -P tests/smoke.py
 
+docs: $(VENV)/installed
+	$(RUN) -m mkdocs build --strict
+
+notebooks: $(VENV)/installed
+	$(RUN) -m examples.guides.notebooks
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/zizmor --offline --quiet .github
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NIGHTLY) .venv-wheel demo build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NIGHTLY) .venv-wheel demo build dist site *.egg-info

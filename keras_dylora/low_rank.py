@@ -215,8 +215,9 @@ class LowRankAdapter(_Base):
     def set_rank(self, rank: int) -> None:
         """Sets the rank that the layer computes at, in `0..self.rank`.
 
-        `0` gives the base layer. Layers that `enable_dylora` adapts share one
-        rank. Raises a `ValueError` or `TypeError` for what is none.
+        `0` gives the base layer. In a model that `enable_dylora` made, it
+        sets that of all layers. Raises a `ValueError` or `TypeError` for what
+        is none.
         """
         if not self.built:
             raise ValueError(
