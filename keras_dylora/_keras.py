@@ -254,7 +254,21 @@ def own_value(variable):
     """
     if keras.backend.backend() == "torch":
         return variable.value.data
-    return ops.convert_to_tensor(variable)
+    value = ops.convert_to_tensor(variable)
+    # On TensorFlow that is still the variable.
+    return value if keras.backend.backend() == "jax" else ops.copy(value)
+
+
+def value_for_another(variable):
+    """What a variable holds, for another variable to `assign`.
+
+    On JAX by way of NumPy: two variables that share a buffer lose it together
+    when one is donated, and a copy by JAX would wait behind the initial values
+    of a new model, and keep them in memory.
+    """
+    if keras.backend.backend() == "jax":
+        return ops.convert_to_numpy(variable)
+    return own_value(variable)
 
 
 def replace_value(variable, value):

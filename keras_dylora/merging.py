@@ -87,9 +87,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     sources = _other_weights(model, [layer for layer, _ in adapted])
     targets = _other_weights(merged, [target for _, target in adapted])
     for target, source in zip(targets, sources, strict=True):
-        # A copy: on JAX, two models that share a buffer lose it together when
-        # one of them donates it.
-        target.assign(ops.copy(ops.convert_to_tensor(source)))
+        target.assign(_keras.value_for_another(source))
     if model.compiled:
         compile_as(merged, model)
     return merged

@@ -271,6 +271,13 @@ def own_value():
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(held), [1, 2])
 
 
+def value_for_another():
+    one, two = (keras.Variable([1.0, x]) for x in (2.0, 3.0))
+    two.assign(_keras.value_for_another(one))
+    one.assign([5.0, 6.0])
+    np.testing.assert_array_equal(two.numpy(), [1, 2])
+
+
 def replace_value():
     variable = keras.Variable([1.0, 2.0])
     value = keras.ops.convert_to_tensor([3.0, 4.0])
@@ -312,6 +319,7 @@ BREAKS = {
     optimizer_state: "set_adapter: an adapter would get another learning rate",
     fresh_optimizer: "enable, disable, truncate and merge of a trained model",
     own_value: "set_adapter: an adapter that isn't live changes",
+    value_for_another: "merge: two models share what one of them trains",
     replace_value: "torch: set_adapter copies all that an adapter has",
     public_optimizers: "files of torch on other backends",
     settled_jit: "files of JAX take minutes to train on torch",
