@@ -85,7 +85,9 @@ def cases():
     for page in PAGES:
         runs = {block.run for block in blocks(page) if not block.not_run}
         if runs - {"long"}:
-            yield pytest.param(page, False, id=page.name)
+            # On torch, where nothing is compiled, most of them take the least.
+            marks = () if backend.NAME == "torch" else pytest.mark.long
+            yield pytest.param(page, False, id=page.name, marks=marks)
         if "long" in runs:
             name = f"{page.name}-long"
             yield pytest.param(page, True, id=name, marks=pytest.mark.long)
