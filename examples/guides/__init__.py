@@ -1,0 +1,1 @@
+"""Guides: scripts that are notebooks too."""
