@@ -146,7 +146,9 @@ percent of the best perplexity, `best` says where it levels off.
 tolerance = 0.01 * min(report.values("perplexity"))
 rank = report.best("perplexity", tolerance=tolerance)
 print(f"The smallest rank within {tolerance:.1f} of the best is {rank}.")
-report.plot(folder / "perplexity.png", "perplexity", rank)
+report.plot(
+    folder / "perplexity.png", "perplexity", rank, label="progressive"
+)
 
 """
 ## Text at three ranks
@@ -186,7 +188,7 @@ sizes = kd.evaluate_ranks(
     model, test_tweets, ranks=[1, 2, 4, 8, small], batch_size=100, verbose=0
 )
 print(sizes)
-sizes.plot(folder / "budget.png", "perplexity", small)
+sizes.plot(folder / "budget.png", "perplexity", small, label="progressive")
 
 """
 An adapter that is saved at the allocation has no more than its columns.
