@@ -146,9 +146,7 @@ percent of the best perplexity, `best` says where it levels off.
 tolerance = 0.01 * min(report.values("perplexity"))
 rank = report.best("perplexity", tolerance=tolerance)
 print(f"The smallest rank within {tolerance:.1f} of the best is {rank}.")
-report.plot(
-    folder / "perplexity.png", "perplexity", rank, label="progressive"
-)
+report.plot(folder / "perplexity.png", "perplexity", rank)
 
 """
 ## Text at three ranks
@@ -188,7 +186,7 @@ sizes = kd.evaluate_ranks(
     model, test_tweets, ranks=[1, 2, 4, 8, small], batch_size=100, verbose=0
 )
 print(sizes)
-sizes.plot(folder / "budget.png", "perplexity", small, label="progressive")
+sizes.plot(folder / "budget.png", "perplexity", small)
 
 """
 An adapter that is saved at the allocation has no more than its columns.
