@@ -99,7 +99,12 @@ def tables(model):
 
 def text(*tables):
     """Tables of `rich` as plain text."""
-    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console = Console(
+        file=io.StringIO(),
+        width=200,
+        color_system=None,
+        force_jupyter=False,  # where it would display them, and give no text
+    )
     console.print(*tables, sep="\n")
     lines = console.file.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -180,3 +180,10 @@ def test_files_in_a_folder_that_is_not_there(tmp_path):
     assert {x.name for x in tmp_path.rglob("ranks.*")} == {
         "ranks.png", "ranks.json",
     }  # fmt: skip
+
+
+def test_text_in_a_notebook(monkeypatch):
+    report = kd.RankReport({1: {"loss": 0.5}, 2: {"loss": 0.25}})
+    text = str(report)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert text and str(report) == text
