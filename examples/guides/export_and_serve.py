@@ -176,13 +176,16 @@ np.savez(
 )
 
 """
-The server is a process of its own. It imports TensorFlow and NumPy, and says
-whether anything brought Keras along.
+The server is a process of its own, in which Keras and this library can't be
+imported. It needs TensorFlow alone.
 """
 
 server = textwrap.dedent(
     """
     import sys
+
+    for name in ("keras", "keras_hub", "keras_dylora"):
+        sys.modules[name] = None
 
     import numpy as np
     import tensorflow as tf
@@ -191,8 +194,7 @@ server = textwrap.dedent(
     serve = tf.saved_model.load(artifact).signatures["serve"]
     inputs = {name: tf.constant(x) for name, x in np.load(request).items()}
     np.savez(response, **serve(**inputs))
-    print("Keras is imported:", "keras" in sys.modules)
-    print("keras_dylora is imported:", "keras_dylora" in sys.modules)
+    print("served by TensorFlow", tf.__version__)
     """
 )
 paths = [folder / x for x in ("serving", "request.npz", "response.npz")]

@@ -78,7 +78,7 @@ tweets, test_tweets = (
 )
 test_tweets = test_tweets[:500]
 print(f"{len(tweets):,} tweets to train on, such as")
-for tweet in tweets[:3]:
+for tweet in tweets[:2]:
     print(f" {tweet}")
 
 """
@@ -93,7 +93,7 @@ A learning rate that decays begins anew when the steps at the maximum rank end
 and the columns are in order.
 """
 
-epochs, batch_size = 3, 32
+epochs, batch_size = 2, 32
 steps = epochs * math.ceil(len(tweets) / batch_size)
 order = round(0.4 * steps)
 config = kd.DyLoRAConfig.progressive(
@@ -146,7 +146,7 @@ percent of the best perplexity, `best` says where it levels off.
 tolerance = 0.01 * min(report.values("perplexity"))
 rank = report.best("perplexity", tolerance=tolerance)
 print(f"The smallest rank within {tolerance:.1f} of the best is {rank}.")
-report.plot(folder / "perplexity.png", "perplexity", rank)
+report.plot(folder / "perplexity.png", "perplexity", rank, label="progressive")
 
 """
 ## Text at three ranks
@@ -186,7 +186,7 @@ sizes = kd.evaluate_ranks(
     model, test_tweets, ranks=[1, 2, 4, 8, small], batch_size=100, verbose=0
 )
 print(sizes)
-sizes.plot(folder / "budget.png", "perplexity", small)
+sizes.plot(folder / "budget.png", "perplexity", small, label="progressive")
 
 """
 An adapter that is saved at the allocation has no more than its columns.
