@@ -243,7 +243,7 @@ def optimizer_state(optimizer):
     return [v for v in optimizer.variables if id(v) not in rates]
 
 
-# Compiling.
+# What variables hold, which backends share and copy in their own ways.
 
 
 def own_value(variable):
@@ -252,11 +252,13 @@ def own_value(variable):
     On TensorFlow and JAX a variable that takes another value leaves this one
     alone. On torch it writes into it, so only `replace_value` may follow.
     """
-    if keras.backend.backend() == "torch":
-        return variable.value.data
-    value = ops.convert_to_tensor(variable)
-    # On TensorFlow that is still the variable.
-    return value if keras.backend.backend() == "jax" else ops.copy(value)
+    match keras.backend.backend():
+        case "torch":
+            return variable.value.data
+        case "jax":
+            return ops.convert_to_tensor(variable)
+        case _:  # that is still the variable
+            return ops.copy(ops.convert_to_tensor(variable))
 
 
 def value_for_another(variable):
@@ -282,6 +284,9 @@ def replace_value(variable, value):
         parameter.data = value.detach().to(parameter.device)
     else:
         variable.assign(value)
+
+
+# Compiling.
 
 
 def compile_arguments(model):

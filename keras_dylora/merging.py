@@ -1,7 +1,6 @@
 """merge and truncate: one rank made a plain model, or the new maximum."""
 
 import keras
-from keras import ops
 
 from keras_dylora import _keras, ranks, training
 from keras_dylora.adaptation import as_plain
@@ -83,7 +82,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
         update = layer.delta_kernel(by_id[id(layer)])
         target.kernel.assign(float_kernel(layer) + update)
         if layer.bias is not None:
-            target.bias.assign(ops.convert_to_numpy(layer.bias))
+            target.bias.assign(_keras.value_for_another(layer.bias))
     sources = _other_weights(model, [layer for layer, _ in adapted])
     targets = _other_weights(merged, [target for _, target in adapted])
     for target, source in zip(targets, sources, strict=True):

@@ -81,10 +81,7 @@ class RankReport:
         self.metrics: dict[Rank, dict[str, float]] = {
             b: {name: float(v) for name, v in by_rank[b].items()}
             for b in sorted(
-                by_rank,
-                key=known.get  # type: ignore[arg-type]
-                if self.allocations
-                else None,
+                by_rank, key=known.__getitem__ if self.allocations else None
             )
         }
         self.min_rank = min_rank
