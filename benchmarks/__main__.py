@@ -18,6 +18,8 @@ BENCHMARKS = (
     "gpu",
     "large",
 )
+# Where it isn't minilm.
+DEFAULT_SIZES = {"gpu": "roberta-base", "large": "llama-1b"}
 
 
 def main(argv=None):
@@ -34,8 +36,9 @@ def main(argv=None):
     )
     parser.add_argument(
         "--size",
-        choices=("tiny", "minilm", "roberta-base"),
-        help="minilm; of gpu roberta-base, and a GPT-2 beside it",
+        choices=("tiny", "minilm", "roberta-base", "llama-1b"),
+        help="minilm; of gpu roberta-base, and a GPT-2 beside it; of large "
+        "llama-1b",
     )
     parser.add_argument(
         "--processes", default=2, type=int, help="fresh ones, a competitor"
@@ -50,9 +53,13 @@ def main(argv=None):
         args.backend = args.backend or "jax"
         # The processes that measure inherit it.
         os.environ["KERAS_BACKEND"] = args.backend
-    args.size = args.size or (
-        "roberta-base" if args.benchmark == "gpu" else "minilm"
-    )
+    args.size = args.size or DEFAULT_SIZES.get(args.benchmark, "minilm")
+    is_llama = args.size == "llama-1b"
+    if args.size != "tiny" and is_llama != (args.benchmark == "large"):
+        parser.error(
+            "large is of llama-1b or tiny, and no other of llama-1b. "
+            f"Received: {args.benchmark} --size {args.size}"
+        )
     importlib.import_module(f"benchmarks.{args.benchmark}").main(args)
 
 

@@ -14,9 +14,9 @@ from benchmarks.workers import Worker
 from examples import markdown
 
 RANK = 8
-# By size: what a TinyLlama has, and what a test can do with.
+# That of a TinyLlama, and what a test can do with.
 SIZES = {
-    "minilm": {
+    "llama-1b": {
         "vocabulary_size": 32_000,
         "num_layers": 22,
         "num_query_heads": 32,

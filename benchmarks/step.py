@@ -27,7 +27,7 @@ def main(args):
     ratios = [
         ratio
         for ratio in RATIOS
-        if args.backend == "torch" or ratio[1] not in (PEFT, PEFT_LINEAR)
+        if args.backend == "torch" or "PEFT" not in ratio[1]
     ]
     names = list(dict.fromkeys(n for ratio in ratios for n in ratio[:2]))
     rounds, parameters = [], {}

@@ -8,18 +8,23 @@ import pytest
 from benchmarks.gpu import RIVALS, SERVED
 
 
-@pytest.mark.long
-def test_gpu(tmp_path):
+def measured(benchmark, folder, *arguments):
+    """The rows of a benchmark that ran in a process of its own."""
     backend = keras.backend.backend()
-    arguments = "--size tiny --rounds 1 --steps 1 --backend".split()
     subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu", *arguments, backend]
-        + ["--output", tmp_path],
+        [sys.executable, "-m", "benchmarks", benchmark, "--backend", backend]
+        + ["--size", "tiny", "--output", folder, *arguments],
         check=True,
         timeout=900,
     )
-    (file,) = tmp_path.glob("*.json")
-    rows = json.loads(file.read_text())
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.long
+def test_gpu(tmp_path):
+    backend = keras.backend.backend()
+    rows = measured("gpu", tmp_path, "--rounds", "1", "--steps", "1")
     assert {row["model"] for row in rows} == {"tiny", "tiny-gpt2"}
     found = {(row["model"], row["method"]): row for row in rows}
     assert all(row["peak"] > 0 and min(row["seconds"]) > 0 for row in rows)
@@ -34,3 +39,13 @@ def test_gpu(tmp_path):
         row = found.get(("tiny-gpt2", method))
         if row is not None:
             assert list(row["generate"]) == [str(rank or 8) for rank in ranks]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak")
+def test_large(tmp_path):
+    rows = measured("large", tmp_path)
+    held = {row["name"]: row["over_base"] for row in rows}
+    assert {"enable_dylora", "merge", "export_ranks"} < held.keys()
+    assert min(held.values()) >= 1 and max(held.values()) > 1
+    assert all(row["seconds"] > 0 for row in rows)
