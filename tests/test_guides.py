@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 
 from examples.guides import notebooks  # noqa: E402
+from tests import links  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -83,8 +83,7 @@ def test_kept_notebook_is_of_the_script(path):
 
 @every_guide
 def test_links_lead_to_files(path):
-    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
-    files = [x.partition("#")[0] for x in links if not re.match(r"\w+:", x)]
+    files = links.relative(path.read_text())
     assert files
     assert all((ROOT / "docs/guides" / x).exists() for x in files)
 
