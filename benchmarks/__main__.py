@@ -17,9 +17,10 @@ BENCHMARKS = (
     "adapters",
     "gpu",
     "large",
+    "growth",
 )
 # Where it isn't minilm.
-DEFAULT_SIZES = {"gpu": "roberta-base", "large": "llama-1b"}
+DEFAULT_SIZES = {"gpu": "card", "large": "llama-1b"}
 
 
 def main(argv=None):
@@ -36,9 +37,8 @@ def main(argv=None):
     )
     parser.add_argument(
         "--size",
-        choices=("tiny", "minilm", "roberta-base", "llama-1b"),
-        help="minilm; of gpu roberta-base, and a GPT-2 beside it; of large "
-        "llama-1b",
+        choices=("tiny", "minilm", "roberta-base", "gpt2-medium", "llama-1b"),
+        help="minilm; of gpu roberta-base and gpt2-medium; of large llama-1b",
     )
     parser.add_argument(
         "--processes", default=2, type=int, help="fresh ones, a competitor"
@@ -47,6 +47,9 @@ def main(argv=None):
         "--rounds", default=4, type=int, help="of all competitors in turn"
     )
     parser.add_argument("--steps", default=8, type=int, help="a round")
+    parser.add_argument(
+        "--axes", nargs="+", help="of growth: rank, layers, …; all of them"
+    )
     parser.add_argument("--output", default="results", type=pathlib.Path)
     args = parser.parse_args(argv)
     if args.benchmark != "gpu":

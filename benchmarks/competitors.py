@@ -25,6 +25,8 @@ class Size:
     length: int = 64
     positions: int = 512
     dtype: str = "float32"
+    quantized: str | None = None  # a mode of `quantize`
+    remat: bool = False  # whether activations are computed again
 
     @property
     def intermediate(self):
@@ -59,6 +61,7 @@ def examples(size, steps):
 
 def keras_task(size):
     """A KerasHub task without a preprocessor."""
+    import keras
     import keras_hub
 
     backbone, task, arguments = (
@@ -70,20 +73,24 @@ def keras_task(size):
             {"num_classes": 2},
         )
     )
-    return task(
-        backbone=backbone(
-            vocabulary_size=size.vocabulary,
-            num_layers=size.layers,
-            num_heads=size.heads,
-            hidden_dim=size.hidden,
-            intermediate_dim=size.intermediate,
-            dropout=0.0,
-            max_sequence_length=size.positions,
-            dtype=size.dtype,
-        ),
-        preprocessor=None,
-        **arguments,
-    )
+    with keras.RematScope(mode="full" if size.remat else None):
+        model = task(
+            backbone=backbone(
+                vocabulary_size=size.vocabulary,
+                num_layers=size.layers,
+                num_heads=size.heads,
+                hidden_dim=size.hidden,
+                intermediate_dim=size.intermediate,
+                dropout=0.0,
+                max_sequence_length=size.positions,
+                dtype=size.dtype,
+            ),
+            preprocessor=None,
+            **arguments,
+        )
+    if size.quantized:
+        model.quantize(size.quantized)
+    return model
 
 
 class KerasTraining:
@@ -179,7 +186,7 @@ class PeftTraining:
     float32, and the loss is waited for once, at the end.
     """
 
-    def __init__(self, size, targets, compiled=False):
+    def __init__(self, size, targets, compiled=False, rank=RANK):
         import peft
         import torch
         import transformers
@@ -220,7 +227,7 @@ class PeftTraining:
             base,
             peft.LoraConfig(
                 task_type="CAUSAL_LM" if size.writes else "SEQ_CLS",
-                r=RANK,
+                r=rank,
                 lora_alpha=16,
                 target_modules=targets,
                 fan_in_fan_out=size.writes,
@@ -326,14 +333,14 @@ def make(name, size):
     if name == FORWARD:
         return KerasForward(size, whole)
     if "PEFT" in name:
-        targets = _PEFT_TARGETS[name == PEFT_LINEAR, size.writes]
+        targets = PEFT_TARGETS[name == PEFT_LINEAR, size.writes]
         return PeftTraining(size, targets, compiled=name == PEFT_COMPILED)
     return KerasTraining(size, TRAINED[name])
 
 
 # GPT-2's query, key and value are one layer there, whose adapter has as many
 # weights as those of query and value alone.
-_PEFT_TARGETS = {
+PEFT_TARGETS = {
     (False, False): ["query", "value"],
     (False, True): ["c_attn"],
     (True, False): r".*\.layer\..*\.(query|key|value|dense)",

@@ -33,18 +33,28 @@ SERVED = {
 PROMPT, WRITTEN = 32, 64
 
 
+BATCHES = {
+    "tiny": (4, 16),
+    "tiny-gpt2": (4, 16),
+    "minilm": (32, 128),
+    "roberta-base": (32, 128),
+    "gpt2-medium": (8, 256),
+}
+SEVERAL = {
+    "tiny": ("tiny", "tiny-gpt2"),
+    "card": ("roberta-base", "gpt2-medium"),
+}
+
+
 def sizes(name):
-    """The classifier of this name and a GPT-2 to go with it, in bfloat16."""
-    if name == "tiny":
-        batches = {"tiny": (4, 16), "tiny-gpt2": (4, 16)}
-    else:
-        batches = {name: (32, 128), "gpt2-medium": (8, 256)}
-    return {
-        name: dataclasses.replace(
-            SIZES[name], batch=batch, length=length, dtype="bfloat16"
+    """The models of this name, one or several, in bfloat16."""
+    found = {}
+    for model in SEVERAL.get(name, (name,)):
+        batch, length = BATCHES[model]
+        found[model] = dataclasses.replace(
+            SIZES[model], batch=batch, length=length, dtype="bfloat16"
         )
-        for name, (batch, length) in batches.items()
-    }
+    return found
 
 
 def main(args):

@@ -1,7 +1,4 @@
-"""A Llama of a billion parameters: time and memory of what is done to it.
-
-On Linux, which lets a process forget the most it held so far.
-"""
+"""A Llama of a billion parameters: time and memory of what is done to it."""
 
 import gc
 import pathlib
@@ -10,7 +7,7 @@ import tempfile
 import time
 
 from benchmarks import table
-from benchmarks.workers import Worker
+from benchmarks.workers import Worker, forget_peak, held
 from examples import markdown
 
 RANK = 8
@@ -108,19 +105,13 @@ def _measured(call):
     In this process, and in the largest of those it waited for.
     """
     gc.collect()
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before, children = _held("VmRSS"), _children()
+    forget_peak()
+    before, children = held("VmRSS"), _children()
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
     grown = _children() - children
-    return seconds, _held("VmHWM") - before + (_children() if grown else 0)
-
-
-def _held(name):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    line = next(x for x in lines if x.startswith(f"{name}:"))
-    return 1024 * int(line.split()[1])
+    return seconds, held("VmHWM") - before + (_children() if grown else 0)
 
 
 def _children():

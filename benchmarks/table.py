@@ -5,6 +5,7 @@ import json
 import statistics
 
 import numpy as np
+from matplotlib.figure import Figure
 
 median = statistics.median
 
@@ -15,16 +16,12 @@ def spread(values):
     return f"{middle:.3f}", f"{low:.3f} to {high:.3f}"
 
 
-def write(args, parts, bars, unit, backends=None, data=None):
+def write(args, parts, bars=None, unit=None, backends=None, data=None):
     """Prints the parts of a result, and writes them with a plot of its bars.
 
-    Of one backend unless several are named; with data, as JSON too.
+    Of one backend unless several are named; with data, as JSON too. Returns
+    the path of all, without its suffix.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     backends = backends or [args.backend]
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}"
@@ -38,13 +35,13 @@ def write(args, parts, bars, unit, backends=None, data=None):
     path.with_suffix(".md").write_text(text)
     if data is not None:
         path.with_suffix(".json").write_text(json.dumps(data, indent=1))
-    figure, axes = plt.subplots(
-        figsize=(7, 0.8 + 0.32 * len(bars)), layout="constrained"
-    )
-    shown = axes.barh(list(bars), list(bars.values()))
-    axes.bar_label(shown, fmt="%.3g", padding=3)
-    axes.invert_yaxis()
-    axes.set_xlabel(unit)
-    axes.set_title(title)
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    plt.close(figure)
+    if bars:
+        figure = Figure((7, 0.8 + 0.32 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        shown = axes.barh(list(bars), list(bars.values()))
+        axes.bar_label(shown, fmt="%.3g", padding=3)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        axes.set_title(title)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+    return path

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Self
 
 import keras
-from rich import box
-from rich.table import Table
 
-from keras_dylora import figures, files, summary
+from keras_dylora import files, summary
 from keras_dylora.layers import matrix_shape
 from keras_dylora.ranks import as_rank, by_layer
 
@@ -109,18 +107,28 @@ class RankAllocation(Mapping[str, int]):
             kinds[re.sub(r"_?\d+", "", path)].append(b)
         return kinds
 
-    def __str__(self) -> str:
+    def _rows(self):
+        """The names of the columns, and the cells of each kind of layer."""
         grid = self._grid()
-        table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("ranks of layers", overflow="fold")
-        for i in range(max(map(len, grid.values()))):
-            table.add_column(str(i), justify="right")
-        for kind, row in grid.items():
-            table.add_row(kind, *map(str, row))
+        depth = max(map(len, grid.values()))
+        rows = [
+            [kind, *map(str, row), *[""] * (depth - len(row))]
+            for kind, row in grid.items()
+        ]
+        return ["ranks of layers", *map(str, range(depth))], rows
+
+    def _size(self):
         return (
-            f"{summary.text(table)}\n {self.parameters:,} parameters, "
-            f"{self.share:.1%} of those at rank {self.max_rank}"
+            f"{self.parameters:,} parameters, {self.share:.1%} of those at "
+            f"rank {self.max_rank}"
         )
+
+    def __str__(self) -> str:
+        table = summary.table(*self._rows(), fold=True)
+        return f"{summary.text(table)}\n {self._size()}"
+
+    def _repr_html_(self) -> str:
+        return f"{summary.html(*self._rows())}<p>{self._size()}</p>"
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The allocation as JSON, also written to `path` if one is given.
@@ -169,24 +177,9 @@ class RankAllocation(Mapping[str, int]):
         Raises:
             ImportError: if matplotlib isn't installed.
         """
-        figure = figures.new_figure((6.4, 4.0))
-        grid = self._grid()
-        depth = max(map(len, grid.values()))
-        rows = [
-            [*row, *[float("nan")] * (depth - len(row))]
-            for row in grid.values()
-        ]
-        axes = figure.subplots()
-        image = axes.imshow(rows, cmap="viridis", vmin=0, vmax=self.max_rank)
-        for y, row in enumerate(grid.values()):
-            for x, b in enumerate(row):
-                dark = b < 0.6 * self.max_rank
-                color = "white" if dark else "black"
-                axes.text(x, y, b, ha="center", va="center", color=color)
-        axes.set_xticks(range(depth))
-        axes.set_yticks(range(len(grid)), list(grid))
-        axes.set_xlabel("depth")
-        axes.set_title(f"{self.parameters:,} parameters, {self.share:.1%}")
-        figure.colorbar(image, label="rank", shrink=0.6)
-        figures.save(figure, path)
+        from keras_dylora import figures
+
+        title = f"{self.parameters:,} parameters, {self.share:.1%}"
+        figure = figures.heat_map(self._grid(), self.max_rank, title)
+        figure.save(path)
         return figure

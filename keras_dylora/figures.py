@@ -1,21 +1,117 @@
 """Pictures: figures of matplotlib, which is an extra, and their files."""
 
+import io
+
+import numpy as np
+
 from keras_dylora import files
 
-
-def new_figure(size):
-    """An empty figure of a size in inches; an `ImportError` says what to do."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`plot` needs matplotlib: pip install matplotlib"
-        ) from error
-    return Figure(figsize=size, layout="constrained")
+try:
+    from matplotlib import figure, ticker
+except ImportError as error:
+    raise ImportError(
+        "`plot` needs matplotlib: pip install matplotlib"
+    ) from error
 
 
-def save(figure, path):
-    """Writes a figure, if there is a path, in the format of its ending."""
-    if path is not None:
-        with files.new_file(path) as beside:
-            figure.savefig(beside, format=beside.suffix[1:] or "png")
+class Figure(figure.Figure):
+    """A figure that a notebook shows, as it does those of pyplot.
+
+    Args:
+        size: pair of inches.
+    """
+
+    def __init__(self, size):
+        super().__init__(figsize=size, layout="constrained")
+
+    def _repr_png_(self):
+        drawn = io.BytesIO()
+        self.savefig(drawn, format="png")
+        return drawn.getvalue()
+
+    def save(self, path):
+        """Writes it, if there is a path, in the format of its ending."""
+        if path is not None:
+            with files.new_file(path) as beside:
+                self.savefig(beside, format=beside.suffix[1:] or "png")
+
+
+def curves(reports, metric, rank, label):
+    """A metric over the ranks, or over the parameters beside allocations.
+
+    Args:
+        reports: list of a label and a `RankReport`.
+        metric: str.
+        rank: the rank to mark, of the first report.
+        label: str. What the rank is called.
+
+    Raises:
+        ValueError: if a report has an allocation and another no parameters.
+    """
+    drawn = Figure((6.4, 4.0))
+    axes = drawn.subplots()
+    by_size = any(report.allocations for _, report in reports)
+    for name, report in reports:
+        if by_size and report.ranks != list(report.parameters):
+            raise ValueError(
+                "Beside allocations, every report must have the `parameters` "
+                f"of its ranks. Received: {name!r} with "
+                f"parameters={report.parameters}"
+            )
+        mixed = report.allocations
+        lines = {
+            name: [b for b in report.ranks if b not in mixed],
+            f"{name}, a rank for each layer": mixed,
+        }
+        for title, ranks in lines.items():
+            if not ranks:
+                continue
+            x = [report.parameters[b] if by_size else b for b in ranks]
+            y = [report.metrics[b][metric] for b in ranks]
+            (line,) = axes.plot(x, y, marker="o", mfc="white", label=title)
+            trained = [report.is_trained(b) for b in ranks]
+            if any(trained):
+                points = (np.asarray(v)[trained] for v in (x, y))
+                axes.plot(*points, "o", color=line.get_color())
+    _, own = reports[0]
+    axes.plot(
+        own.parameters[rank] if by_size else rank,
+        own.metrics[rank][metric],
+        "o",
+        ms=14,
+        mfc="none",
+        mec="black",
+        label=f"chosen: rank {label}",
+    )
+    unit = "trained parameters" if by_size else "rank"
+    axes.set_xlabel(f"{unit} (hollow: untrained)")
+    axes.set_ylabel(metric)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return drawn
+
+
+def heat_map(grid, max_rank, title):
+    """The ranks of layers, by depth and kind.
+
+    Args:
+        grid: dict of kind to list of ranks.
+        max_rank: int. The top of the colours.
+        title: str.
+    """
+    drawn = Figure((6.4, 4.0))
+    axes = drawn.subplots()
+    depth = max(map(len, grid.values()))
+    rows = [[*row, *[np.nan] * (depth - len(row))] for row in grid.values()]
+    image = axes.imshow(rows, cmap="viridis", vmin=0, vmax=max_rank)
+    for y, row in enumerate(grid.values()):
+        for x, b in enumerate(row):
+            color = "white" if b < 0.6 * max_rank else "black"
+            axes.text(x, y, b, ha="center", va="center", color=color)
+    axes.set_xticks(range(depth))
+    axes.set_yticks(range(len(grid)), list(grid))
+    axes.set_xlabel("depth")
+    axes.set_title(title)
+    drawn.colorbar(image, label="rank", shrink=0.6)
+    return drawn

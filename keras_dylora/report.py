@@ -1,6 +1,5 @@
 """RankReport: the metrics of one model at many ranks."""
 
-import html
 import json
 import math
 import os
@@ -8,10 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
-from keras_dylora import figures, files, summary
+from keras_dylora import files, summary
 from keras_dylora.allocation import RankAllocation
 from keras_dylora.types import Rank
 
@@ -249,21 +246,10 @@ class RankReport:
         return names, rows
 
     def __str__(self) -> str:
-        names, rows = self._rows()
-        table = Table(box=box.SIMPLE_HEAD)
-        for name in names:
-            table.add_column(name, justify="right" if name else "left")
-        for row in rows:
-            table.add_row(*row)
-        return summary.text(table)
+        return summary.text(summary.table(*self._rows()))
 
     def _repr_html_(self) -> str:
-        names, rows = self._rows()
-        lines = [
-            "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells)
-            for tag, cells in [("th", names), *(("td", row) for row in rows)]
-        ]
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        return summary.html(*self._rows())
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """The report as a `pandas.DataFrame`, a row for each rank.
@@ -356,8 +342,7 @@ class RankReport:
             ValueError: if the metric is unknown or the rank wasn't evaluated.
             ImportError: if matplotlib isn't installed.
         """
-        figure = figures.new_figure((6.4, 4.0))
-        from matplotlib.ticker import MaxNLocator
+        from keras_dylora import figures
 
         metric = metric or self.metric_names[0]
         rank = self.best(metric) if rank is None else rank
@@ -365,52 +350,10 @@ class RankReport:
             raise ValueError(
                 f"`rank` must be one of {self.ranks}. Received: rank={rank!r}"
             )
-        axes = figure.subplots()
         reports = [(label, self), *(others or {}).items()]
-        by_size = any(report.allocations for _, report in reports)
-        for name, report in reports:
-            if by_size and report.ranks != list(report.parameters):
-                raise ValueError(
-                    "Beside allocations, every report must have the "
-                    f"`parameters` of its ranks. Received: {name!r} with "
-                    f"parameters={report.parameters}"
-                )
-            for suffix, ranks in report._curves().items():
-                x = [report.parameters[b] if by_size else b for b in ranks]
-                y = [report.metrics[b][metric] for b in ranks]
-                (line,) = axes.plot(
-                    x, y, marker="o", mfc="white", label=f"{name}{suffix}"
-                )
-                trained = [report.is_trained(b) for b in ranks]
-                if any(trained):
-                    points = (np.asarray(v)[trained] for v in (x, y))
-                    axes.plot(*points, "o", color=line.get_color())
-        axes.plot(
-            self.parameters[rank] if by_size else rank,
-            self.metrics[rank][metric],
-            "o",
-            ms=14,
-            mfc="none",
-            mec="black",
-            label=f"chosen: rank {_label(rank)}",
-        )
-        unit = "trained parameters" if by_size else "rank"
-        axes.set_xlabel(f"{unit} (hollow: untrained)")
-        axes.set_ylabel(metric)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figures.save(figure, path)
+        figure = figures.curves(reports, metric, rank, _label(rank))
+        figure.save(path)
         return figure
-
-    def _curves(self):
-        """What is drawn as a line each, by the end of its label."""
-        mixed = self.allocations
-        curves = {
-            "": [b for b in self.ranks if b not in mixed],
-            ", a rank for each layer": [b for b in self.ranks if b in mixed],
-        }
-        return {suffix: ranks for suffix, ranks in curves.items() if ranks}
 
 
 def _rank(b):

@@ -2,6 +2,7 @@
 
 import io
 import math
+from html import escape
 
 from rich import box
 from rich.console import Console
@@ -95,6 +96,30 @@ def tables(model):
             adapters.add_row(f"{name}{active}", str(named.rank_of(name)))
         shown.insert(0, adapters)
     return text(*shown)
+
+
+def table(names, rows, fold=False):
+    """A table of text; numbers are at the right. Long first cells may fold."""
+    found = Table(box=box.SIMPLE_HEAD)
+    for i, name in enumerate(names):
+        first = fold and i == 0
+        found.add_column(
+            name,
+            justify="left" if first or not name else "right",
+            overflow="fold" if first else "ellipsis",
+        )
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def html(names, rows):
+    """The same for a notebook."""
+    lines = [
+        "".join(f"<{tag}>{escape(x)}</{tag}>" for x in cells)
+        for tag, cells in [("th", names), *(("td", row) for row in rows)]
+    ]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def text(*tables):

@@ -309,7 +309,11 @@ def test_table_and_heat_map(tmp_path):
     (query,) = (x.split() for x in lines if "attention/query" in x)
     (output,) = (x.split() for x in lines if "attention/attention_out" in x)
     assert (query[1:], output[1:]) == (["0", "1"], ["3", "1"])
-    assert f"{chosen.parameters:,} parameters" in lines[-1]
+    size = f"{chosen.parameters:,} parameters"
+    assert size in lines[-1]
+    shown = chosen._repr_html_()
+    assert shown.count("<tr>") == 1 + 6 and size in shown
+    assert "attention/query</td><td>0</td><td>1</td>" in shown
     axes = chosen.plot(tmp_path / "ranks.png").axes[0]
     assert (tmp_path / "ranks.png").stat().st_size > 1000
     image = np.asarray(axes.images[0].get_array())

@@ -162,6 +162,7 @@ def test_notebook():
     assert shown.startswith("<table><tr><th>rank</th><th>&lt;b&gt;</th>")
     assert "<td>1</td><td>0.8000</td><td>0.2000</td><td>100</td>" in shown
     assert shown.count("<td>untrained</td>") == 2
+    assert report().plot()._repr_png_().startswith(b"\x89PNG")
 
 
 def test_data_frame():

@@ -1,0 +1,192 @@
+"""How time and memory of a step grow: rank, layers, batch, length, model, base.
+
+On Linux, which lets a process forget the most it held so far.
+"""
+
+import dataclasses
+import gc
+import sys
+
+from matplotlib.figure import Figure
+
+from benchmarks import competitors, table
+from benchmarks.competitors import SIZES
+from benchmarks.workers import forget_peak, held, workers
+from examples import markdown
+
+OURS, KERAS, PEFT = METHODS = ("DyLoRA", "Keras LoRA", "PEFT LoRA")
+QV = ("query", "value")
+BASE = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantized": "int8"},
+    "int4": {"quantized": "int4"},
+}
+
+
+def axes(name):
+    """Dict of axis to dict of label to size and rank, around one size."""
+    middle = SIZES[name]
+    small = dataclasses.replace(middle, batch=4)
+    large = small if name == "tiny" else SIZES["roberta-base"]
+    models = ("tiny", "tiny-gpt2")
+    if name != "tiny":
+        models = ("minilm", "roberta-base", "gpt2-medium")
+    rank = competitors.RANK
+
+    def of(size, key, values):
+        return {
+            value: (dataclasses.replace(size, **{key: value}), rank)
+            for value in values
+        }
+
+    base = dataclasses.replace(large, batch=4)
+    return {
+        "rank": {b: (middle, b) for b in (1, 4, 16, 64, 256)},
+        "layers": of(middle, "layers", (2, 6, 12, 24)),
+        "batch": of(middle, "batch", (4, 16, 64)),
+        "length": of(small, "length", (64, 128, 256, 512)),
+        "model": {
+            model: (dataclasses.replace(SIZES[model], batch=4), rank)
+            for model in models
+        },
+        "base": {
+            label + again: (
+                dataclasses.replace(base, remat=bool(again), **changes),
+                rank,
+            )
+            for label, changes in BASE.items()
+            for again in ("", ", remat")
+        },
+    }
+
+
+def main(args):
+    chosen = axes(args.size)
+    unknown = set(args.axes or ()) - chosen.keys()
+    if unknown:
+        sys.exit(
+            f"`--axes` are of {', '.join(chosen)}. Received: "
+            + ", ".join(sorted(unknown))
+        )
+    rows = []
+    for axis in args.axes or chosen:
+        for label, (size, rank) in chosen[axis].items():
+            if size.remat and args.backend == "tensorflow":
+                # Keras 3.15 can't, not even a plain Dense in a compiled step.
+                continue
+            for row in measured(args, size, rank):
+                rows.append({"axis": axis, "at": label, **row})
+                print(*cells(rows[-1]), flush=True)
+        # After every axis: all of them take long.
+        write(args, rows)
+
+
+def measured(args, size, rank):
+    """A dict for each method, with the seconds of every round."""
+    names = [OURS, KERAS]
+    if args.backend == "torch" and not (size.quantized or size.remat):
+        names.append(PEFT)
+    with workers(start, names, size, rank) as running:
+        rows = {
+            name: {"method": name, **worker.ask("prepare", args.steps)}
+            for name, worker in running.items()
+        }
+        for row in rows.values():
+            row["seconds"] = []
+        for turn in range(args.rounds):
+            # There and back: a drift of the machine meets all alike.
+            for name in names[:: -1 if turn % 2 else 1]:
+                rows[name]["seconds"].append(
+                    running[name].ask("train", args.steps)
+                )
+        for name, worker in running.items():
+            rows[name]["bytes"] = worker.ask("held")
+    for row in rows.values():
+        row["ours"] = rows[OURS]["seconds"]
+    return rows.values()
+
+
+def start(name, size, rank):
+    # What the imports hold isn't counted.
+    import keras_hub  # noqa: F401
+
+    if name == PEFT:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    imported = held("VmRSS")
+    if name == PEFT:
+        targets = competitors.PEFT_TARGETS[False, size.writes]
+        competitor = competitors.PeftTraining(size, targets, rank=rank)
+    else:
+        prepare = {
+            OURS: competitors.dylora(QV, rank),
+            KERAS: competitors.keras_lora(rank, QV),
+        }[name]
+        competitor = competitors.KerasTraining(size, prepare)
+
+    def prepare(steps):
+        # The first step compiles, and what built the model is let go.
+        competitor.seconds(steps)
+        gc.collect()
+        forget_peak()
+        return {"parameters": competitor.parameters}
+
+    requests = {
+        "prepare": prepare,
+        "train": competitor.seconds,
+        "held": lambda: held("VmHWM") - imported,
+    }
+    return lambda request, *arguments: requests[request](*arguments)
+
+
+def cells(row):
+    ratio = [a / b for a, b in zip(row["ours"], row["seconds"], strict=True)]
+    return (
+        row["axis"],
+        row["at"],
+        row["method"],
+        f"{row['parameters']:,}",
+        f"{table.median(row['seconds']):.3f}",
+        "" if row["method"] == OURS else "{} ({})".format(*table.spread(ratio)),
+        f"{row['bytes'] / 1e6:,.0f}",
+    )
+
+
+def write(args, rows):
+    header = ("", "at", "", "trained", "seconds a step", "ours / this", "MB")
+    path = table.write(
+        args, [markdown.table(header, map(cells, rows))], data=rows
+    )
+    draw(path.with_suffix(".png"), rows)
+
+
+def draw(path, rows):
+    """Time above and memory below, a column for each axis."""
+    names = list(dict.fromkeys(row["axis"] for row in rows))
+    figure = Figure((1 + 3 * len(names), 6), layout="constrained")
+    panels = figure.subplots(2, len(names), squeeze=False, sharex="col")
+    for axis, (above, below) in zip(names, panels.T, strict=True):
+        own = [row for row in rows if row["axis"] == axis]
+        numbers = all(isinstance(row["at"], int) for row in own)
+        for method in METHODS:
+            points = [row for row in own if row["method"] == method]
+            at = [row["at"] for row in points]
+            style = "o-" if numbers else "o"
+            seconds = [table.median(row["seconds"]) for row in points]
+            above.plot(at, seconds, style, label=method)
+            below.plot(at, [r["bytes"] / 1e9 for r in points], style)
+        if numbers:
+            below.set_xscale("log", base=2)
+            at = sorted({row["at"] for row in own})
+            below.set_xticks(at, at)
+        else:
+            below.tick_params("x", rotation=60)
+        below.set_xlabel(axis)
+        for panel in (above, below):
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("seconds a step")
+    panels[1, 0].set_ylabel("GB held while training")
+    panels[0, 0].legend()
+    figure.savefig(path, dpi=110)
