@@ -124,7 +124,8 @@ class RankAllocation(Mapping[str, int]):
         )
 
     def __str__(self) -> str:
-        table = summary.table(*self._rows(), fold=True)
+        names, rows = self._rows()
+        table = summary.table(names, rows, fold=True)
         return f"{summary.text(table)}\n {self._size()}"
 
     def _repr_html_(self) -> str:
