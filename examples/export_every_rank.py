@@ -46,6 +46,11 @@ def main(argv=None):
             f"{layout}: ranks {manifest['ranks']} in {size / 1e6:.1f} MB, "
             f"{size / base:.2f} times the parameters"
         )
+    print(
+        "Next: a batch with a rank for each row, by TensorFlow alone,\n"
+        f"  python examples/serve_ranks.py {args.output / 'shared'} 1 "
+        f"{manifest['ranks'][-1]}"
+    )
 
 
 if __name__ == "__main__":

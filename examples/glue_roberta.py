@@ -359,6 +359,7 @@ def compare(args, settings):
             verbose=args.verbose,
         )
         print(summary(f"{args.task}, {args.method}, seed {seed}", result))
+    print("Next: python -m examples.tables, which compares methods.")
 
 
 def score(result, rank="full", split=None, metric=None):

@@ -81,7 +81,7 @@ def write(folder, task, layers, found, size):
     text = markdown.table([f"{METRICS[task]} at", *shares], rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{task}-{layers}.md").write_text(text + "\n")
-    print(f"\n{text}")
+    print(f"\n{text}\nNext: `kd.allocate_ranks` in docs/choosing.md.")
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for name, values in found.items():

@@ -269,7 +269,7 @@ def write(folder, task, runs, rank):
     names = [n for n in scored[0] if all(n in named for named in scored)]
     text = "\n\n".join(table(runs, name) for name in names)
     (folder / f"{task}.md").write_text(text + "\n")
-    print(f"\n{text}")
+    print(f"\n{text}\nNext: docs/results.md, what other runs gave.")
     curves = {
         methods.LABELS[method]: curve(
             found, names[0], rank if method in methods.FIXED else 1

@@ -129,6 +129,7 @@ def main(argv=None):
     for name, report in (("before", before), ("after", after)):
         values = "  ".join(f"{v:.3f}" for v in report.values("loss"))
         print(f"loss at ranks 1 to 4, {name}: {values}")
+    print("Next: docs/loops.md, on what a loop must do.")
     return before, after
 
 

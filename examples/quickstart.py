@@ -168,6 +168,11 @@ def compare(args):
     if args.quantize:
         command += ["--quantize", args.quantize]
     subprocess.run(command, check=True)
+    print(
+        "\nNext: every rank in one SavedModel,\n"
+        f"  python -m examples.export_every_rank --adapter {directory}\n"
+        "and your own model: docs/choosing.md, docs/saving.md."
+    )
 
 
 if __name__ == "__main__":

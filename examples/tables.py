@@ -524,6 +524,7 @@ def main(argv=None):
     path.with_suffix(".md").write_text(text)
     draw(path.with_suffix(".png"), curves, task)
     print(f"\n{text}\n{path}.md, {path}.png")
+    print("Next: docs/results.md, what other runs gave.")
 
 
 if __name__ == "__main__":
