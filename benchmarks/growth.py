@@ -42,7 +42,9 @@ def axes(name):
 
     base = dataclasses.replace(large, batch=4)
     return {
-        "rank": {b: (middle, b) for b in (1, 4, 16, 64, 256)},
+        "rank": {
+            b: (middle, b) for b in (1, 4, 16, 64, 256) if b <= middle.hidden
+        },
         "layers": of(middle, "layers", (2, 6, 12, 24)),
         "batch": of(middle, "batch", (4, 16, 64)),
         "length": of(small, "length", (64, 128, 256, 512)),

@@ -1,3 +1,4 @@
+import argparse
 import json
 import subprocess
 import sys
@@ -5,6 +6,7 @@ import sys
 import keras
 import pytest
 
+from benchmarks import growth
 from benchmarks.gpu import RIVALS, SERVED
 
 
@@ -49,3 +51,28 @@ def test_large(tmp_path):
     assert {"enable_dylora", "merge", "export_ranks"} < held.keys()
     assert min(held.values()) >= 1 and max(held.values()) > 1
     assert all(row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak")
+def test_growth(tmp_path):
+    rows = measured(
+        "growth", tmp_path, "--axes", "model", "--rounds", "1", "--steps", "1"
+    )
+    torch = keras.backend.backend() == "torch"
+    methods = growth.METHODS if torch else (growth.OURS, growth.KERAS)
+    assert [(row["at"], row["method"]) for row in rows] == [
+        (model, method) for model in ("tiny", "tiny-gpt2") for method in methods
+    ]
+    assert all(row["bytes"] > 0 and min(row["seconds"]) > 0 for row in rows)
+    assert (tmp_path / f"growth-tiny-{keras.backend.backend()}.png").exists()
+
+
+def test_axes_of_growth():
+    axes = growth.axes("minilm")
+    assert axes["rank"][64] == (growth.SIZES["minilm"], 64)
+    assert axes["length"][512][0].length == 512
+    again, _ = axes["base"]["int4, remat"]
+    assert (again.quantized, again.remat) == ("int4", True)
+    with pytest.raises(SystemExit, match="Received: colour"):
+        growth.main(argparse.Namespace(size="tiny", axes=["rank", "colour"]))
