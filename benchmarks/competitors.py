@@ -25,7 +25,7 @@ class Size:
     length: int = 64
     positions: int = 512
     dtype: str = "float32"
-    quantized: str | None = None  # a mode of `quantize`
+    quantized: str | None = None  # a mode of the backbone's `quantize`
     remat: bool = False  # whether activations are computed again
 
     @property
@@ -89,7 +89,7 @@ def keras_task(size):
             **arguments,
         )
     if size.quantized:
-        model.quantize(size.quantized)
+        model.backbone.quantize(size.quantized)
     return model
 
 

@@ -74,8 +74,8 @@ def main(args):
     rows = []
     for axis in args.axes or chosen:
         for label, (size, rank) in chosen[axis].items():
-            if size.remat and args.backend == "tensorflow":
-                # Keras 3.15 can't, not even a plain Dense in a compiled step.
+            if size.remat and args.backend != "torch":
+                # Keras 3.15 can't: in a compiled step `training` is traced.
                 continue
             for row in measured(args, size, rank):
                 rows.append({"axis": axis, "at": label, **row})
