@@ -6,6 +6,7 @@ import warnings
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_dylora import _keras, paths
 from keras_dylora import ranks as rank_functions
@@ -137,6 +138,15 @@ class Adaptation:
     def highest(self):
         """int. The highest rank of the live adapter."""
         return self.named.highest
+
+    @property
+    def lowest_trained(self):
+        """int. Of training so far, which within `full_rank_steps` is of one."""
+        pending = self.config.full_rank_steps and all(
+            int(ops.convert_to_numpy(v)) > 0
+            for v in (self.full_rank, self.ranks_drawn)
+        )
+        return self.config.rank if pending else self.config.min_rank
 
     @property
     def gates(self):

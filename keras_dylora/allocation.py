@@ -80,7 +80,8 @@ class RankAllocation(Mapping[str, int]):
     def label(self) -> str:
         """str. A name for tables: the lowest and highest rank, the share."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
-        return f"{low} to {high}, {self.share:.1%}"
+        ranks = str(low) if low == high else f"{low} to {high}"
+        return f"{ranks}, {self.share:.1%}"
 
     def __getitem__(self, path: str) -> int:
         return self.ranks[path]

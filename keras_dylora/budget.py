@@ -105,7 +105,7 @@ def allocate_ranks(
             the model isn't enabled or compiled.
 
     Warns:
-        UserWarning: if the model was trained with `min_rank` above 1 and isn't
+        UserWarning: if the model wasn't trained at the lower ranks, and isn't
             in order.
 
     Example:
@@ -259,13 +259,13 @@ def _batches(model, x, y, sample_weight, batch_size, steps):
 
 
 def _warn_unless_nested(adaptation):
-    lowest = adaptation.config.min_rank
+    lowest = adaptation.lowest_trained
     if lowest > 1 and not all(
         layer.factors().is_ordered for layer in adaptation.layers.values()
     ):
         warnings.warn(
             "Ranks can be chosen of a model that was trained at all of them, "
-            "or after `order_ranks`. Received: a model with "
-            f"min_rank={lowest}",
+            "or after `order_ranks`. Received: a model that was trained from "
+            f"rank {lowest} on",
             stacklevel=3,
         )

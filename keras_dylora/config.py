@@ -254,19 +254,20 @@ class DyLoRAConfig:
         self,
         ranks: Collection[int],
         adapters: "Iterable[Factors]",
+        lowest: int,
         stacklevel: int = 3,
     ) -> Self:
         """The config of this run's adapters when they are cut to `ranks`.
 
         One for each of the `Factors` that are cut, which need be trained at it
-        or in order.
+        or in order; `lowest` is the lowest rank of their training.
         """
         rank, low = max(ranks), min(filter(None, ranks))
-        if low < self.min_rank and not all(x.is_ordered for x in adapters):
+        if low < lowest and not all(x.is_ordered for x in adapters):
             warnings.warn(
                 "An adapter should be cut to a rank that it was trained at, or "
-                "after `order_ranks`. "
-                f"Received: rank={low} with min_rank={self.min_rank}",
+                f"after `order_ranks`. Received: rank={low} of one that was "
+                f"trained from rank {lowest} on",
                 stacklevel=stacklevel,
             )
         return self.at_maximum(rank)

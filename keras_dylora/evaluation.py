@@ -1,6 +1,7 @@
 """Ranks compared: evaluate_ranks and the RankEvaluation callback."""
 
 import collections.abc
+import functools
 import importlib.util
 import itertools
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import ranks as rank_functions
-from keras_dylora import summary
+from keras_dylora import summary, training
 from keras_dylora.allocation import RankAllocation
 from keras_dylora.model import adaptation_of
 from keras_dylora.report import RankReport
@@ -36,8 +37,9 @@ def evaluate_ranks(
             once isn't enough.
         y: targets, as for `model.evaluate`.
         ranks: ints in `0..config.rank`, and `RankAllocation`s. Ranks below
-            `min_rank` are reported as untrained. Defaults to `None`, all from
-            1 to the maximum.
+            `min_rank`, and within `full_rank_steps` those below the maximum,
+            are reported as untrained. Defaults to `None`, all from 1 to the
+            maximum.
         **evaluate_kwargs: further arguments of `model.evaluate`. `verbose`
             shows a progress bar over the ranks; `steps` is needed for data
             without an end.
@@ -61,8 +63,14 @@ def evaluate_ranks(
     """
     verbose = evaluate_kwargs.pop("verbose", "auto")
     evaluate_kwargs.pop("return_dict", None)
+    chosen = _chosen(model, ranks)
+    if not model.compiled:
+        raise ValueError(
+            "The model must be compiled, as its loss and metrics are what "
+            f"ranks are compared by. Received: {model.name}, which isn't"
+        )
     data = EvaluationData(model, x, y, evaluate_kwargs)
-    return data.report(model, _chosen(model, ranks), verbose)
+    return data.report(model, chosen, verbose)
 
 
 def _chosen(model, ranks):
@@ -151,19 +159,18 @@ class EvaluationData:
         cls = keras.Model if self.preprocessed else type(model)
         for done, b in enumerate(ranks, start=1):
             with model.rank_scope(b):
-                found = cls.evaluate(
+                found = training.interruptible(
                     model,
-                    self.x,
-                    self.y,
-                    verbose=0,
-                    return_dict=True,
-                    **self.kwargs,
+                    functools.partial(cls.evaluate, model),
+                    (self.x, self.y),
+                    {"verbose": 0, "return_dict": True, **self.kwargs},
                 )
             metrics[b] = _scalars(found)
             if verbose != 0:
                 bar.update(done)
         sizes = {b: summary.parameters(model, b) for b in ranks}
-        return RankReport(metrics, adaptation_of(model).config.min_rank, sizes)
+        training.write_back(model)
+        return RankReport(metrics, adaptation_of(model).lowest_trained, sizes)
 
 
 def _needs_targets(model, x):

@@ -26,14 +26,18 @@ class Figure(figure.Figure):
 
     def _repr_png_(self):
         drawn = io.BytesIO()
-        self.savefig(drawn, format="png")
+        self.savefig(drawn, format="png", bbox_inches="tight")
         return drawn.getvalue()
 
     def save(self, path):
         """Writes it, if there is a path, in the format of its ending."""
         if path is not None:
             with files.new_file(path) as beside:
-                self.savefig(beside, format=beside.suffix[1:] or "png")
+                self.savefig(
+                    beside,
+                    format=beside.suffix[1:] or "png",
+                    bbox_inches="tight",
+                )
 
 
 def curves(reports, metric, rank, label):
@@ -68,11 +72,11 @@ def curves(reports, metric, rank, label):
                 continue
             x = [report.parameters[b] if by_size else b for b in ranks]
             y = [report.metrics[b][metric] for b in ranks]
-            (line,) = axes.plot(x, y, marker="o", mfc="white", label=title)
-            trained = [report.is_trained(b) for b in ranks]
-            if any(trained):
-                points = (np.asarray(v)[trained] for v in (x, y))
-                axes.plot(*points, "o", color=line.get_color())
+            (line,) = axes.plot(x, y, "o-", label=title)
+            open_ = [not report.is_trained(b) for b in ranks]
+            if any(open_):
+                points = (np.asarray(v)[open_] for v in (x, y))
+                axes.plot(*points, "o", color=line.get_color(), mfc="white")
     _, own = reports[0]
     axes.plot(
         own.parameters[rank] if by_size else rank,
@@ -84,7 +88,8 @@ def curves(reports, metric, rank, label):
         label=f"chosen: rank {label}",
     )
     unit = "trained parameters" if by_size else "rank"
-    axes.set_xlabel(f"{unit} (hollow: untrained)")
+    hollow = any(not r.is_trained(b) for _, r in reports for b in r.ranks)
+    axes.set_xlabel(f"{unit} (hollow: untrained)" if hollow else unit)
     axes.set_ylabel(metric)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

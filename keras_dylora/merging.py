@@ -134,7 +134,9 @@ def truncate(model: Model, rank: Rank) -> Model:
     active = {p: min(b, kept[p]) for p, b in adaptation.ranks.items()}
     layers = adaptation.layers
     config = adaptation.config.truncated(
-        kept.values(), [x.factors() for x in layers.values()]
+        kept.values(),
+        [x.factors() for x in layers.values()],
+        adaptation.lowest_trained,
     )
     optimizer = new_optimizer(model)
     cut = {

@@ -394,18 +394,21 @@ class DyLoRAModel(keras.Model):
             yield state
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        fit = super().fit
         if self._full_rank_steps:
-            args, kwargs = training.with_callback(
-                super().fit,
-                args,
-                kwargs,
-                training.OrderAfterFullRank(training.write_back),
-            )
-        history = super().fit(*args, **kwargs)
+            order = training.OrderAfterFullRank(training.write_back)
+            args, kwargs = training.with_callback(fit, args, kwargs, order)
+        history = training.interruptible(self, fit, args, kwargs)
         # On TensorFlow, a subclassed model is built in its first step only.
         if hasattr(self, "_dylora"):
             self._dylora.warn_of_idle()
         return history
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        return training.interruptible(self, super().evaluate, args, kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        return training.interruptible(self, super().predict, args, kwargs)
 
     @property
     def _full_rank_steps(self):

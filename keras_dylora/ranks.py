@@ -20,10 +20,10 @@ def as_rank(value: Any, low: int, high: int, name: str = "rank") -> int:
             f"(of type {type(value).__name__})"
         )
     if not low <= value <= high:  # type: ignore[operator]
-        raise ValueError(
-            f"`{name}` must be between {low} and {high}. "
-            f"Received: {name}={value}"
-        )
+        rule = f"between {low} and {high}"
+        if high >= 2**31 - 1 and value < low:  # what an `int` holds
+            rule = f"at least {low}"
+        raise ValueError(f"`{name}` must be {rule}. Received: {name}={value}")
     return int(value)
 
 

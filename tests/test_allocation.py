@@ -229,7 +229,7 @@ def test_report_of_both():
     assert "parameters" in axes.get_xlabel()
     curves = [line.get_xdata().tolist() for line in axes.lines]
     assert curves[0] == [sizes[1], sizes[3]]
-    assert curves[2] == [sizes[0], sizes[2]]
+    assert curves[1] == [sizes[0], sizes[2]]
     frame = report.to_dataframe()
     assert frame.index.tolist() == [small.label, 1, large.label, 4]
     assert frame["parameters"].tolist() == sizes

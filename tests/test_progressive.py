@@ -210,11 +210,18 @@ def test_full_rank_steps_that_a_function_passes_by():
     assert seen.ordered.index(True) == 1
 
 
-def test_too_few_steps_are_trained_with_a_warning():
+def test_too_few_steps_are_trained_with_a_warning(tmp_path):
     model = progressive_mlp(100)
     model.compile("adam", "mse")
+    data = mlp_data(64)
     with pytest.warns(UserWarning, match="full_rank_steps=100, of which 92"):
-        model.fit(*mlp_data(64), batch_size=8, verbose=0)
+        model.fit(*data, batch_size=8, verbose=0)
+    report = kd.evaluate_ranks(model, *data, verbose=0)
+    assert [report.is_trained(b) for b in (1, 3, 4)] == [False, False, True]
+    with pytest.warns(UserWarning, match="rank=2 of one .* from rank 4 on"):
+        kd.save_adapter(model, tmp_path / "cut", rank=2)
+    kd.order_ranks(model)
+    assert kd.evaluate_ranks(model, *data, verbose=0).is_trained(1)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])

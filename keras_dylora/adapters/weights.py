@@ -28,13 +28,15 @@ class AdapterWeights:
 
     Each layer has a rank and a scale of its own; the config's rank is the
     highest. Moving averages beside what was trained are with it. The identity
-    of the model that they are of may be unknown, in an old file.
+    of the model that they are of may be unknown, in an old file, and the lowest
+    rank of training, which the config's tells then.
     """
 
     layers: dict[str, Factors]
     trained: dict[str, np.ndarray]
     config: DyLoRAConfig
     identity: Identity | None = None
+    lowest: int | None = None
 
     @classmethod
     def of(cls, model):
@@ -59,6 +61,7 @@ class AdapterWeights:
             {p: float32_array(v) for p, v in trained.items()},
             config,
             Identity.of(model, trained),
+            adaptation.lowest_trained,
         )
 
     def cut(self, ranks):
@@ -80,7 +83,10 @@ class AdapterWeights:
                 for path, factors in self.layers.items()
             },
             config=self.config.truncated(
-                ranks.values(), self.layers.values(), stacklevel=4
+                ranks.values(),
+                self.layers.values(),
+                self.lowest or self.config.min_rank,
+                stacklevel=4,
             ),
         )
 

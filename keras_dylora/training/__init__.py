@@ -7,11 +7,11 @@ loss it has in `objectives`.
 
 import keras
 
+from keras_dylora.training.callbacks import interruptible, with_callback
 from keras_dylora.training.full_rank import (
     OrderAfterFullRank,
     at_full_rank,
     order_columns,
-    with_callback,
 )
 from keras_dylora.training.gate_gradient import gate_gradient
 from keras_dylora.training.step import check_frozen, check_slots, drawn

@@ -5,7 +5,6 @@ What an optimizer keeps for them turns too: a gradient by the inverse,
 transposed, and a mean of squares by the squares of its entries.
 """
 
-import inspect
 import math
 import warnings
 
@@ -127,21 +126,3 @@ class OrderAfterFullRank(keras.callbacks.Callback):
         adaptation = self.model._dylora
         drawn = int(ops.convert_to_numpy(adaptation.ranks_drawn))
         return adaptation.config.full_rank_steps - drawn
-
-
-def with_callback(fit, args, kwargs, callback):
-    """The arguments of a `fit`, with a callback before those that it has."""
-    signature = inspect.signature(fit)
-    bound = signature.bind(*args, **kwargs)
-    arguments = bound.arguments
-    # A KerasHub task hands Keras's on as `**kwargs`.
-    if "callbacks" not in signature.parameters:
-        arguments = arguments.setdefault("kwargs", {})
-    callbacks = arguments.get("callbacks")
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callback.set_model(callbacks.model)
-        callbacks.callbacks.insert(0, callback)
-    else:
-        callbacks = [callback, *keras.tree.flatten(callbacks or [])]
-        arguments["callbacks"] = callbacks
-    return bound.args, bound.kwargs

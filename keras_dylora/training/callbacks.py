@@ -1,0 +1,87 @@
+"""Callbacks beside the user's own, and an interruption that loses nothing."""
+
+import contextlib
+import inspect
+import signal
+import threading
+
+import keras
+
+
+class Interruption(keras.callbacks.Callback):
+    """Raises a `KeyboardInterrupt` that came within a batch, at its end."""
+
+    came = False
+    # Keras needn't wait for the device after every batch: the next will do.
+    async_safe = True
+
+    def raise_what_came(self):
+        if self.came:
+            raise KeyboardInterrupt
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.raise_what_came()
+
+    on_test_batch_end = on_predict_batch_end = on_train_batch_end
+
+
+def interruptible(model, method, args, kwargs):
+    """Calls `fit`, `evaluate` or `predict`, which Ctrl-C ends after a batch.
+
+    On JAX, Keras takes the values out of the variables meanwhile, and gives
+    their memory to the compiled function: an interruption in the middle would
+    lose the model. A second one doesn't wait.
+    """
+    with _whole_batches(model) as callback:
+        if callback is not None:
+            args, kwargs = with_callback(method, args, kwargs, callback, True)
+        return method(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _whole_batches(model):
+    usual = signal.default_int_handler
+    main = threading.current_thread() is threading.main_thread()
+    if (
+        keras.backend.backend() != "jax"
+        or not main  # whose alone signals are
+        or signal.getsignal(signal.SIGINT) is not usual
+    ):
+        yield None
+        return
+    callback = Interruption()
+
+    def later(*args):
+        callback.came = True
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, later)
+    try:
+        yield callback
+        callback.raise_what_came()
+    except KeyboardInterrupt:
+        model.jax_state_sync()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def with_callback(method, args, kwargs, callback, last=False):
+    """The arguments of a `fit`, with a callback before those that it has.
+
+    Or behind them.
+    """
+    signature = inspect.signature(method)
+    bound = signature.bind(*args, **kwargs)
+    arguments = bound.arguments
+    # A KerasHub task hands Keras's on as `**kwargs`.
+    if "callbacks" not in signature.parameters:
+        arguments = arguments.setdefault("kwargs", {})
+    callbacks = arguments.get("callbacks")
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callback.set_model(callbacks.model)
+        found = callbacks.callbacks
+    else:
+        found = arguments["callbacks"] = keras.tree.flatten(callbacks or [])
+    found.insert(len(found) if last else 0, callback)
+    return bound.args, bound.kwargs
