@@ -1,19 +1,28 @@
-"""What the site makes of the files of the tests: the tables of families."""
+"""The tables of the page on families, made of the files of the tests.
+
+    python docs/families.py
+"""
 
 import ast
 import json
 import pathlib
 import re
 
+PAGE = pathlib.Path(__file__).with_suffix(".md")
 FAMILIES = pathlib.Path(__file__).parents[1] / "tests/families"
 
 
-def on_page_markdown(markdown, **kwargs):
-    """MkDocs calls it with each page; one has the marks."""
+def page(markdown):
+    """The page with what is between its marks made anew."""
     for mark, text in (("families", tables), ("convolutions", convolutions)):
-        mark = f"<!-- {mark} -->"
-        if mark in markdown:
-            markdown = markdown.replace(mark, text())
+        markdown, found = re.subn(
+            f"(<!-- {mark} -->).*?(<!-- end -->)",
+            lambda marks, text=text: f"{marks[1]}{text()}{marks[2]}",
+            markdown,
+            flags=re.DOTALL,
+        )
+        if found != 1:
+            raise ValueError(f"{PAGE} must have the mark {mark} once.")
     return markdown
 
 
@@ -21,6 +30,8 @@ def tables():
     """A table of all families, then one of the layers of each."""
     expected = json.loads((FAMILIES / "expected.json").read_text())
     lines = [
+        "",
+        "",
         '| family | by default | `"all-linear"` | names by default |',
         "|---|---|---|---|",
     ]
@@ -32,12 +43,12 @@ def tables():
             f"| {_names(layers['default'])} |"
         )
     for name, layers in sorted(expected.items()):
-        lines += ["", f"### {name} {{ #{_anchor(name)} }}", ""]
+        lines += ["", f"### {name}", ""]
         lines += ['| layer | by default | `"all-linear"` |', "|---|---|---|"]
         for path, count in layers["all-linear"].items():
             default = layers["default"].get(path, "")
             lines.append(f"| `{path}` | {default} | {count} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", ""])
 
 
 def convolutions():
@@ -52,7 +63,8 @@ def convolutions():
 
 
 def _anchor(name):
-    return "family-" + re.sub(r"\W", "-", name)
+    """What GitHub and MkDocs make of a heading."""
+    return re.sub(r"[^\w-]", "", name)
 
 
 def _names(layers):
@@ -61,3 +73,7 @@ def _names(layers):
     if not found:
         return 'none: name some in `target_layers`, or use `"all-linear"`'
     return ", ".join(f"`{name}`" for name in found)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
