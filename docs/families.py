@@ -1,6 +1,6 @@
 """The tables of the page on families, made of the files of the tests.
 
-    python docs/families.py
+python docs/families.py
 """
 
 import ast

@@ -254,14 +254,16 @@ class DyLoRAConfig:
         self,
         ranks: Collection[int],
         adapters: "Iterable[Factors]",
-        lowest: int,
+        lowest: int | None = None,
         stacklevel: int = 3,
     ) -> Self:
         """The config of this run's adapters when they are cut to `ranks`.
 
         One for each of the `Factors` that are cut, which need be trained at it
-        or in order; `lowest` is the lowest rank of their training.
+        or in order; `lowest` is the lowest rank of their training, by default
+        the config's.
         """
+        lowest = lowest or self.min_rank
         rank, low = max(ranks), min(filter(None, ranks))
         if low < lowest and not all(x.is_ordered for x in adapters):
             warnings.warn(

@@ -19,11 +19,15 @@ def as_rank(value: Any, low: int, high: int, name: str = "rank") -> int:
             f"`{name}` must be an integer. Received: {name}={value!r} "
             f"(of type {type(value).__name__})"
         )
+    if value < low and high >= 2**31 - 1:  # type: ignore[operator]
+        raise ValueError(
+            f"`{name}` must be at least {low}. Received: {name}={value}"
+        )
     if not low <= value <= high:  # type: ignore[operator]
-        rule = f"between {low} and {high}"
-        if high >= 2**31 - 1 and value < low:  # what an `int` holds
-            rule = f"at least {low}"
-        raise ValueError(f"`{name}` must be {rule}. Received: {name}={value}")
+        raise ValueError(
+            f"`{name}` must be between {low} and {high}. "
+            f"Received: {name}={value}"
+        )
     return int(value)
 
 

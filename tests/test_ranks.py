@@ -171,7 +171,7 @@ def test_config_round_trip(name):
         (lambda: kd.Categorical({1: float("nan")}), ValueError, "finite"),
         (lambda: kd.Categorical({1: 0, 2: 0}), ValueError, "positive"),
         (lambda: kd.Categorical({1.5: 1}), TypeError, "integer"),
-        (lambda: kd.Categorical({0: 1}), ValueError, "between 1"),
+        (lambda: kd.Categorical({0: 1}), ValueError, "at least 1"),
     ],
 )
 def test_bad_distributions(make, error, message):

@@ -138,9 +138,10 @@ def _read(directory):
     folder = pathlib.Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
+            found = f"without {name}" if folder.is_dir() else "that isn't there"
             raise ValueError(
                 f"An adapter directory must hold {CONFIG_NAME} and "
-                f"{WEIGHTS_NAME}. Received: {str(folder)!r} without {name}"
+                f"{WEIGHTS_NAME}. Received: {str(folder)!r} {found}"
             )
     config, identity, ranks = metadata.read(
         folder / CONFIG_NAME, folder / WEIGHTS_NAME, "save_adapter"

@@ -85,7 +85,7 @@ class AdapterWeights:
             config=self.config.truncated(
                 ranks.values(),
                 self.layers.values(),
-                self.lowest or self.config.min_rank,
+                self.lowest,
                 stacklevel=4,
             ),
         )
