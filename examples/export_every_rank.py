@@ -27,7 +27,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     try:
-        model = classifier(MINILM, sequence_length=32)
+        model = classifier(MINILM, sequence_length=24)
     except NotFetchedError as error:
         parser.exit(2, f"{error}\n")
     if args.adapter:

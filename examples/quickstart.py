@@ -57,7 +57,10 @@ def classifier(preset, sequence_length):
 
 def train(args, method):
     """Trains one model from the same start and evaluates it at every rank."""
-    (texts, labels), test = data.load(args.dataset)
+    (texts, labels), test = (
+        [column[: args.limit] for column in part]
+        for part in data.load(args.dataset)
+    )
     keras.utils.set_random_seed(args.seed)
     model = classifier(args.preset, args.sequence_length)
     steps = args.epochs * -(-len(texts) // args.batch_size)
@@ -120,7 +123,12 @@ def main(argv=None):
     parser.add_argument("--epochs", default=2, type=int)
     parser.add_argument("--batch-size", default=32, type=int)
     parser.add_argument("--learning-rate", default=2e-3, type=float)
-    parser.add_argument("--sequence-length", default=32, type=int)
+    parser.add_argument("--sequence-length", default=24, type=int)
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="sentences to train on, and to evaluate on, for a first look",
+    )
     parser.add_argument("--quantize", choices=("int8", "int4"))
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--verbose", default=1, type=int)

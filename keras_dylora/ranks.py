@@ -19,7 +19,7 @@ def as_rank(value: Any, low: int, high: int, name: str = "rank") -> int:
             f"`{name}` must be an integer. Received: {name}={value!r} "
             f"(of type {type(value).__name__})"
         )
-    if value < low and high >= 2**31 - 1:  # type: ignore[operator]
+    if value < low and high >= 2**31 - 1:
         raise ValueError(
             f"`{name}` must be at least {low}. Received: {name}={value}"
         )
