@@ -185,6 +185,28 @@ def test_full_rank_steps_then_the_order_then_ranks(steps_per_execution):
     assert model.rank == RANK
 
 
+def test_a_fit_of_ones_own():
+    class Own(keras.Sequential):
+        def fit(self, x, y, **rest):
+            return super().fit(x, y, **rest)
+
+    class Closed(keras.Sequential):
+        def fit(self, x, y):
+            return super().fit(x, y, batch_size=8, verbose=0)
+
+    for cls in (Own, Closed):
+        model = cls([keras.Input((5,)), keras.layers.Dense(3, name="query")])
+        config = kd.DyLoRAConfig.progressive(2, rank=2)
+        kd.enable_dylora(model, config, verbose=0)
+        model.compile("adam", "mse")
+        if cls is Own:
+            model.fit(*batches(32), batch_size=8, verbose=0)
+            assert model._dylora.full_rank == 0
+        else:
+            with pytest.raises(TypeError, match=r"Received: fit\(x, y\)"):
+                model.fit(*batches(32))
+
+
 def test_the_place_is_read_only_when_it_may_be_the_last():
     """Reading it waits for the device, so not in every step."""
     reads = []

@@ -32,19 +32,20 @@ def interruptible(model, method, args, kwargs):
     their memory to the compiled function: an interruption in the middle would
     lose the model. A second one doesn't wait.
     """
-    with _whole_batches(model) as callback:
+    with _whole_batches(model, method) as callback:
         if callback is not None:
             args, kwargs = with_callback(method, args, kwargs, callback, True)
         return method(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _whole_batches(model):
+def _whole_batches(model, method):
     usual = signal.default_int_handler
     main = threading.current_thread() is threading.main_thread()
     if (
         keras.backend.backend() != "jax"
         or not main  # whose alone signals are
+        or not _takes_callbacks(method)
         or signal.getsignal(signal.SIGINT) is not usual
     ):
         yield None
@@ -69,14 +70,21 @@ def _whole_batches(model):
 def with_callback(method, args, kwargs, callback, last=False):
     """The arguments of a `fit`, with a callback before those that it has.
 
-    Or behind them.
+    Or behind them. Raises a `TypeError` if the method takes none.
     """
     signature = inspect.signature(method)
     bound = signature.bind(*args, **kwargs)
     arguments = bound.arguments
-    # A KerasHub task hands Keras's on as `**kwargs`.
     if "callbacks" not in signature.parameters:
-        arguments = arguments.setdefault("kwargs", {})
+        # A KerasHub task hands Keras's on as `**kwargs`.
+        rest = _rest(signature)
+        if rest is None:
+            raise TypeError(
+                "`full_rank_steps` end in a callback, so the `fit` of the "
+                "model must take `callbacks`, or `**kwargs`. "
+                f"Received: fit{signature}"
+            )
+        arguments = arguments.setdefault(rest, {})
     callbacks = arguments.get("callbacks")
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callback.set_model(callbacks.model)
@@ -85,3 +93,16 @@ def with_callback(method, args, kwargs, callback, last=False):
         found = arguments["callbacks"] = keras.tree.flatten(callbacks or [])
     found.insert(len(found) if last else 0, callback)
     return bound.args, bound.kwargs
+
+
+def _takes_callbacks(method):
+    signature = inspect.signature(method)
+    return "callbacks" in signature.parameters or _rest(signature)
+
+
+def _rest(signature):
+    """The name of the `**kwargs`, if there are some."""
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            return name
+    return None
