@@ -492,7 +492,7 @@ def test_a_server_may_take_few_ranks(pair, tmp_path):
     assert adapter_config(tmp_path)["r"] == 8
     model.set_rank(2)
     assert_same_logits(model, peft.PeftModel.from_pretrained(twin, tmp_path))
-    with pytest.raises(ValueError, match="`server_rank` must be between 3"):
+    with pytest.raises(ValueError, match="`server_rank` must be at least 3"):
         to_peft(model, tmp_path, layout="server", server_rank=2)
     with pytest.raises(ValueError, match="needs `layout='server'`"):
         to_peft(model, tmp_path, server_rank=8)
