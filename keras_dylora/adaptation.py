@@ -16,6 +16,7 @@ from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.named import NamedAdapters
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import uncompiled
+from keras_dylora.training.full_rank import at_full_rank
 from keras_dylora.training.objectives import OBJECTIVES
 
 
@@ -142,10 +143,8 @@ class Adaptation:
     @property
     def lowest_trained(self):
         """int. Of training so far, which within `full_rank_steps` is of one."""
-        pending = self.config.full_rank_steps and all(
-            int(ops.convert_to_numpy(v)) > 0
-            for v in (self.full_rank, self.ranks_drawn)
-        )
+        begun = int(ops.convert_to_numpy(self.ranks_drawn)) > 0
+        pending = begun and at_full_rank(self)
         return self.config.rank if pending else self.config.min_rank
 
     @property

@@ -87,3 +87,11 @@ def test_the_batch_is_ended_and_the_run_is_not():
     # `BackupAndRestore`, for one, deletes its backup at the end of a run.
     assert seen.ended[:3] == [0, 1, 2] and not seen.finished
     assert int(model._dylora.ranks_drawn) == len(seen.ended)
+    # The same list, as validation hands on, isn't interrupted for ever.
+    callbacks = keras.callbacks.CallbackList([Interrupted()], model=model)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model.fit(
+                *mlp_data(64), batch_size=8, verbose=0, callbacks=callbacks
+            )
+    model.fit(*mlp_data(16), batch_size=8, verbose=0, callbacks=callbacks)

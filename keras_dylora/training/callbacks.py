@@ -45,7 +45,7 @@ def _whole_batches(model, method):
     if (
         keras.backend.backend() != "jax"
         or not main  # whose alone signals are
-        or not _takes_callbacks(method)
+        or _holder(method) is None
         or signal.getsignal(signal.SIGINT) is not usual
     ):
         yield None
@@ -64,6 +64,7 @@ def _whole_batches(model, method):
         model.jax_state_sync()
         raise
     finally:
+        callback.came = False  # a `CallbackList` of the user's keeps it
         signal.signal(signal.SIGINT, usual)
 
 
@@ -75,16 +76,14 @@ def with_callback(method, args, kwargs, callback, last=False):
     signature = inspect.signature(method)
     bound = signature.bind(*args, **kwargs)
     arguments = bound.arguments
-    if "callbacks" not in signature.parameters:
-        # A KerasHub task hands Keras's on as `**kwargs`.
-        rest = _rest(signature)
-        if rest is None:
-            raise TypeError(
-                "`full_rank_steps` end in a callback, so the `fit` of the "
-                "model must take `callbacks`, or `**kwargs`. "
-                f"Received: fit{signature}"
-            )
-        arguments = arguments.setdefault(rest, {})
+    holder = _holder(method)
+    if holder is None:
+        raise TypeError(
+            "`full_rank_steps` end in a callback, so the `fit` of the model "
+            f"must take `callbacks`, or `**kwargs`. Received: fit{signature}"
+        )
+    if holder != "callbacks":
+        arguments = arguments.setdefault(holder, {})
     callbacks = arguments.get("callbacks")
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callback.set_model(callbacks.model)
@@ -95,14 +94,15 @@ def with_callback(method, args, kwargs, callback, last=False):
     return bound.args, bound.kwargs
 
 
-def _takes_callbacks(method):
-    signature = inspect.signature(method)
-    return "callbacks" in signature.parameters or _rest(signature)
+def _holder(method):
+    """The parameter that takes `callbacks`: that, `**kwargs` or none.
 
-
-def _rest(signature):
-    """The name of the `**kwargs`, if there are some."""
-    for name, parameter in signature.parameters.items():
+    A KerasHub task hands Keras's arguments on as `**kwargs`.
+    """
+    parameters = inspect.signature(method).parameters
+    if "callbacks" in parameters:
+        return "callbacks"
+    for name, parameter in parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             return name
     return None
