@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import competitors, table
 from benchmarks.competitors import PEFT, PEFT_COMPILED, PEFT_LINEAR, SIZES
-from benchmarks.workers import device, workers
+from benchmarks.workers import device, in_turn, workers
 from examples import markdown
 
 RIVALS = {
@@ -115,12 +115,9 @@ def measured(args, backend, size):
                 name: {"method": name, **answer.result(), "seconds": []}
                 for name, answer in asked.items()
             }
-        for turn in range(args.rounds):
-            # There and back: a drift of the machine meets all alike.
-            for name in names[:: -1 if turn % 2 else 1]:
-                rows[name]["seconds"].append(
-                    running[name].ask("train", args.steps)
-                )
+        for answers in in_turn(running, args.rounds, "train", args.steps):
+            for name, seconds in answers.items():
+                rows[name]["seconds"].append(seconds)
         for name, ranks in SERVED.items():
             for ask in ("evaluate", "generate") if name in running else ():
                 rows[name][ask] = running[name].ask(ask, ranks, args.steps)

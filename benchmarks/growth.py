@@ -11,7 +11,13 @@ from matplotlib.figure import Figure
 
 from benchmarks import competitors, table
 from benchmarks.competitors import SIZES
-from benchmarks.workers import forget_peak, held, workers
+from benchmarks.workers import (
+    forget_peak,
+    held,
+    import_packages,
+    in_turn,
+    workers,
+)
 from examples import markdown
 
 OURS, KERAS, PEFT = METHODS = ("DyLoRA", "Keras LoRA", "PEFT LoRA")
@@ -96,12 +102,9 @@ def measured(args, size, rank):
         }
         for row in rows.values():
             row["seconds"] = []
-        for turn in range(args.rounds):
-            # There and back: a drift of the machine meets all alike.
-            for name in names[:: -1 if turn % 2 else 1]:
-                rows[name]["seconds"].append(
-                    running[name].ask("train", args.steps)
-                )
+        for answers in in_turn(running, args.rounds, "train", args.steps):
+            for name, seconds in answers.items():
+                rows[name]["seconds"].append(seconds)
         for name, worker in running.items():
             rows[name]["bytes"] = worker.ask("held")
     for row in rows.values():
@@ -110,12 +113,7 @@ def measured(args, size, rank):
 
 
 def start(name, size, rank):
-    # What the imports hold isn't counted.
-    import keras_hub  # noqa: F401
-
-    if name == PEFT:
-        import peft  # noqa: F401
-        import transformers  # noqa: F401
+    import_packages(name == PEFT)
     imported = held("VmRSS")
     if name == PEFT:
         targets = competitors.PEFT_TARGETS[False, size.writes]

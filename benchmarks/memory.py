@@ -2,7 +2,7 @@
 
 from benchmarks import competitors, table
 from benchmarks.competitors import PEFT
-from benchmarks.workers import Worker, peak_memory
+from benchmarks.workers import Worker, import_packages, peak_memory
 from examples import markdown
 
 NAMES = [
@@ -80,11 +80,7 @@ def main(args):
 
 def start(name, size):
     def answer(steps):
-        import keras_hub  # noqa: F401
-
-        if name == PEFT:
-            import peft  # noqa: F401
-            import transformers  # noqa: F401
+        import_packages(name == PEFT)
         before = peak_memory()
         competitors.make(name, competitors.SIZES[size]).seconds(steps)
         peak = peak_memory()

@@ -3,7 +3,7 @@
 import time
 
 from benchmarks import competitors, table
-from benchmarks.workers import workers
+from benchmarks.workers import in_turn, workers
 from examples import markdown
 
 WAYS = {
@@ -18,9 +18,8 @@ def main(args):
         with workers(start, WAYS, args.size) as running:
             for worker in running.values():
                 worker.ask(args.steps)
-            for turn in range(args.rounds):
-                order = list(WAYS) if turn % 2 == 0 else list(WAYS)[::-1]
-                rounds.append({w: running[w].ask(args.steps) for w in order})
+            for answers in in_turn(running, args.rounds, args.steps):
+                rounds.append(answers)
                 print(f"round {len(rounds)}", flush=True)
     seconds = {
         WAYS[way]: table.median(r[way][0] for r in rounds) for way in WAYS

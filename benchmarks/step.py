@@ -2,7 +2,7 @@
 
 from benchmarks import competitors, table
 from benchmarks.competitors import FORWARD, PEFT, PEFT_LINEAR
-from benchmarks.workers import workers
+from benchmarks.workers import in_turn, workers
 from examples import markdown
 
 # What is compared, and what the divisor counts for.
@@ -36,10 +36,10 @@ def main(args):
             for name, worker in running.items():
                 # The first steps compile.
                 _, parameters[name] = worker.ask(args.steps)
-            for turn in range(args.rounds):
-                # There and back: a drift of the machine meets all alike.
-                order = names if turn % 2 == 0 else names[::-1]
-                rounds.append({n: running[n].ask(args.steps)[0] for n in order})
+            for answers in in_turn(running, args.rounds, args.steps):
+                rounds.append(
+                    {n: seconds for n, (seconds, _) in answers.items()}
+                )
                 print(f"round {len(rounds)}", flush=True)
     rows = [
         (name, parameters[name], table.median(r[name] for r in rounds))

@@ -54,6 +54,26 @@ def workers(start, names, *arguments):
             worker.close()
 
 
+def in_turn(running, rounds, *request):
+    """Yields the answers of all workers by name, once for each round.
+
+    There and back, so that a drift of the machine meets all alike.
+    """
+    names = list(running)
+    for turn in range(rounds):
+        order = names[:: -1 if turn % 2 else 1]
+        yield {name: running[name].ask(*request) for name in order}
+
+
+def import_packages(with_peft):
+    """Imports what trains, before what a training holds is counted."""
+    import keras_hub  # noqa: F401
+
+    if with_peft:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+
+
 def _serve(connection, start, arguments):
     answer = None
     with contextlib.suppress(EOFError):

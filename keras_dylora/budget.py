@@ -18,7 +18,7 @@ import numpy as np
 
 from keras_dylora import training
 from keras_dylora.allocation import RankAllocation
-from keras_dylora.evaluation import EvaluationData
+from keras_dylora.evaluation import EvaluationData, check_compiled
 from keras_dylora.layers import matrix_shape
 from keras_dylora.model import adaptation_of
 
@@ -117,11 +117,7 @@ def allocate_ranks(
     ```
     """
     adaptation = adaptation_of(model)
-    if not model.compiled:
-        raise ValueError(
-            "The model must be compiled, as its loss is what ranks are chosen "
-            f"by. Received: {model.name}, which isn't"
-        )
+    check_compiled(model)
     search = _Search(model)
     sizes = search.sizes(budget)
     _warn_unless_nested(adaptation)

@@ -64,13 +64,18 @@ def evaluate_ranks(
     verbose = evaluate_kwargs.pop("verbose", "auto")
     evaluate_kwargs.pop("return_dict", None)
     chosen = _chosen(model, ranks)
-    if not model.compiled:
-        raise ValueError(
-            "The model must be compiled, as its loss and metrics are what "
-            f"ranks are compared by. Received: {model.name}, which isn't"
-        )
+    check_compiled(model)
     data = EvaluationData(model, x, y, evaluate_kwargs)
     return data.report(model, chosen, verbose)
+
+
+def check_compiled(model):
+    """Raises a `ValueError` where `evaluate` has nothing to tell ranks by."""
+    if not model.compiled:
+        raise ValueError(
+            "The model must be compiled, as its loss is what ranks are chosen "
+            f"by. Received: {model.name}, which isn't"
+        )
 
 
 def _chosen(model, ranks):

@@ -293,6 +293,12 @@ def test_data_without_an_end(make):
     ]
 
 
+def test_uncompiled():
+    x, y = mlp_data(8)
+    with pytest.raises(ValueError, match="must be compiled"):
+        kd.evaluate_ranks(mlp(), x, y)
+
+
 def test_targets_in_the_place_of_ranks():
     with pytest.raises(TypeError, match=r"one argument, `\(x, y\)`"):
         kd.RankEvaluation(tokens(), labels())
