@@ -48,6 +48,9 @@ def main(argv=None):
     )
     parser.add_argument("--steps", default=8, type=int, help="a round")
     parser.add_argument(
+        "--over", default="", help="of step: the ratios to what has this name"
+    )
+    parser.add_argument(
         "--axes", nargs="+", help="of growth: rank, layers, …; all of them"
     )
     parser.add_argument("--output", default="results", type=pathlib.Path)

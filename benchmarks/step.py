@@ -1,5 +1,7 @@
 """Time of a training step, beside what a user could train with instead."""
 
+import sys
+
 from benchmarks import competitors, table
 from benchmarks.competitors import FORWARD, PEFT, PEFT_LINEAR
 from benchmarks.workers import in_turn, workers
@@ -27,8 +29,11 @@ def main(args):
     ratios = [
         ratio
         for ratio in RATIOS
-        if args.backend == "torch" or "PEFT" not in ratio[1]
+        if (args.backend == "torch" or "PEFT" not in ratio[1])
+        and args.over in ratio[1]
     ]
+    if not ratios:
+        sys.exit(f"Nothing is named so. Received: --over {args.over}")
     names = list(dict.fromkeys(n for ratio in ratios for n in ratio[:2]))
     rounds, parameters = [], {}
     for _ in range(args.processes):

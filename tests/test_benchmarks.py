@@ -6,7 +6,7 @@ import sys
 import keras
 import pytest
 
-from benchmarks import growth
+from benchmarks import growth, step
 from benchmarks.gpu import RIVALS, SERVED
 
 
@@ -76,3 +76,8 @@ def test_axes_of_growth():
     assert (again.quantized, again.remat) == ("int4", True)
     with pytest.raises(SystemExit, match="Received: colour"):
         growth.main(argparse.Namespace(size="tiny", axes=["rank", "colour"]))
+
+
+def test_nothing_to_divide_by():
+    with pytest.raises(SystemExit, match="Received: --over colour"):
+        step.main(argparse.Namespace(backend="jax", over="colour"))
