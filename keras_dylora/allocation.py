@@ -54,7 +54,7 @@ class RankAllocation(Mapping[str, int]):
         matrices: Mapping[str, tuple[int, int]],
         max_rank: int,
     ) -> None:
-        self.max_rank = as_rank(max_rank, 1, 2**31 - 1, "max_rank")
+        self.max_rank = as_rank(max_rank, 1, name="max_rank")
         self.ranks = by_layer(dict(ranks), matrices, self.max_rank)
         self.matrices = {p: tuple(matrices[p]) for p in self.ranks}
 

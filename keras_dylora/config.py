@@ -15,7 +15,7 @@ from keras_dylora.distributions import (
     Uniform,
     get_distribution,
 )
-from keras_dylora.ranks import SCALINGS, Scale, as_rank
+from keras_dylora.ranks import INT32_MAX, SCALINGS, Scale, as_rank
 from keras_dylora.training.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class AdapterArguments:
 
     def __post_init__(self) -> None:
         rank, alpha, dropout = self.rank, self.alpha, self.dropout
-        as_rank(rank, 1, 2**31 - 1, "rank")
+        as_rank(rank, 1)
         as_rank(self.min_rank, 1, rank, "min_rank")
         if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
             raise ValueError(
@@ -171,7 +171,7 @@ class DyLoRAConfig:
         self.distribution.probabilities(self.min_rank, self.rank)
         _check_one_of("objective", self.objective, OBJECTIVES)
         _check_one_of("draw", self.draw, ("step", "example"))
-        for name, high in (("seed", 2**63 - 1), ("full_rank_steps", 2**31 - 1)):
+        for name, high in (("seed", 2**63 - 1), ("full_rank_steps", INT32_MAX)):
             value = as_rank(getattr(self, name), 0, high, name)
             object.__setattr__(self, name, value)
         if self.frozen and not OBJECTIVES[self.objective].draws:

@@ -161,7 +161,7 @@ class Categorical(RankDistribution):
         for b, weight in weights.items():
             # JSON turns integer keys into strings.
             b = int(b) if isinstance(b, str) and b.isdecimal() else b
-            b = as_rank(b, 1, 2**31 - 1, "a rank in `weights`")
+            b = as_rank(b, 1, name="a rank in `weights`")
             if (
                 not isinstance(weight, numbers.Real)
                 or not math.isfinite(weight)

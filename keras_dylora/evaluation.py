@@ -323,7 +323,7 @@ class RankEvaluation(keras.callbacks.Callback):
         self.data = data
         self.ranks = ranks
         self.evaluate_kwargs = evaluate_kwargs
-        self.every = rank_functions.as_rank(every, 1, 2**31 - 1, "every")
+        self.every = rank_functions.as_rank(every, 1, name="every")
         self._ready = self._prepared_for = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -11,15 +11,19 @@ from typing import Any
 
 from keras import ops
 
+INT32_MAX = 2**31 - 1  # of a number that has no bound of its own
 
-def as_rank(value: Any, low: int, high: int, name: str = "rank") -> int:
+
+def as_rank(
+    value: Any, low: int, high: int = INT32_MAX, name: str = "rank"
+) -> int:
     """Returns `value` as an `int`, or raises if it isn't a rank."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"`{name}` must be an integer. Received: {name}={value!r} "
             f"(of type {type(value).__name__})"
         )
-    if value < low and high >= 2**31 - 1:
+    if value < low and high == INT32_MAX:
         raise ValueError(
             f"`{name}` must be at least {low}. Received: {name}={value}"
         )

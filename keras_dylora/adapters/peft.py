@@ -270,7 +270,7 @@ def _of_one_rank(fused, server_rank):
     """The same `Factors`, padded to one rank and with their scale in `up`."""
     rank = max(x.rank for x in fused.values() if x is not None)
     if server_rank is not None:
-        rank = as_rank(server_rank, rank, 2**31 - 1, "server_rank")
+        rank = as_rank(server_rank, rank, name="server_rank")
     return {
         module: x
         and Factors(x.down, x.up * np.float32(x.scale), 1.0).padded(rank)

@@ -79,7 +79,7 @@ class PeftAdapter:
     def rank(self, module):
         """int. The rank of the adapter of a linear layer."""
         rank = self._of(module, "rank_pattern", "r")
-        return ranks.as_rank(rank, 1, 2**31 - 1, "r")
+        return ranks.as_rank(rank, 1, name="r")
 
     def alpha(self, module):
         """float. Its scale, times its rank."""

@@ -17,7 +17,7 @@ import keras
 from keras_dylora.export import process
 from keras_dylora.recompile import uncompiled
 
-MODEL_NAME = "model.keras"
+MODEL_NAME = "model"
 REQUEST_NAME = "request.json"
 STEP = "keras_dylora: step"  # the line by which the child tells of one
 
@@ -39,7 +39,9 @@ def write(model, folder, plan, on_step):
     with tempfile.TemporaryDirectory(prefix="keras_dylora-") as temporary:
         temporary = pathlib.Path(temporary)
         with uncompiled(model):
-            model.save(temporary / MODEL_NAME)
+            # Not zipped: of that, Keras holds two copies while it writes and
+            # one while it reads. In a directory it is layer by layer.
+            model.save(temporary / MODEL_NAME, zipped=False)
         request = {
             "folder": str(folder),
             "plan": plan.to_json(),
