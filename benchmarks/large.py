@@ -1,10 +1,13 @@
 """A Llama of a billion parameters: time and memory of what is done to it."""
 
+import contextlib
 import gc
 import pathlib
-import resource
 import tempfile
+import threading
 import time
+
+import psutil
 
 from benchmarks import table
 from benchmarks.workers import Worker, forget_peak, held
@@ -102,17 +105,29 @@ def measure(size):
 def _measured(call):
     """Seconds, and the most bytes that were held beside those of before.
 
-    In this process, and in the largest of those it waited for.
+    At one time, in this process and in those that it waits for.
     """
     gc.collect()
     forget_peak()
-    before, children = held("VmRSS"), _children()
+    before, done, most = held("VmRSS"), threading.Event(), [0]
+    sampler = threading.Thread(target=_sample, args=(done, most))
+    sampler.start()
     start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
-    grown = _children() - children
-    return seconds, held("VmHWM") - before + (_children() if grown else 0)
+    try:
+        call()
+    finally:
+        seconds = time.perf_counter() - start
+        done.set()
+        sampler.join()
+    return seconds, max(held("VmHWM"), *most) - before
 
 
-def _children():
-    return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+def _sample(done, most):
+    """Appends what this process holds while it has children, with theirs."""
+    this = psutil.Process()
+    while not done.wait(0.01):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = this.children(recursive=True)
+            if children:
+                every = [this, *children]
+                most.append(sum(x.memory_info().rss for x in every))

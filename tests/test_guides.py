@@ -41,7 +41,6 @@ def test_notebook_holds_the_script(path):
     found = notebooks.notebook(script)
     nbformat.validate(found)
     title, *cells = found.cells
-    cells = [cell for cell in cells if cell.source != notebooks.FIGURES]
     _, head, body = script.split('"""', 2)
     for line in lines(head):
         assert line.split(": ", 1)[1] in title.source

@@ -20,8 +20,6 @@ ROOT = SCRIPTS.parents[1]
 NOTEBOOKS = ROOT / "docs/guides"
 GUIDES = ("finetune_and_pick_a_rank", "gpt2_at_every_rank", "export_and_serve")
 HEADER = ("Title", "Authors", "Date created", "Description", "Accelerator")
-# Jupyter shows no figure that pyplot didn't make, unless it is told to.
-FIGURES = "%matplotlib inline"
 
 
 def header(script):
@@ -56,8 +54,6 @@ def notebook(script):
     title, *fields = header(script).items()
     details = "<br>\n".join(f"**{name}:** {value}" for name, value in fields)
     cells = [nbformat.v4.new_markdown_cell(f"# {title[1]}\n\n{details}")]
-    if ".plot(" in script:
-        cells.append(nbformat.v4.new_code_cell(FIGURES))
     found = [(kind, text.strip()) for kind, text in parts(script)]
     (_, docstring), *found = [part for part in found if part[1]]
     assert docstring.startswith("Title: ")
