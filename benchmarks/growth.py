@@ -162,31 +162,43 @@ def write(args, rows):
 
 
 def draw(path, rows):
-    """Time above and memory below, a column for each axis."""
+    """Time, and memory at its right, two axes side by side."""
     names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure = Figure((1 + 3 * len(names), 6), layout="constrained")
-    panels = figure.subplots(2, len(names), squeeze=False, sharex="col")
-    for axis, (above, below) in zip(names, panels.T, strict=True):
+    height = (len(names) + 1) // 2
+    figure = Figure((12, 3 * height), layout="constrained")
+    pairs = figure.subplots(height, 4, squeeze=False).reshape(-1, 2)
+    for panel in pairs[len(names) :].flat:
+        panel.set_axis_off()
+    for axis, panels in zip(names, pairs, strict=False):
         own = [row for row in rows if row["axis"] == axis]
-        numbers = all(isinstance(row["at"], int) for row in own)
-        for method in METHODS:
-            points = [row for row in own if row["method"] == method]
-            at = [row["at"] for row in points]
-            style = "o-" if numbers else "o"
-            seconds = [table.median(row["seconds"]) for row in points]
-            above.plot(at, seconds, style, label=method)
-            below.plot(at, [r["bytes"] / 1e9 for r in points], style)
-        if numbers:
-            below.set_xscale("log", base=2)
-            at = sorted({row["at"] for row in own})
-            below.set_xticks(at, at)
-        else:
-            below.tick_params("x", rotation=60)
-        below.set_xlabel(axis)
-        for panel in (above, below):
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("seconds a step")
-    panels[1, 0].set_ylabel("GB held while training")
-    panels[0, 0].legend()
+        for panel, what, of in zip(
+            panels,
+            ("seconds a step", "GB held while training"),
+            (
+                lambda row: table.median(row["seconds"]),
+                lambda row: row["bytes"] / 1e9,
+            ),
+            strict=True,
+        ):
+            draw_axis(panel, axis, own, of)
+            panel.set_ylabel(what)
+    pairs[0, 0].legend()
     figure.savefig(path, dpi=110)
+
+
+def draw_axis(panel, name, rows, of):
+    """A line for each method, or points where `at` is no number."""
+    numbers = all(isinstance(row["at"], int) for row in rows)
+    for method in METHODS:
+        points = [row for row in rows if row["method"] == method]
+        at, y = [row["at"] for row in points], list(map(of, points))
+        panel.plot(at, y, "o-" if numbers else "o", label=method)
+    if numbers:
+        panel.set_xscale("log", base=2)
+        ticks = sorted({row["at"] for row in rows})
+        panel.set_xticks(ticks, ticks)
+    else:
+        panel.tick_params("x", rotation=60)
+    panel.set_xlabel(name)
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
