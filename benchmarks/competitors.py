@@ -73,7 +73,12 @@ def keras_task(size):
             {"num_classes": 2},
         )
     )
-    with keras.RematScope(mode="full" if size.remat else None):
+    # Those alone: "full" computes what is in a layer again within a layer that
+    # is computed again.
+    blocks = [f"transformer_layer_{i}" for i in range(size.layers)]
+    with keras.RematScope(
+        mode="list_of_layers" if size.remat else None, layer_names=blocks
+    ):
         model = task(
             backbone=backbone(
                 vocabulary_size=size.vocabulary,

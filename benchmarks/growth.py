@@ -46,7 +46,6 @@ def axes(name):
             for value in values
         }
 
-    base = dataclasses.replace(large, batch=4)
     return {
         "rank": {
             b: (middle, b) for b in (1, 4, 16, 64, 256) if b <= middle.hidden
@@ -60,7 +59,7 @@ def axes(name):
         },
         "base": {
             label + again: (
-                dataclasses.replace(base, remat=bool(again), **changes),
+                dataclasses.replace(large, remat=bool(again), **changes),
                 rank,
             )
             for label, changes in BASE.items()
