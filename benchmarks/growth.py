@@ -29,6 +29,11 @@ BASE = {
     "int4": {"quantized": "int4"},
 }
 
+MEASURED = {
+    "seconds a step": lambda row: table.median(row["seconds"]),
+    "GB held while training": lambda row: row["bytes"] / 1e9,
+}
+
 
 def axes(name):
     """Dict of axis to dict of label to size and rank, around one size."""
@@ -170,17 +175,9 @@ def draw(path, rows):
         panel.set_axis_off()
     for axis, panels in zip(names, pairs, strict=False):
         own = [row for row in rows if row["axis"] == axis]
-        for panel, what, of in zip(
-            panels,
-            ("seconds a step", "GB held while training"),
-            (
-                lambda row: table.median(row["seconds"]),
-                lambda row: row["bytes"] / 1e9,
-            ),
-            strict=True,
-        ):
+        for panel, (label, of) in zip(panels, MEASURED.items(), strict=True):
             draw_axis(panel, axis, own, of)
-            panel.set_ylabel(what)
+            panel.set_ylabel(label)
     pairs[0, 0].legend()
     figure.savefig(path, dpi=110)
 

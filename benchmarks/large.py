@@ -10,7 +10,7 @@ import time
 import psutil
 
 from benchmarks import table
-from benchmarks.workers import Worker, forget_peak, held
+from benchmarks.workers import forget_peak, held, workers
 from examples import markdown
 
 RANK = 8
@@ -56,11 +56,8 @@ GROUPS = (
 def main(args):
     rows = []
     for names in GROUPS:
-        worker = Worker(start, args.size)
-        try:
-            parameters, found = worker.ask(names)
-        finally:
-            worker.close()
+        with workers(start, [names], args.size) as running:
+            parameters, found = running[names].ask()
         rows += found
     table.write(
         args,
@@ -80,8 +77,8 @@ def main(args):
     )
 
 
-def start(size):
-    return lambda names: measure(SIZES[size], names)
+def start(names, size):
+    return lambda: measure(SIZES[size], names)
 
 
 def measure(size, names):

@@ -2,7 +2,7 @@
 
 from benchmarks import competitors, table
 from benchmarks.competitors import PEFT
-from benchmarks.workers import Worker, import_packages, peak_memory
+from benchmarks.workers import import_packages, peak_memory, workers
 from examples import markdown
 
 NAMES = [
@@ -31,11 +31,8 @@ def main(args):
     for _ in range(args.rounds):
         peaks = {}
         for name in names:
-            worker = Worker(start, name, args.size)
-            try:
-                peaks[name] = worker.ask(args.steps)
-            finally:
-                worker.close()
+            with workers(start, [name], args.size) as running:
+                peaks[name] = running[name].ask(args.steps)
         rounds.append(peaks)
         print(f"round {len(rounds)}", flush=True)
 

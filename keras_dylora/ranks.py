@@ -23,7 +23,7 @@ def as_rank(
             f"`{name}` must be an integer. Received: {name}={value!r} "
             f"(of type {type(value).__name__})"
         )
-    if value < low and high == INT32_MAX:
+    if value < low and high >= INT32_MAX:
         raise ValueError(
             f"`{name}` must be at least {low}. Received: {name}={value}"
         )

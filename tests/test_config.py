@@ -31,7 +31,7 @@ import keras_dylora as kd
             "between 1 and 4.*\\[5\\]",
         ),
         ({"objective": "summed_up"}, ValueError, "`objective`"),
-        ({"seed": -1}, ValueError, "`seed`"),
+        ({"seed": -1}, ValueError, "`seed` must be at least 0"),
         ({"seed": 0.5}, TypeError, "`seed`"),
     ],
 )
