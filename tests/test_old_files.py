@@ -1,4 +1,4 @@
-"""Files that keras_dylora 0.1.0 wrote, as `data/v0_1_0/write.py` says."""
+"""Files that earlier versions wrote, as each `write.py` in `data/` says."""
 
 import json
 import pathlib
@@ -9,6 +9,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.data.before_spec import write as before_spec
 from tests.models import (
     gpt2,
     labels,
@@ -145,3 +146,47 @@ def test_peft_folder_comes_out_as_it_was(name, tmp_path):
             )
         else:
             assert after.read_bytes() == before.read_bytes()
+
+
+def saved_before_spec(name):
+    with np.load(before_spec.FOLDER / f"{name}.npz") as file:
+        return dict(file)
+
+
+def assert_as_saved(model, name):
+    expected, x = saved_before_spec(name), before_spec.MODELS[name][1]
+    found = before_spec.outputs(model, x)
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        np.testing.assert_allclose(value, expected[key], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", before_spec.MODELS)
+def test_model_file_before_spec(name):
+    path = before_spec.FOLDER / f"{name}.keras"
+    assert_as_saved(keras.saving.load_model(path), name)
+
+
+@pytest.mark.parametrize("name", before_spec.MODELS)
+def test_weights_file_before_spec(name):
+    model = keras.saving.load_model(before_spec.FOLDER / f"{name}.keras")
+    randomize(model, seed=11)
+    model.load_weights(before_spec.FOLDER / f"{name}.weights.h5")
+    assert_as_saved(model, name)
+
+
+def test_adapter_of_an_allocation_before_spec():
+    model = before_spec.network()
+    kd.load_adapter(model, before_spec.FOLDER / "allocated_adapter")
+    found = model.predict(mlp_data(4)[0], verbose=0)
+    expected = saved_before_spec("allocated_adapter")["expected"]
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+
+
+def test_peft_adapter_of_an_allocation_before_spec():
+    model = kd.from_peft(
+        randomize(gpt2()), before_spec.FOLDER / "allocated_peft"
+    )
+    found = model.predict(tokens(4), verbose=0)
+    expected = saved_before_spec("allocated_peft")["expected"]
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
