@@ -104,6 +104,11 @@ def own_weights(layer):
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
+def trained_weights(layer):
+    """The weights of a layer itself that are trained if it isn't frozen."""
+    return layer._trainable_variables
+
+
 def statistics(layer):
     """The weights of a layer that no gradient trains: moving averages."""
     return layer._non_trainable_variables
@@ -324,6 +329,16 @@ def fresh_optimizer(optimizer):
     ):
         if hasattr(optimizer, name):
             object.__setattr__(fresh, name, getattr(optimizer, name))
+    return fresh
+
+
+def built_anew(optimizer):
+    """The `fresh_optimizer` of one, built for the same variables.
+
+    Keras doesn't tell them; those that a model trains may be others by now.
+    """
+    fresh = fresh_optimizer(optimizer)
+    fresh.build(optimizer._trainable_variables)
     return fresh
 
 

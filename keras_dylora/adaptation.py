@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import _keras, paths
+from keras_dylora import _keras
 from keras_dylora import ranks as rank_functions
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.distributions import RankDraw
@@ -16,8 +16,10 @@ from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.named import NamedAdapters
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import uncompiled
+from keras_dylora.spec import Spec
 from keras_dylora.training.full_rank import at_full_rank
 from keras_dylora.training.objectives import OBJECTIVES
+from keras_dylora.tree import Tree
 
 
 class Adaptation:
@@ -26,72 +28,70 @@ class Adaptation:
     A model that is built from adapted layers has one with nothing to undo.
 
     Args:
-        model: the model, before the change.
+        tree: `Tree` of the model, before the change.
         config: `DyLoRAConfig`.
-        layers: dict of path to the layers to adapt, in forward order. Adapted
-            ones, as in a hand-built model, stay as they are.
-        trained_layers: dict of path to the layers that are trained in full,
-            each with the list of its variables that are.
+        spec: `Spec`. Layers that are adapted already, as in a hand-built
+            model, stay as they are.
     """
 
-    def __init__(self, model, config, layers, trained_layers=None):
-        self.model = model
-        self.layers = layers
+    def __init__(self, tree, config, spec):
+        self.model = tree.model
+        self.config = config
+        self.spec = spec
+        self.layers = {path: tree.layers[path] for path in spec.adapted}
         self.upgraded = [
-            x for x in layers.values() if type(x) in ADAPTED_CLASSES
-        ]
-        trained_layers = trained_layers or {}
-        self.trained_layers = list(trained_layers)
-        # What is trained besides the adapters, even if it is frozen by now.
-        self.trained = [
-            v for variables in trained_layers.values() for v in variables
+            x for x in self.layers.values() if type(x) in ADAPTED_CLASSES
         ]
         # What `undo` and `as_plain` make trainable again. None of a hand-built
         # model's business.
-        self.flags = trainable_flags(model) if self.upgraded else []
-        self.config = config
+        self.before = flags(tree) if self.upgraded else []
+        # What is trained in full had these values before, by path.
+        self.head = None
         self.named = NamedAdapters(self)
 
     @classmethod
     def of_hand_built(cls, model, options):
-        """That of a model which is built from adapted layers.
+        """The adaptation of a model that is built from adapted layers.
 
         Raises a `ValueError` if they disagree or aren't built, or if there is
         none. `options` are fields of the config beside theirs.
         """
-        layers = paths.adapted_layers(model)
-        if not layers or not all(layer.built for layer in layers.values()):
+        tree = Tree(model)
+        layers = tree.adapted.values()
+        if not layers or not all(layer.built for layer in layers):
             raise ValueError(
                 "A `DyLoRAModel` needs built `DyLoRADense` or "
                 "`DyLoRAEinsumDense` layers. Received: "
-                f"{[layer.name for layer in layers.values()]} in {model.name}"
+                f"{[layer.name for layer in layers]} in {model.name}"
             )
         shared = {}
         for name in ("rank", "min_rank", "alpha", "frozen", "scaling"):
-            values = {getattr(layer, name) for layer in layers.values()}
+            values = {getattr(layer, name) for layer in layers}
             if len(values) > 1:
                 raise ValueError(
                     f"All layers of a `DyLoRAModel` must have the same "
                     f"`{name}`. Received: {sorted(values)}"
                 )
             shared[name] = values.pop()
-        return cls(model, DyLoRAConfig(**shared, **options), layers)
+        dropouts = {layer.dropout for layer in layers}
+        if len(dropouts) == 1:  # each layer may have its own
+            shared["dropout"] = dropouts.pop()
+        config = DyLoRAConfig(**shared, **options)
+        return cls(tree, config, Spec.of_flags(tree))
 
-    def apply(self):
+    def apply(self, tree):
         """Gives the layers their adapters, and freezes all but those."""
-        if not self.upgraded:
-            return
-        config = self.config
-        gate = RankGate(len(self.upgraded), config.scale)
+        gate = RankGate(len(self.upgraded), self.config.scale)
         for i, layer in enumerate(self.upgraded):
             ADAPTED_CLASSES[type(layer)].upgrade(
                 layer,
-                AdapterArguments.of(config),
+                self.spec.adapted[tree.paths[id(layer)]],
                 GateRow(gate, i),
-                seed=(config.seed + i) % 2**31,  # all that JAX and torch take
+                # All that JAX and torch take.
+                seed=(self.config.seed + i) % 2**31,
             )
-        adapters = [v for x in self.upgraded for v in (x.down, x.up)]
-        self.train([*self.trained, *adapters])
+        if self.upgraded:
+            self.spec.apply(tree)
 
     def undo(self):
         """Gives every layer back as it was."""
@@ -99,11 +99,54 @@ class Adaptation:
             if type(layer) not in ADAPTED_CLASSES:
                 layer.downgrade()
         _keras.track_for_torch(self.model)
-        restore(self.flags)
+        restore(self.before)
+
+    def keep_head(self, tree):
+        """Copies the values of what is trained in full, where none is kept."""
+        head = self.spec.head(tree).items()
+        values = {p: np.array(ops.convert_to_numpy(v)) for p, v in head}
+        self.head = values | (self.head or {})
+
+    def restore_head(self, tree):
+        """Gives what is trained in full the values from before training."""
+        if self.head is None:
+            raise ValueError(
+                "`restore_head` needs the values from before enabling, which "
+                "a file doesn't hold. Load the pretrained model again. "
+                f"Received: {self.model.name}, which comes from a file"
+            )
+        for path, variable in self.spec.head(tree).items():
+            variable.assign(self.head[path])
+
+    def settle(self, tree):
+        """Takes into the `Spec` what the user has made trainable since.
+
+        Of a hand-built model with one adapter, the flags are all there is to
+        say what is trained. Whatever joins several adapters, each has its own.
+        """
+        if not self.model.trainable:  # the flags say nothing of the rest
+            return
+        alone = not self.upgraded and len(self.named.names) == 1
+        spec = Spec.of_flags(tree) if alone else self.spec.joined(tree)
+        if spec == self.spec:
+            return
+        more = [p for p in spec.full(tree) if p not in self.spec.full(tree)]
+        self.spec = spec
+        self.named.join(tree)
+        if self.upgraded:
+            if self.head is not None:
+                self.keep_head(tree)
+            warnings.warn(
+                "What is made trainable after enabling belongs to every "
+                f"adapter from then on. Received: {len(more)} weights, such as "
+                f"{more[:1]}",
+                stacklevel=4,
+            )
 
     def configure(self, config, ranks_drawn=0, full_rank=1):
         """Starts the training of a config, at a place of its rank sequence."""
         self.config = config
+        self.spec = self.spec.with_config(config)
         self.training = False  # whether a step is being traced or run
         self.objective = OBJECTIVES[config.objective](config)
         self.draw = RankDraw(
@@ -136,9 +179,9 @@ class Adaptation:
         self.full_rank = self.state.get("full_rank")
 
     @property
-    def highest(self):
+    def max_rank(self):
         """int. The highest rank of the live adapter."""
-        return self.named.highest
+        return self.named.max_rank
 
     @property
     def lowest_trained(self):
@@ -162,7 +205,7 @@ class Adaptation:
 
     def set_ranks(self, ranks):
         """Sets them, from a dict of path to int or one for all."""
-        ranks = rank_functions.by_layer(ranks, self.layers, self.highest)
+        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
         for gate, rows in self._by_gate(ranks).items():
             gate.set_ranks([rows[i] for i in range(len(rows))])
 
@@ -221,25 +264,12 @@ class Adaptation:
             for gate, previous in before:
                 setattr(gate, attribute, previous)
 
-    def train(self, variables):
-        """Leaves these variables trainable, and nothing else."""
-        self.trained = variables if self.upgraded else []
-        keep = {id(v) for v in variables}
-        for item, _ in self.flags:
-            if item is self.model:
-                # Past its own setter, which calls this.
-                keras.Layer.trainable.fset(item, True)
-            elif isinstance(item, keras.Layer):
-                item.trainable = any(id(v) in keep for v in item.variables)
-        for variable in self.model.variables:
-            variable.trainable = id(variable) in keep
-
     def forget_replaced(self):
         """Lets go of the variables that the model no longer has."""
         current = {id(v) for v in self.model.variables}
-        self.flags = [
+        self.before = [
             (item, trainable)
-            for item, trainable in self.flags
+            for item, trainable in self.before
             if isinstance(item, keras.Layer) or id(item) in current
         ]
 
@@ -252,42 +282,66 @@ class Adaptation:
                 name: named
                 for name, named in (
                     ("target_layers", list(self.layers)),
-                    ("trainable_layers", self.trained_layers),
+                    ("trainable_layers", list(self.spec.trained)),
                 )
                 if callable(getattr(self.config, name))
             },
         )
 
-    def get_config(self):
-        # Positions, since Keras numbers unnamed layers anew in each process.
-        order = [id(x) for x in paths.layer_paths(self.model).values()]
+    def get_config(self, tree):
+        places = {id(x): i for i, x in enumerate(tree.layers.values())}
         return {
             "config": self.named_config.get_config(),
-            "layers": [order.index(id(x)) for x in self.upgraded] or None,
+            # By place, since Keras numbers unnamed layers anew in each process.
+            "layers": [places[id(x)] for x in self.upgraded] or None,
+            "spec": self.spec.get_config(tree),
+            "flags": [x.trainable for x in tree.every.values()],
         }
 
     @classmethod
-    def from_config(cls, model, config):
-        """The same change of a fresh model, not applied yet."""
-        positions = config["layers"]
-        layers = paths.adapted_layers(model)
-        if positions is not None:
-            every = list(paths.layer_paths(model).items())
-            layers = dict(every[i] for i in positions)
-        return cls(model, DyLoRAConfig.from_config(config["config"]), layers)
+    def from_config(cls, tree, config, trainable):
+        """The adaptation of a fresh model that `get_config` describes, applied.
+
+        `trainable` are the flags of the weights.
+        """
+        dylora = DyLoRAConfig.from_config(config["config"])
+        if "spec" in config:
+            spec = Spec.from_config(config["spec"], tree)
+        else:
+            places, every = config["layers"], list(tree.layers)
+            paths = [every[i] for i in places] if places else tree.adapted
+            spec = Spec(dict.fromkeys(paths, AdapterArguments.of(dylora)), {})
+        adaptation = cls(tree, dylora, spec)
+        adaptation.apply(tree)
+        weights = list(zip(tree.model.weights, trainable, strict=True))
+        if "spec" not in config:  # what is trained is what the flags say
+            chosen = {id(weight) for weight, flag in weights if flag}
+            base = tree.base_weights.values()
+            adaptation.spec = Spec.of(
+                tree, spec.adapted, [v for v in base if id(v) in chosen]
+            )
+            if adaptation.upgraded:
+                adaptation.spec.apply(tree)
+        layers = zip(tree.every.values(), config.get("flags", ()), strict=False)
+        restore([*layers, *weights])
+        return adaptation
 
 
-def trainable_flags(layer):
-    """A layer, those below it and their variables, with their `trainable`."""
-    tree = [layer, *paths.layer_paths(layer).values()]
+def flags(tree):
+    """The model, its layers and its variables, with their `trainable`."""
     # Layers first: setting theirs sets their variables' too.
-    return [(x, x.trainable) for x in [*tree, *layer.variables]]
+    items = [*tree.every.values(), *tree.model.variables]
+    return [(x, x.trainable) for x in items]
 
 
 def restore(flags):
-    """Sets what `trainable_flags` gave."""
+    """Sets what `flags` gave."""
     for item, trainable in flags:
-        item.trainable = trainable
+        if isinstance(item, keras.Model):
+            # Past the setter of a `DyLoRAModel`, which sets what is below.
+            keras.Layer.trainable.fset(item, trainable)
+        else:
+            item.trainable = trainable
 
 
 @contextlib.contextmanager
@@ -329,33 +383,33 @@ def _as_float(layers):
 
 
 @contextlib.contextmanager
-def as_plain(model, whole=False):
-    """Within it, Keras describes the model as one without DyLoRA.
+def as_plain(tree, whole=False):
+    """Within it, Keras describes a model as one without DyLoRA.
 
     As it was before `enable_dylora`: the classes, what was trainable,
     uncompiled.
 
     Args:
-        model: the `DyLoRAModel`.
+        tree: `Tree` of the `DyLoRAModel`.
         whole: bool. Whether what was built by hand is plain too: layers, and
             models within; and quantized layers are the float ones they were.
             Defaults to `False`.
     """
-    adaptation = model._dylora
+    model, adaptation = tree.model, tree.model._dylora
     instances, layers = [model, *adaptation.upgraded], []
     if whole:
         layers = list(adaptation.layers.values())
         models = _keras.submodels(model)
         instances = [x for x in models if hasattr(x, "original_class")]
         instances += layers
-    flags = trainable_flags(model) if adaptation.flags else []
+    now = flags(tree) if adaptation.before else []
     try:
         with (
             _as_float(layers),
             uncompiled(model),
             as_original(instances),
         ):
-            restore(adaptation.flags)
+            restore(adaptation.before)
             yield
     finally:
-        restore(flags)
+        restore(now)

@@ -140,7 +140,7 @@ class _Search:
     def __init__(self, model):
         self.model = model
         config = model.dylora_config
-        self.high = model._dylora.highest
+        self.high = model._dylora.max_rank
         self.gates = keras.ops.convert_to_numpy(
             config.scale.gate(np.arange(self.high + 1))
         )

@@ -1,28 +1,28 @@
 """Which layers a model calls, and does not just read the kernels of."""
 
 import contextlib
+import re
 
 import keras
 
 from keras_dylora import _keras
-from keras_dylora.paths import layer_paths
 
 # For the axes of an input that have any size: these, or as Keras does. Small
 # ones first: what torch can't trace without computing is computed.
 SIZES = (16, 64, 8, 256, None)
 
 
-def never_called(model, layers):
+def never_called(tree, layers):
     """The paths of layers that a functional model has and never calls.
 
     Each layer of the model is traced by itself, in its place. What can't be
     traced, or is a subclassed model, passes.
     """
-    called = set()
+    called, alike = set(), {}
     with _recorded(layers, called):
-        traced = _trace(model, {id(x): path for path, x in layers.items()})
+        traced = _trace(tree, tree.model, set(layers), called, alike)
     idle = traced - called
-    if any(_keras.graph_calls(model)):  # and so built all that it calls
+    if any(_keras.graph_calls(tree.model)):  # and so built all that it calls
         idle |= {path for path, layer in layers.items() if not layer.built}
     return [path for path in layers if path in idle]
 
@@ -52,21 +52,38 @@ def check_constants(model):
             )
 
 
-def _trace(model, paths):
-    """Traces the calls of a model; the paths of the layers within them.
+def _trace(tree, model, paths, called, alike):
+    """Traces the calls of a model; the `paths` of the layers within them.
 
-    `paths` is a dict of id to path of the layers that matter.
+    Of layers that are alike, such as the blocks of a transformer, one is
+    traced, and the others call what it called, by place.
     """
     traced, failed = set(), set()
     for layer, args, kwargs in _keras.graph_calls(model):
-        below = [layer, *layer_paths(layer).values()]
-        inside = {id(x): paths[id(x)] for x in below if id(x) in paths}
+        below = [tree.paths.get(id(x)) for x in tree.below(layer)]
+        inside = paths.intersection(below)
         if any(_keras.graph_calls(layer)):
-            traced |= _trace(layer, inside)
+            traced |= _trace(tree, layer, inside, called, alike)
         elif inside:
-            fits = any(_traces(layer, args, kwargs, size) for size in SIZES)
-            (traced if fits else failed).update(inside.values())
+            kind = _kind(layer, args, kwargs)
+            if kind not in alike:
+                fits = any(_traces(layer, args, kwargs, size) for size in SIZES)
+                places = [i for i, x in enumerate(below) if x in called]
+                alike[kind] = fits, places
+            fits, places = alike[kind]
+            called |= {below[i] for i in places}
+            (traced if fits else failed).update(inside)
     return traced - failed
+
+
+def _kind(layer, args, kwargs):
+    """What two layers have in common that call the same layers in them."""
+    try:
+        config = layer.get_config()
+    except NotImplementedError:  # that of a user's layer
+        config = id(layer)
+    # Names are numbered.
+    return re.sub(r"_\d+\b", "", repr((type(layer), config, args, kwargs)))
 
 
 def _traces(layer, args, kwargs, size):

@@ -6,14 +6,16 @@ from typing import Any
 
 import keras
 
+from keras_dylora import training
 from keras_dylora.adaptation import Adaptation
-from keras_dylora.config import DyLoRAConfig
+from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.live_class import to_dylora_class, to_original_class
 from keras_dylora.low_rank import LowRankAdapter
 from keras_dylora.model import DyLoRAModel, adaptation_of
-from keras_dylora.paths import layer_paths
+from keras_dylora.spec import Spec
 from keras_dylora.summary import announcement
 from keras_dylora.targets import find_targets, listing
+from keras_dylora.tree import Tree
 from keras_dylora.types import Model
 
 # What PEFT calls it, and what it is called here.
@@ -27,10 +29,9 @@ OTHER_NAMES = {
 }
 
 
-def _warn_of_quantized(model, trained_layers):
-    paths = layer_paths(model)
+def _warn_of_quantized(tree, trained):
     quantized = [
-        p for p in trained_layers if paths[p].quantization_mode is not None
+        p for p in trained if tree.every[p].quantization_mode is not None
     ]
     if quantized:
         warnings.warn(
@@ -46,6 +47,7 @@ def enable_dylora(
     model: Model,
     config: DyLoRAConfig | None = None,
     verbose: int = 1,
+    backbone: keras.Model | None = None,
     **overrides: Any,
 ) -> Model:
     """Upgrades a built Keras or KerasHub model to DyLoRA, in place.
@@ -60,6 +62,10 @@ def enable_dylora(
         config: `DyLoRAConfig` or `None`. Defaults to `None`, the defaults.
         verbose: `0` or `1`. Whether one line says what was adapted, what is
             trained and what was left out. Defaults to `1`.
+        backbone: `keras.Model`. The pretrained part of a functional model that
+            was built from its inputs and outputs; all layers outside of it are
+            trained in full. Defaults to `None`: `model.backbone`, or the
+            KerasHub backbones within the model.
         **overrides: fields of `DyLoRAConfig`, which take precedence.
 
     Returns:
@@ -74,8 +80,8 @@ def enable_dylora(
 
     Warns:
         UserWarning: if a layer that matches is never called, which is left
-            out; or if the last layer of a model without a backbone of
-            KerasHub's stays frozen and `trainable_layers` isn't set.
+            out; or if the last layer of a model stays frozen, as no backbone is
+            known and `trainable_layers` isn't set.
 
     Example:
 
@@ -119,9 +125,10 @@ def enable_dylora(
             "A model must be built before it is enabled: call it on data "
             f"once. Received: {model.name}, which isn't built"
         )
+    tree = Tree(model)
     nested = [
         path
-        for path, layer in layer_paths(model).items()
+        for path, layer in tree.layers.items()
         if isinstance(layer, (LowRankAdapter, DyLoRAModel))
     ]
     if isinstance(model, DyLoRAModel) or nested:
@@ -129,34 +136,50 @@ def enable_dylora(
             "A model can be enabled once. Call `disable_dylora` first. "
             f"Received: {model.name}, with adapters at {listing(nested)}"
         )
-    targets = find_targets(model, config)
-    _warn_of_quantized(model, targets.trained)
-    adaptation = Adaptation(model, config, targets.adapted, targets.trained)
+    targets = find_targets(tree, config, backbone)
+    line = upgrade(tree, config, targets)
+    if verbose:
+        print(line)
+    return model
+
+
+def upgrade(tree, config, targets):
+    """Upgrades a model to what the `Targets` say; one line tells of it."""
+    model = tree.model
+    _warn_of_quantized(tree, targets.trained)
+    arguments = dict.fromkeys(targets.adapted, AdapterArguments.of(config))
+    weights = [v for each in targets.trained.values() for v in each]
+    spec = Spec.of(tree, arguments, weights, targets.trained)
+    adaptation = Adaptation(tree, config, spec)
     try:
-        adaptation.apply()
+        adaptation.keep_head(tree)
+        adaptation.apply(tree)
         to_dylora_class(model, adaptation, DyLoRAModel)
+        return announcement(tree, targets)
     except BaseException:
         to_original_class(model)
         adaptation.undo()
         raise
-    if verbose:
-        print(announcement(model, targets))
-    return model
 
 
-def disable_dylora(model: Model) -> Model:
-    """Takes the adapters off again: the original model, bit for bit.
+def disable_dylora(model: Model, restore_head: bool = False) -> Model:
+    """Takes the adapters off again. The base weights are as they were.
 
-    The trained head keeps its values. To keep the adapter too, use `merge`.
+    What was trained in full, such as a task head, keeps its trained values
+    unless `restore_head` is set. To keep the adapter too, use `merge`.
 
     Args:
         model: a model that `enable_dylora` returned.
+        restore_head: bool. Whether the layers that were trained in full get
+            the values that they had before enabling, so that the model
+            computes what it did then. Defaults to `False`.
 
     Returns:
         `model` itself, of its original class.
 
     Raises:
-        ValueError: if the model wasn't enabled.
+        ValueError: if the model wasn't enabled; or if `restore_head` is set
+            and the model comes from a file, which doesn't hold these values.
 
     Example:
 
@@ -171,6 +194,9 @@ def disable_dylora(model: Model) -> Model:
             "The model must come from `enable_dylora`. Received: "
             f"{model.name}, which was built from DyLoRA layers"
         )
+    training.write_back(model)
+    if restore_head:
+        adaptation.restore_head(Tree(model))
     to_original_class(model)
     adaptation.undo()
     return model

@@ -81,7 +81,7 @@ def check_compiled(model):
 def _chosen(model, ranks):
     """Checked ranks, and allocations of the model, as a report has them."""
     adaptation = adaptation_of(model)
-    high = adaptation.highest
+    high = adaptation.max_rank
     if ranks is None:
         return list(range(1, high + 1))
     given = rank_functions.as_list(ranks)

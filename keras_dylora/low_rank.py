@@ -30,6 +30,7 @@ class LowRankAdapter(_Base):
     """
 
     original_class: type | None = None
+    _is_upgraded = False
     rank: int
     min_rank: int
     alpha: float
@@ -108,6 +109,7 @@ class LowRankAdapter(_Base):
         and of dropout.
         """
         _keras.set_class(layer, cls)
+        layer._is_upgraded = True
         layer._set_adapter_arguments(arguments, _down_initializer(seed))
         with _keras.unlocked(layer):
             layer._build_adapter(row, seed)
@@ -348,6 +350,13 @@ class LowRankAdapter(_Base):
         pass
 
     def get_config(self) -> dict[str, Any]:
+        if self._is_upgraded:
+            raise ValueError(
+                "A layer of an enabled model can't be copied alone, as "
+                "`clone_model` would, without the config of the model: use "
+                "`model.from_config(model.get_config())` for a model of fresh "
+                f"weights. Received: {self.path}"
+            )
         return {
             **super().get_config(),
             **dataclasses.asdict(AdapterArguments.of(self)),
@@ -365,6 +374,7 @@ _ATTRIBUTES = (
     "up_initializer",
     "_geometry",
     "_gate",
+    "_is_upgraded",
 )
 
 

@@ -4,13 +4,13 @@ import keras
 
 from keras_dylora import _keras, ranks, training
 from keras_dylora.adaptation import as_plain
+from keras_dylora.allocation import RankAllocation
 from keras_dylora.calls import check_constants
-from keras_dylora.config import AdapterArguments
 from keras_dylora.model import DyLoRAModel, adaptation_of, reconfigure
-from keras_dylora.paths import layer_paths
 from keras_dylora.quantization import float_kernel
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import compile_as, new_optimizer
+from keras_dylora.tree import Tree
 from keras_dylora.types import Model, Rank
 
 
@@ -51,7 +51,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     chosen = ranks.by_layer(
         model.rank if rank is None else rank,
         adaptation.layers,
-        adaptation.highest,
+        adaptation.max_rank,
     )
     for each in _keras.submodels(model):
         cls = type(each)
@@ -61,7 +61,8 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
                 f"plain class to merge into. Received: a {cls.__name__}"
             )
     check_constants(model)
-    with as_plain(model, whole=True):
+    tree = Tree(model)
+    with as_plain(tree, whole=True):
         config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:
         config["config"]["preprocessor"] = model.preprocessor
@@ -69,7 +70,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     merged = keras.saving.deserialize_keras_object(config, safe_mode=False)
     _keras.settle_dtype_policies(merged)
     # By position: Keras numbers unnamed layers anew.
-    here, there = (list(layer_paths(x).values()) for x in (model, merged))
+    here, there = (list(x.layers.values()) for x in (tree, Tree(merged)))
     if len(here) != len(there):
         raise ValueError(
             "The config of a model must give the same layers again. Received: "
@@ -131,21 +132,23 @@ def truncate(model: Model, rank: Rank) -> Model:
     adaptation.named.check_alone("`truncate`")
     kept = ranks.by_layer(rank, adaptation.layers, adaptation.config.rank, 1)
     training.write_back(model)
-    active = {p: min(b, kept[p]) for p, b in adaptation.ranks.items()}
+    active = kept
+    if not isinstance(rank, RankAllocation):
+        active = {p: min(b, rank) for p, b in adaptation.ranks.items()}
     layers = adaptation.layers
     config = adaptation.config.truncated(
         kept.values(),
         [x.factors() for x in layers.values()],
         adaptation.lowest_trained,
     )
-    optimizer = new_optimizer(model)
+    spec, optimizer = adaptation.spec.with_config(config), new_optimizer(model)
     cut = {
         id(gate): RankGate(gate.variable.shape[0], config.scale)
         for gate in adaptation.gates
     }
     for path, layer in layers.items():
         row = GateRow(cut[id(layer._gate.gate)], layer._gate.index)
-        layer.truncate(AdapterArguments.of(config), row, kept[path])
+        layer.truncate(spec.adapted[path], row, kept[path])
     reconfigure(model, config, optimizer)
     adaptation_of(model).set_ranks(active)
     return model

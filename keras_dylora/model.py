@@ -21,7 +21,6 @@ from keras_dylora.live_class import (
     to_dylora_class,
 )
 from keras_dylora.low_rank import LowRankAdapter
-from keras_dylora.paths import adapted_layers
 from keras_dylora.quantization import quantize_base
 from keras_dylora.ranks import by_layer
 from keras_dylora.recompile import (
@@ -30,6 +29,7 @@ from keras_dylora.recompile import (
     reset_functions,
 )
 from keras_dylora.saving import NO_HDF5, check_savable, load_state, save_state
+from keras_dylora.tree import Tree
 from keras_dylora.types import Rank
 
 FORMAT_VERSION = 2  # that of files with several adapters; 1 of all others
@@ -123,14 +123,13 @@ class DyLoRAModel(keras.Model):
         **kwargs: Any,
     ) -> None:
         functional = len(args) == 2 or "outputs" in kwargs
-        if is_combined(type(self)) and not issubclass(
-            functional_class(), type(self).original_class
-        ):
+        if is_combined(type(self)):
             raise ValueError(
-                "The class of an enabled model makes no other one, as "
-                "`clone_model` would: use `model.from_config(model.get_config"
-                "())` for a model of fresh weights, or `save` and "
-                f"`load_model`. Received: {type(self).__name__}{args}"
+                "The class of this model makes no other one, as `clone_model` "
+                "would, without its config: use "
+                "`model.from_config(model.get_config())` for a model of fresh "
+                "weights, or `save` and `load_model`. "
+                f"Received: {type(self).__name__}{args}"
             )
         if functional:
             # Left alone, Keras would make `Functional` a base of this very
@@ -191,11 +190,13 @@ class DyLoRAModel(keras.Model):
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
+        adaptation = self.__dict__.get("_dylora")
+        if adaptation is not None:
+            adaptation.settle(Tree(self))
         keras.Model.trainable.fset(self, value)
         # Keras makes all below it trainable, also what was never to be.
-        adaptation = self.__dict__.get("_dylora")
         if value and adaptation is not None:
-            adaptation.train(adaptation.trained)
+            adaptation.spec.apply(Tree(self))
 
     def set_rank(self, rank: Rank) -> None:
         """Sets the rank of `predict`, `evaluate`, `generate` and calls.
@@ -205,8 +206,9 @@ class DyLoRAModel(keras.Model):
         once, use `export_ranks` or a `merge` for each.
 
         Args:
-            rank: int in `0..config.rank`, or `RankAllocation`. `0` gives the
-                base model.
+            rank: int in `0..config.rank`, or `RankAllocation`. At `0` the
+                adapters add nothing; layers that are trained in full keep
+                their trained values.
 
         Raises:
             ValueError: if `rank` is out of range, or an allocation is of
@@ -281,7 +283,7 @@ class DyLoRAModel(keras.Model):
         clf.set_adapter("default")
         ```
         """
-        self._named().add(name)
+        self._named().add(name, Tree(self))
 
     def set_adapter(self, name: str) -> None:
         """Makes another adapter the active one; nothing is traced again.
@@ -295,7 +297,7 @@ class DyLoRAModel(keras.Model):
         Raises:
             ValueError: if there is no adapter of the name.
         """
-        self._named().activate(name)
+        self._named().activate(name, Tree(self))
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter that isn't the active one.
@@ -330,7 +332,7 @@ class DyLoRAModel(keras.Model):
         """
         adaptation = adaptation_of(self)
         if adaptation.training or training.tracing():
-            ranks = by_layer(rank, adaptation.layers, adaptation.highest)
+            ranks = by_layer(rank, adaptation.layers, adaptation.max_rank)
             gate = adaptation.config.scale.gate
             gates = {b: gate(b) for b in set(ranks.values())}
             with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
@@ -418,7 +420,7 @@ class DyLoRAModel(keras.Model):
 
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         # On TensorFlow, a subclassed model is built in its first step only.
-        layers = adapted_layers(self).values()
+        layers = Tree(self).adapted.values()
         if layers and all(layer.built for layer in layers):
             self.start_training()
         before = self.train_function
@@ -431,6 +433,7 @@ class DyLoRAModel(keras.Model):
     def start_training(self) -> None:
         """Makes what a step needs beside the layers, once they are built."""
         self._prepare()
+        self._dylora.settle(Tree(self))
         self._dylora.named.limit = None  # all columns are trained
         if self.optimizer is None:
             return
@@ -477,7 +480,7 @@ class DyLoRAModel(keras.Model):
         if path.endswith((".h5", ".hdf5")):
             raise ValueError(f"{NO_HDF5}. Received: filepath={path!r}")
         if is_combined(type(self)):
-            check_savable(self)
+            check_savable(Tree(self))
         asks = not overwrite and os.path.exists(path)
         if not path.endswith(".keras") or "://" in path or asks:
             return super().save(filepath, overwrite, **kwargs)
@@ -523,10 +526,7 @@ class DyLoRAModel(keras.Model):
         adaptation = adaptation_of(self)
         quantize = self.__dict__.get("_keras_quantize") or super().quantize
         try:
-            quantize_base(
-                self, quantize, self.dylora_layers, mode, config, filters,
-                **kwargs,
-            )  # fmt: skip
+            quantize_base(Tree(self), quantize, mode, config, filters, **kwargs)
         finally:
             adaptation.forget_replaced()
             _keras.track_for_torch(self)
@@ -548,11 +548,11 @@ class DyLoRAModel(keras.Model):
     def save_own_variables(self, store: Any) -> None:
         self._prepare()
         super().save_own_variables(store)
-        save_state(self, store)
+        save_state(Tree(self), store)
 
     def load_own_variables(self, store: Any) -> None:
         self._prepare()
-        super().load_own_variables(load_state(self, store))
+        super().load_own_variables(load_state(Tree(self), store))
 
     def get_compile_config(self) -> dict[str, Any] | None:
         config = _keras.public_optimizers(super().get_compile_config())
@@ -565,20 +565,38 @@ class DyLoRAModel(keras.Model):
     def compile_from_config(self, config: dict[str, Any]) -> None:
         compile_from(self, config)
 
+    def get_build_config(self) -> dict[str, Any] | None:
+        # A subclass may have a config of its own, which need hold none of this.
+        config = super().get_build_config()
+        if config is None or is_combined(type(self)):
+            return config
+        mine = {n: getattr(self.dylora_config, n) for n in self._dylora_options}
+        return {**config, "dylora": mine}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        config = dict(config)
+        options = config.pop("dylora", {})
+        self._dylora_options.update(
+            keras.saving.deserialize_keras_object(options)
+        )
+        super().build_from_config(config)
+
     def get_config(self) -> dict[str, Any]:
         if _keras.saves_hdf5():  # `keras.saving.save_model` passes by `save`
             raise ValueError(f"{NO_HDF5}. Received: {self.name}")
         if not is_combined(type(self)):
             return super().get_config()
-        adaptation = adaptation_of(self)
-        check_savable(self)
+        adaptation, tree = adaptation_of(self), Tree(self)
+        adaptation.settle(tree)
+        check_savable(tree)
         trainable = [w.trainable for w in self.weights]
-        with as_plain(self):
+        dylora = adaptation.get_config(tree)
+        with as_plain(tree):
             base = keras.saving.serialize_keras_object(self)
         return {
             "format_version": 1 if adaptation.named.is_plain else 2,
             "base": base,
-            "dylora": adaptation.get_config(),
+            "dylora": dylora,
             "trainable": trainable,
         }
 
@@ -588,7 +606,7 @@ class DyLoRAModel(keras.Model):
         config: dict[str, Any],
         custom_objects: Mapping[str, Any] | None = None,
     ) -> Self:
-        if "base" not in config:
+        if not {"format_version", "base", "dylora"} <= config.keys():
             return super().from_config(config, custom_objects)
         if config["format_version"] > FORMAT_VERSION:
             raise ValueError(
@@ -599,9 +617,8 @@ class DyLoRAModel(keras.Model):
         model = keras.saving.deserialize_keras_object(
             config["base"], custom_objects
         )
-        adaptation = Adaptation.from_config(model, config["dylora"])
-        adaptation.apply()
+        adaptation = Adaptation.from_config(
+            Tree(model), config["dylora"], config["trainable"]
+        )
         to_dylora_class(model, adaptation, cls)
-        flags = zip(model.weights, config["trainable"], strict=True)
-        adaptation.train([w for w, trainable in flags if trainable])
         return model

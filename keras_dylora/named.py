@@ -8,7 +8,6 @@ from keras import ops
 
 from keras_dylora import _keras
 from keras_dylora.geometry import float32_array
-from keras_dylora.trained import head_weights
 
 DEFAULT = "default"
 # What a file of weights has of the adapters that aren't live.
@@ -31,15 +30,15 @@ class _Kept:
     """An adapter that isn't live, and where its training stopped.
 
     Args:
-        values: list of tensors, of the adapters and what is trained besides.
-        limit: int. Its rank, or `None`, the model's maximum.
+        values: dict of path to tensor, of all that belongs to the adapter.
+        limit: int. Its maximum rank, or `None`, the model's.
         ranks: list of int, at which the layers compute.
         state: list of tensors, of its place in the rank sequence.
         optimizer: the one that trained it, or `None`.
         slots: list of tensors, what that kept.
     """
 
-    values: list
+    values: dict
     limit: int | None
     ranks: list
     state: list
@@ -58,21 +57,20 @@ class NamedAdapters:
     def __init__(self, adaptation):
         self.adaptation = adaptation
         self.active = DEFAULT
-        self.limit = None  # the rank of the live one, if below the maximum
+        self.limit = None  # the live one's maximum rank, if below the model's
         self._kept = {DEFAULT: None}  # `None` is in the variables
-        self._variables = []  # what each has of its own, once there are two
 
     @property
     def names(self):
         return list(self._kept)
 
     @property
-    def highest(self):
-        """int. The highest rank of the live one."""
-        return self.rank_of(self.active)
+    def max_rank(self):
+        """int. The maximum rank of the live one."""
+        return self.max_rank_of(self.active)
 
-    def rank_of(self, name):
-        """int. The highest rank of one."""
+    def max_rank_of(self, name):
+        """int. The maximum rank of an adapter."""
         kept = self._kept[name]
         limit = self.limit if kept is None else kept.limit
         return limit or self.adaptation.config.rank
@@ -82,21 +80,22 @@ class NamedAdapters:
         """Whether there is but one, as before there were names."""
         return self.names == [DEFAULT] and self.limit is None
 
-    def add(self, name):
+    def add(self, name, tree):
         """Makes a fresh one live, with the head of the one that was."""
         self.check_free(name)
-        if len(self._kept) == 1:
-            self._variables = self._own_variables()
-        values = _copies(self._variables)
-        for i, layer in enumerate(self.adaptation.layers.values()):
-            values[2 * i] = layer.down_initializer(layer.down.shape)
-            values[2 * i + 1] = layer.up_initializer(layer.up.shape)
+        self.adaptation.settle(tree)
+        values = {p: _copy(v) for p, v in self._own(tree).items()}
+        for path, layer in self.adaptation.layers.items():
+            for side in ("down", "up"):
+                shape = values[f"{path}/{side}"].shape
+                initializer = getattr(layer, f"{side}_initializer")
+                values[f"{path}/{side}"] = initializer(shape)
         ranks = [self.adaptation.config.rank] * len(self.adaptation.layers)
         state = [
             np.full(v.shape, name == "full_rank")
             for name, v in self.adaptation.state.items()
         ]
-        self._change(name, _Kept(values, None, ranks, state))
+        self._change(name, _Kept(values, None, ranks, state), tree)
 
     def check_free(self, name):
         """Raises what `check_name` does, or if there is one of the name."""
@@ -107,11 +106,12 @@ class NamedAdapters:
                 f"frees it. Received: name={name!r} beside {self.names}"
             )
 
-    def activate(self, name):
+    def activate(self, name, tree):
         """Makes another one live."""
         self._check_known(name)
         if name != self.active:
-            self._change(name, self._kept[name])
+            self.adaptation.settle(tree)
+            self._change(name, self._kept[name], tree)
 
     def delete(self, name):
         """Forgets one that isn't live."""
@@ -131,13 +131,20 @@ class NamedAdapters:
         }
         self.active = name
 
+    def join(self, tree):
+        """Gives each of the others its own value of what belongs to one now."""
+        own = self._own(tree)
+        for kept in filter(None, self._kept.values()):
+            more = {p: _copy(v) for p, v in own.items() if p not in kept.values}
+            kept.values |= more
+
     def check_alone(self, change):
         """Raises a `ValueError` if a change would leave others behind."""
         if len(self._kept) > 1 or self.limit is not None:
             raise ValueError(
                 f"{change} needs a model with one adapter, of its maximum "
                 f"rank. Received: adapters {self.names}, of which "
-                f"{self.active!r} has rank {self.highest} of "
+                f"{self.active!r} has rank {self.max_rank} of "
                 f"{self.adaptation.config.rank}"
             )
 
@@ -148,20 +155,21 @@ class NamedAdapters:
                 f"Received: name={name!r}, which isn't one of {self.names}"
             )
 
-    def _change(self, name, kept):
-        before = self._live()
+    def _change(self, name, kept, tree):
+        own = self._own(tree)
+        before = self._live(own)
         try:
-            self._put(kept)
+            self._put(kept, own)
         except BaseException:
-            self._put(before)
+            self._put(before, own)
             raise
         self._kept |= {self.active: before, name: None}
         self.active = name
 
-    def _live(self):
+    def _live(self, own):
         optimizer = self._optimizer()
         return _Kept(
-            _values(self._variables),
+            {path: _keras.own_value(v) for path, v in own.items()},
             self.limit,
             list(self.adaptation.ranks.values()),
             _values(self.adaptation.state.values()),
@@ -169,8 +177,8 @@ class NamedAdapters:
             _values(_slots(optimizer)),
         )
 
-    def _put(self, kept):
-        _replace(self._variables, kept.values)
+    def _put(self, kept, own):
+        _replace([*own.values()], [kept.values[path] for path in own])
         self.limit = None  # the ranks are within the new one
         layers = self.adaptation.layers
         self.adaptation.set_ranks(dict(zip(layers, kept.ranks, strict=True)))
@@ -178,16 +186,12 @@ class NamedAdapters:
         _replace(self.adaptation.state.values(), kept.state)
         optimizer, slots = self._optimizer(), kept.slots
         if optimizer is not None and kept.optimizer is not optimizer:
-            fresh = _keras.fresh_optimizer(optimizer)
-            fresh.build(self.adaptation.model.trainable_variables)
-            slots = _values(_slots(fresh))
+            slots = _values(_slots(_keras.built_anew(optimizer)))
         if optimizer is not None:
             _replace(_slots(optimizer), slots)
 
-    def _own_variables(self):
-        model, layers = self.adaptation.model, self.adaptation.layers.values()
-        adapters = [v for x in layers for v in (x.down, x.up)]
-        return [*adapters, *head_weights(model).values()]
+    def _own(self, tree):
+        return self.adaptation.spec.own(tree)
 
     def _optimizer(self):
         """The optimizer, once it has a state."""
@@ -197,10 +201,11 @@ class NamedAdapters:
     # In a file, with the model's own weights. An optimizer's state is that of
     # the live one alone.
 
-    def save(self, store):
+    def save(self, store, tree):
         """Puts what isn't in the variables into a store of arrays."""
         if self.is_plain:
             return
+        own = self._own(tree)
         kept = [(name, x) for name, x in self._kept.items() if x is not None]
         content = {
             "names": self.names,
@@ -214,21 +219,28 @@ class NamedAdapters:
         encoded = json.dumps(content).encode()
         store[STORE] = np.frombuffer(encoded, "uint8")
         for i, (_, x) in enumerate(kept):
-            for j, value in enumerate([*x.values, *x.state]):
+            values = [x.values[path] for path in own]
+            for j, value in enumerate([*values, *x.state]):
                 store[f"{STORE}_{i}_{j}"] = float32_array(value)
 
-    def load(self, stored):
-        """Takes what `save` put there out of a dict of arrays."""
+    def load(self, stored, tree):
+        """Takes what `save` put there out of a dict of arrays.
+
+        A file of one adapter is of the live one, at the maximum rank.
+        """
         if STORE not in stored:
+            self.limit = None
             return
         content = json.loads(bytes(np.asarray(stored.pop(STORE))))
-        variables, kept = self._own_variables(), dict.fromkeys(content["names"])
-        own = [*variables, *self.adaptation.state.values()]
+        own, kept = self._own(tree), dict.fromkeys(content["names"])
+        wanted = [
+            tuple(v.shape)
+            for v in [*own.values(), *self.adaptation.state.values()]
+        ]
         for i, x in enumerate(content["kept"]):
-            names = [f"{STORE}_{i}_{j}" for j in range(len(own))]
+            names = [f"{STORE}_{i}_{j}" for j in range(len(wanted))]
             values = [stored.pop(name, None) for name in names]
             shapes = [None if v is None else tuple(v.shape) for v in values]
-            wanted = [tuple(v.shape) for v in own]
             if shapes != wanted:
                 raise ValueError(
                     "The adapters of a file must fit the model. Received: "
@@ -236,11 +248,12 @@ class NamedAdapters:
                     f"{wanted}"
                 )
             values = [ops.convert_to_tensor(np.asarray(v)) for v in values]
-            size = len(variables)
             kept[x["name"]] = _Kept(
-                values[:size], x["limit"], x["ranks"], values[size:]
+                dict(zip(own, values, strict=False)),
+                x["limit"],
+                x["ranks"],
+                values[len(own) :],
             )
-        self._variables = variables
         self._kept, self.active = kept, content["active"]
         self.limit = content["limit"]
 
@@ -249,8 +262,8 @@ def _slots(optimizer):
     return [] if optimizer is None else _keras.optimizer_state(optimizer)
 
 
-def _copies(variables):
-    return [ops.copy(ops.convert_to_tensor(v)) for v in variables]
+def _copy(variable):
+    return ops.copy(ops.convert_to_tensor(variable))
 
 
 def _values(variables):

@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 
 from keras_dylora import training
-from keras_dylora.config import AdapterArguments
 from keras_dylora.model import adaptation_of, reconfigure
 from keras_dylora.types import Model
 
@@ -70,8 +69,9 @@ def order_ranks(model: Model) -> Model:
         )
     alpha = config.scale.at(config.rank) * config.rank
     config = dataclasses.replace(config, scaling="constant", alpha=alpha)
-    for layer in adaptation.layers.values():
-        layer.set_arguments(AdapterArguments.of(config))
+    spec = adaptation.spec.with_config(config)
+    for path, layer in adaptation.layers.items():
+        layer.set_arguments(spec.adapted[path])
     for gate in adaptation.gates:
         gate.rescale(config.scale)
     reconfigure(model, config)

@@ -7,20 +7,16 @@ import numpy as np
 
 from keras_dylora.adaptation import as_original
 from keras_dylora.geometry import float32_array
-from keras_dylora.paths import layer_paths
 
 MODES = ("int8", "int4")
 
 
-def quantize_base(
-    model, keras_quantize, layers, mode, config, filters, **kwargs
-):
+def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
     """Lets Keras quantize a model, whose adapters stay as they are.
 
     Args:
-        model: the model.
+        tree: `Tree` of the model.
         keras_quantize: the `quantize` method that Keras has for the model.
-        layers: the adapted layers of the model.
         mode: as in `DyLoRAModel.quantize`, like what follows.
     """
     wanted = getattr(config, "mode", None) if mode is None else mode
@@ -30,6 +26,7 @@ def quantize_base(
             f"Received: mode={wanted!r}"
         )
     chosen = _as_predicate(filters)
+    layers = tree.adapted.values()
     adapted = {id(layer) for layer in layers}
 
     def frozen_and_chosen(layer):
@@ -44,7 +41,7 @@ def quantize_base(
     with as_original(layers):
         quantized = [
             layer.name
-            for layer in layer_paths(model).values()
+            for layer in tree.layers.values()
             if getattr(layer, "quantization_mode", None) is not None
             and frozen_and_chosen(layer)
         ]

@@ -4,7 +4,6 @@ import keras
 
 from keras_dylora import _keras
 from keras_dylora.calls import check_constants
-from keras_dylora.paths import layer_paths
 
 SEED_STATE = "random_state_"
 NO_HDF5 = (
@@ -13,22 +12,23 @@ NO_HDF5 = (
 )
 
 
-def check_savable(model):
+def check_savable(tree):
     """Raises a `ValueError` if a file of an enabled model couldn't be loaded.
 
     With Keras's own LoRA beside, with values in the place of weights, or where
     a class of KerasHub's doesn't say in its config how it was made (Llama 3's
     `tie_word_embeddings`, 0.32).
     """
-    check_constants(model)
-    layers = layer_paths(model)
-    lora = [p for p, x in layers.items() if getattr(x, "lora_enabled", False)]
+    check_constants(tree.model)
+    lora = [
+        p for p, x in tree.layers.items() if getattr(x, "lora_enabled", False)
+    ]
     if lora:
         raise ValueError(
             "A model that is enabled can't be saved with Keras's own LoRA in "
             f"it. Received: LoRA at {lora}"
         )
-    for each in [model, *layers.values()]:
+    for each in tree.every.values():
         if not isinstance(each, keras.Model):
             continue
         cls = getattr(type(each), "original_class", type(each))
@@ -46,22 +46,24 @@ def check_savable(model):
 # are at the maximum rank, with `full_rank_steps`.
 
 
-def save_state(model, store):
+def save_state(tree, store):
     """Puts what Keras doesn't save into the store of a model's own weights."""
+    model = tree.model
     own = len(_keras.own_weights(model))
     for i, variable in enumerate(model._dylora.state.values()):
         store[f"{own + i}"] = variable
     for name, variable in _seed_states(model).items():
         store[name] = variable
-    model._dylora.named.save(store)
+    model._dylora.settle(tree)
+    model._dylora.named.save(store, tree)
 
 
-def load_state(model, store):
+def load_state(tree, store):
     """Takes what `save_state` put there; returns the rest, for Keras.
 
     Raises a `ValueError` if the store is of a model that wasn't enabled.
     """
-    stored = {k: store[k] for k in store.keys()}
+    model, stored = tree.model, {k: store[k] for k in store.keys()}
     own, states = len(_keras.own_weights(model)), _seed_states(model)
     adaptation = model._dylora
     if f"{own}" not in stored:
@@ -69,7 +71,7 @@ def load_state(model, store):
             "The file holds no DyLoRA state. Load the weights of a base "
             f"model before you enable DyLoRA. Received: {model.name}"
         )
-    adaptation.named.load(stored)
+    adaptation.named.load(stored, tree)
     ranks_drawn = stored.pop(f"{own}")
     seeds = {k: stored.pop(k) for k in list(stored) if k.startswith(SEED_STATE)}
     second = stored.pop(f"{own + 1}", None)

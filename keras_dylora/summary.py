@@ -10,7 +10,6 @@ from rich.table import Table
 
 from keras_dylora import _keras
 from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
-from keras_dylora.paths import layer_paths, without_adapters
 from keras_dylora.ranks import by_layer
 
 BYTES = 4  # of a float32; all that is trained is of those
@@ -23,29 +22,31 @@ def parameters(model, rank):
     """
     layers = model._dylora.layers
     ranks = by_layer(rank, layers, model.dylora_config.rank)
-    full = without_adapters(model.trainable_variables, layers.values())
+    adapters = {id(v) for x in layers.values() for v in (x.down, x.up)}
+    full = [v for v in model.trainable_variables if id(v) not in adapters]
     return sum(math.prod(v.shape) for v in full) + sum(
         ranks[path] * sum(matrix_shape(x)) for path, x in layers.items()
     )
 
 
-def announcement(model, targets):
+def announcement(tree, targets):
     """One line on what `enable_dylora` did to a model, by its `Targets`."""
-    config, adapted = model.dylora_config, targets.adapted
-    paths = layer_paths(model)
+    model, adapted = tree.model, targets.adapted
+    config, spec = model.dylora_config, model._dylora.spec
     linear = [
         path
-        for path, layer in paths.items()
+        for path, layer in tree.layers.items()
         if path in adapted or isinstance(layer, tuple(ADAPTED_CLASSES))
     ]
     # Custom weights count: experts, for one, are no `Dense` layers.
+    adapters = {id(v) for x in adapted.values() for v in (x.down, x.up)}
     body = sum(
         math.prod(v.shape)
-        for path, layer in paths.items()
-        if path not in targets.trained
-        and not type(layer).__name__.endswith("Embedding")
-        for v in without_adapters(_keras.own_weights(layer), adapted.values())
-        if len(v.shape) > 1
+        for path, layer in tree.layers.items()
+        if path in adapted or path not in spec.trained
+        if not type(layer).__name__.endswith("Embedding")
+        for v in _keras.own_weights(layer)
+        if len(v.shape) > 1 and id(v) not in adapters
     )
     covered = sum(math.prod(x.kernel.shape) for x in adapted.values())
     at_all, in_full = parameters(model, config.rank), parameters(model, 0)
@@ -58,8 +59,8 @@ def announcement(model, targets):
         f"{at_all:,} parameters are trained"
     )
     if in_full:
-        full = [path for path, trained in targets.trained.items() if trained]
-        line += f", {in_full:,} of them in full: {', '.join(full)}"
+        full = ", ".join(path for path, names in spec.trained.items() if names)
+        line += f", {in_full:,} of them in full: {full}"
     reasons = {}
     for path, reason in targets.left_out.items():
         reasons.setdefault(reason, []).append(path)
@@ -93,7 +94,7 @@ def tables(model):
         adapters.add_column("highest rank", justify="right")
         for name in named.names:
             active = " (active)" if name == named.active else ""
-            adapters.add_row(f"{name}{active}", str(named.rank_of(name)))
+            adapters.add_row(f"{name}{active}", str(named.max_rank_of(name)))
         shown.insert(0, adapters)
     return text(*shown)
 

@@ -1,18 +1,15 @@
 """Which layers of a model are adapted, and which are trained in full."""
 
 import dataclasses
-import functools
-import gc
 import re
-import sys
 import warnings
 
 import keras
 
-from keras_dylora.adaptation import restore, trainable_flags
+from keras_dylora import _keras
 from keras_dylora.calls import never_called
 from keras_dylora.layers import ADAPTED_CLASSES
-from keras_dylora.paths import layer_paths
+from keras_dylora.tree import Tree
 
 ALL_LINEAR = "all-linear"
 # In KerasHub's families; fused projections too.
@@ -39,15 +36,14 @@ class Targets:
     left_out: dict
 
 
-def find_targets(model, config):
+def find_targets(tree, config, backbone=None):
     """The `Targets` that a config names in a built model, all checked.
 
     Raises a `ValueError` if there is none or one can't be adapted.
     """
-    paths = layer_paths(model)
-    told = config.trainable_layers is not None
-    backbones = [] if told else _backbones(model, paths)
-    trained = _trained_layers(paths, backbones, config)
+    model, paths = tree.model, tree.layers
+    backbones = _backbones(tree, backbone)
+    trained = _trained_layers(tree, backbones, config)
     linear = {
         path: layer
         for path, layer in paths.items()
@@ -73,10 +69,8 @@ def find_targets(model, config):
         chosen = _select(linear, config.target_layers, "target_layers")
     if not chosen:
         raise ValueError(_no_target(config.target_layers, linear))
-    unused = never_called(model, chosen)
-    for path, layer in chosen.items():
-        if path not in unused:
-            _check(path, layer)
+    unused = never_called(tree, chosen)
+    check_targets({p: x for p, x in chosen.items() if p not in unused})
     if unused:
         message = (
             "An adapter needs a layer that the model calls; this one reads "
@@ -88,8 +82,8 @@ def find_targets(model, config):
         warnings.warn(f"{message}, which are left out", stacklevel=3)
         left_out |= dict.fromkeys(unused, "the model never calls")
         chosen = {p: x for p, x in chosen.items() if p not in left_out}
-    untold = not told and not backbones
-    if untold and not is_backbone(type(model)):
+    untold = config.trainable_layers is None and not backbones
+    if untold and not _is_backbone(model):
         _warn_of_frozen_output(model, paths, chosen)
     return Targets(chosen, trained, left_out)
 
@@ -114,22 +108,23 @@ def _no_target(wanted, linear):
     )
 
 
-def _check(path, layer):
-    """Raises a `ValueError` if a layer can't take an adapter."""
-    if not layer.built:
-        raise ValueError(
-            "A model must be built before it is enabled: call it on data "
-            f"once. Received: a model whose layer {path!r} isn't built"
-        )
-    if type(layer) not in ADAPTED_CLASSES:
-        raise ValueError(
-            "Only layers that are exactly `Dense` or `EinsumDense` can "
-            f"be adapted. Received: {path!r}, a {type(layer).__name__}"
-        )
-    try:
-        ADAPTED_CLASSES[type(layer)].check_base(layer)
-    except ValueError as error:
-        raise ValueError(f"Layer {path!r}: {error}") from error
+def check_targets(chosen):
+    """Raises a `ValueError` if one of the layers can't take an adapter."""
+    for path, layer in chosen.items():
+        if not layer.built:
+            raise ValueError(
+                "A model must be built before it is enabled: call it on data "
+                f"once. Received: a model whose layer {path!r} isn't built"
+            )
+        if type(layer) not in ADAPTED_CLASSES:
+            raise ValueError(
+                "Only layers that are exactly `Dense` or `EinsumDense` can "
+                f"be adapted. Received: {path!r}, a {type(layer).__name__}"
+            )
+        try:
+            ADAPTED_CLASSES[type(layer)].check_base(layer)
+        except ValueError as error:
+            raise ValueError(f"Layer {path!r}: {error}") from error
 
 
 def _select(paths, patterns, argument):
@@ -181,68 +176,80 @@ def listing(paths):
     return f"[{shown}{f', … and {more} more' if more > 0 else ''}]"
 
 
-def _trained_layers(paths, backbones, config):
+def trained_by_default(tree, backbone=None):
+    """The `Targets.trained` of a config that names no layers."""
+    return _trained_outside(tree, _backbones(tree, backbone))
+
+
+def _trained_layers(tree, backbones, config):
     """The layers that are trained in full, each with the variables that are.
 
-    By default those outside of the backbones. Weights that a task head shares
-    with them (tied embeddings) stay frozen.
+    By default those outside of the backbones.
     """
-    if config.trainable_layers is not None:
-        layers = _select(paths, config.trainable_layers, "trainable_layers")
-        return {p: _variables_if_trained(layer) for p, layer in layers.items()}
+    if config.trainable_layers is None:
+        return _trained_outside(tree, backbones)
+    named = _select(tree.layers, config.trainable_layers, "trainable_layers")
+    return {
+        path: [v for x in tree.below(layer) for v in _keras.trained_weights(x)]
+        for path, layer in named.items()
+    }
+
+
+def _trained_outside(tree, backbones):
+    """The layers outside of backbones that aren't frozen, with variables.
+
+    Weights that a task head shares with a backbone (tied embeddings) stay
+    frozen.
+    """
     if not backbones:
         return {}
-    inside = {
-        id(x)
-        for backbone in backbones
-        for x in [backbone, *layer_paths(backbone).values()]
-    }
-    shared = {id(v) for backbone in backbones for v in backbone.variables}
+    inside = {id(x) for each in backbones for x in _layers_of(each, tree)}
+    shared = {id(v) for each in backbones for v in each.variables}
     return {
-        path: [v for v in layer.trainable_variables if id(v) not in shared]
-        for path, layer in paths.items()
-        if id(layer) not in inside
+        path: [
+            v
+            for v in _keras.own_weights(layer)
+            if v.trainable and id(v) not in shared
+        ]
+        for path, layer in tree.layers.items()
+        if id(layer) not in inside and layer.trainable
     }
 
 
-def _backbones(model, paths):
+def _layers_of(backbone, tree):
+    if id(backbone) in tree.paths:
+        return tree.below(backbone)
+    return Tree(backbone).every.values()
+
+
+def _backbones(tree, backbone):
     """The pretrained bodies within a model; what is outside is its head.
 
-    A task's, or those of KerasHub that a model is built around. None of a
-    backbone itself, whose own attribute `backbone` would be a part of it.
+    What the user says, a task's, or those of KerasHub that a model is built
+    around. None of a backbone itself, whose own attribute `backbone` would be
+    a part of it.
     """
-    if is_backbone(type(model)):
-        return []
-    backbone = getattr(model, "backbone", None)
-    if isinstance(backbone, keras.Model):
+    if backbone is not None:
+        ids = {id(x) for x in getattr(backbone, "layers", ())}
+        if not ids & tree.paths.keys():
+            raise ValueError(
+                "`backbone` must be the `keras.Model` around whose layers the "
+                f"model is built. Received: backbone={backbone!r}"
+            )
         return [backbone]
-    within = [x for x in paths.values() if is_backbone(type(x))]
-    if "keras_hub" in sys.modules:
-        within += _taken_apart(paths)
-    return within
+    if _is_backbone(tree.model):
+        return []
+    own = getattr(tree.model, "backbone", None)
+    if isinstance(own, keras.Model):
+        return [own]
+    return [x for x in tree.layers.values() if _is_backbone(x)]
 
 
-def _taken_apart(paths):
-    """The backbones of which a functional model has the layers alone.
-
-    `keras.Model(backbone.input, head(backbone.output))` doesn't know of the
-    backbone, but the program that made it does, as long as it keeps it.
-    """
-    gc.collect()  # what isn't kept any more doesn't count
-    ids = {id(layer) for layer in paths.values()}
-    return [
-        x
-        for x in gc.get_objects()
-        if is_backbone(type(x)) and any(id(y) in ids for y in x.layers)
-    ]
-
-
-@functools.cache
-def is_backbone(cls):
-    """Whether a class is one of KerasHub's pretrained bodies."""
+def _is_backbone(layer):
+    """Whether a layer is one of KerasHub's pretrained bodies."""
     return any(
         x.__name__ == "Backbone" and x.__module__.startswith("keras_hub.")
-        for x in cls.__mro__
+        for x in type(layer).__mro__
     )
 
 
@@ -251,19 +258,10 @@ def _warn_of_frozen_output(model, paths, adapted):
     *_, last = (path for path, layer in paths.items() if layer.weights)
     if last not in adapted:
         warnings.warn(
-            "Nothing but the adapters is trained: the model has no backbone "
-            "of KerasHub's to tell a new head from. Name the layers that are "
-            f"new in `trainable_layers`, such as [{last!r}]; `()` says that "
-            f"none is. Received: {model.name} with trainable_layers=None",
+            "Nothing but the adapters is trained: the model doesn't tell a "
+            "new head from its pretrained part. Give that part as `backbone`, "
+            f"or name the new layers in `trainable_layers`, such as [{last!r}]"
+            "; `()` says that none is new. "
+            f"Received: {model.name} with trainable_layers=None",
             stacklevel=4,
         )
-
-
-def _variables_if_trained(layer):
-    """The variables of a layer that are trained if it isn't frozen."""
-    flags = trainable_flags(layer)
-    layer.trainable = True
-    try:
-        return list(layer.trainable_variables)
-    finally:
-        restore(flags)

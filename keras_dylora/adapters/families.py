@@ -8,7 +8,6 @@ import re
 import numpy as np
 
 from keras_dylora.layers import geometry
-from keras_dylora.paths import layer_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +88,10 @@ class Layout:
         """The names of the linear layers within one block of each kind."""
         return [name for blocks in self.blocks for name in blocks.linear]
 
-    def modules(self, model):
+    def modules(self, tree):
         """The linear layers of a model's twin, with the paths of their Keras
         layers; raises a `ValueError` if the model has no such layer."""
-        paths = layer_paths(model)
-        found = {}
+        paths, found = tree.layers, {}
         for blocks in self.blocks:
             found |= blocks.modules(paths)
         found |= self.outside
@@ -102,7 +100,7 @@ class Layout:
         if missing or not found:
             raise ValueError(
                 "The layers of the model must have the names that KerasHub "
-                f"gives them. Received: a {type(model).__name__} without "
+                f"gives them. Received: a {type(tree.model).__name__} without "
                 f"{missing or [blocks.keras for blocks in self.blocks]}"
             )
         return {f"{self.prefix}{name}": x for name, x in found.items()}

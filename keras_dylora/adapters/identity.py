@@ -14,7 +14,6 @@ from keras import ops
 
 from keras_dylora import _keras
 from keras_dylora.geometry import float32_array
-from keras_dylora.paths import layer_paths, weight_paths, without_adapters
 
 # What is kept of the base: the first entries of a few weights.
 WEIGHTS, ENTRIES = 8, 4
@@ -34,12 +33,10 @@ class Identity:
     base: dict[str, list[float]]
 
     @classmethod
-    def of(cls, model, trained):
-        """That of an enabled model; `trained` are paths of weights to skip."""
+    def of(cls, tree, trained):
+        """The identity of an enabled model; `trained` are weights to skip."""
         frozen = {
-            path: weight
-            for path, weight in _base(model).items()
-            if path not in trained
+            p: v for p, v in tree.base_weights.items() if p not in trained
         }
         base = {}
         for dimensions in (1, 2):
@@ -48,7 +45,7 @@ class Identity:
             for i in range(min(len(paths), WEIGHTS)):
                 path = paths[int(i * step)]
                 base[path] = _first(frozen[path])
-        return cls(_layers(model), base)
+        return cls(_layers(tree), base)
 
     def get_config(self):
         return dataclasses.asdict(self)
@@ -64,12 +61,12 @@ class Identity:
             raise TypeError(f"not an identity: {config!r:.200}")
         return cls(layers, base)
 
-    def paths_in(self, model):
+    def paths_in(self, tree):
         """Dict of the path of each layer to that of the same one in a model.
 
         Raises a `ValueError` if the model has other layers.
         """
-        here = _layers(model)
+        here = _layers(tree)
         if len(here) != len(self.layers):
             raise ValueError(
                 "An adapter must be loaded into a model of as many layers. "
@@ -89,12 +86,12 @@ class Identity:
                 )
         return paths
 
-    def check_base(self, model, paths):
+    def check_base(self, tree, paths):
         """Raises a `ValueError` if a model has another base.
 
         `paths` is what `paths_in` returned. Quantized weights can't tell.
         """
-        here = _base(model)
+        here = tree.base_weights
         for path, wanted in self.base.items():
             mine = renamed(path, paths)
             if mine not in here or not keras.backend.is_float_dtype(
@@ -119,20 +116,13 @@ def renamed(path, layers):
     return f"{layers[layer]}/{name}" if layer in layers else path
 
 
-def _layers(model):
+def _layers(tree):
     found = []
-    for path, layer in layer_paths(model).items():
+    for path, layer in tree.layers.items():
         if _keras.own_weights(layer):
             cls = getattr(layer, "original_class", type(layer))
             found.append([path, cls.__name__])
     return found
-
-
-def _base(model):
-    """The weights of a model by path, without adapters."""
-    layers = getattr(model, "dylora_layers", [])
-    base = {id(v) for v in without_adapters(model.weights, layers)}
-    return {p: v for p, v in weight_paths(model).items() if id(v) in base}
 
 
 def _has(dimensions, weight):

@@ -13,6 +13,7 @@ from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.model import DyLoRAModel
 from keras_dylora.named import DEFAULT
+from keras_dylora.tree import Tree
 from keras_dylora.types import Model, Rank
 
 WEIGHTS_NAME = "adapter.safetensors"
@@ -54,7 +55,7 @@ def save_adapter(
     keras_dylora.load_adapter(other_clf, "adapter/")
     ```
     """
-    weights = AdapterWeights.of(model).cut(rank)
+    weights = AdapterWeights.of(Tree(model)).cut(rank)
     tensors = {name: x.copy("C") for name, x in weights.tensors().items()}
     written = files.together(WEIGHTS_NAME, CONFIG_NAME)
     with files.new_directory(directory, overwrite, written) as folder:
@@ -129,7 +130,7 @@ def load_adapter(
             )
     if not head:
         weights = dataclasses.replace(weights, trained={})
-    weights.put_on(model, whole=head, strict=strict, name=name)
+    weights.put_on(Tree(model), whole=head, strict=strict, name=name)
     return model
 
 

@@ -22,10 +22,9 @@ from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import matrix_shape
 from keras_dylora.model import adaptation_of
 from keras_dylora.named import DEFAULT
-from keras_dylora.paths import layer_paths, weight_paths
 from keras_dylora.ranks import as_rank, as_ranks
 from keras_dylora.report import RankReport
-from keras_dylora.trained import trained_weights
+from keras_dylora.tree import Tree
 from keras_dylora.types import Model, Rank
 
 LAYOUTS = ("peft", "server")
@@ -136,21 +135,22 @@ def to_peft(
         )
     chosen = {".": rank}
     if ranks is not None:
-        high = adaptation_of(model).highest
+        high = adaptation_of(model).max_rank
         chosen = {f"rank_{b}": b for b in as_ranks(ranks, 1, high)}
         if not chosen or len(chosen) < len(ranks):
             raise ValueError(
                 "`ranks` must name at least one rank, and each once. "
                 f"Received: ranks={ranks!r}"
             )
-    whole = AdapterWeights.of(model)
+    tree = Tree(model)
+    whole = AdapterWeights.of(tree)
     cut = {name: whole.cut(b) for name, b in chosen.items()}
     family = layout_of(model)
-    modules = family.modules(model)
-    every = weight_paths(model)
+    modules = family.modules(tree)
+    every = tree.weights
     head = {path: every[path] for path in family.head.values()}
-    _check_exportable(model, head, modules, whole)
-    columns = _columns(model, family, modules)
+    _check_exportable(tree, head, modules, whole)
+    columns = _columns(tree, family, modules)
     trained = {
         name: float32_array(head[path]).T for name, path in family.head.items()
     }
@@ -211,16 +211,15 @@ def _tensors(fused):
     return tensors
 
 
-def _columns(model, family, modules):
+def _columns(tree, family, modules):
     """Where each module has the outputs of its Keras layers, by its name."""
-    layers = layer_paths(model)
     return {
-        module: family.columns([layers[path] for path in paths])
+        module: family.columns([tree.layers[path] for path in paths])
         for module, paths in modules.items()
     }
 
 
-def _check_exportable(model, head, modules, weights):
+def _check_exportable(tree, head, modules, weights):
     known = {path for paths in modules.values() for path in paths}
     other = sorted(set(weights.layers) - known)
     if other:
@@ -228,7 +227,8 @@ def _check_exportable(model, head, modules, weights):
             "A PEFT adapter can adapt the linear layers of the backbone. "
             f"Received: adapters at {other}"
         )
-    other = sorted(set(trained_weights(model)) - set(head))
+    spec = tree.model._dylora.spec
+    other = sorted(set(spec.full(tree)) - set(head))
     if other:
         raise ValueError(
             "A PEFT adapter can hold adapters and the task head, and nothing "
@@ -236,7 +236,7 @@ def _check_exportable(model, head, modules, weights):
         )
     check_float(head)
     for path, weight in head.items():
-        width = model.backbone.hidden_dim
+        width = tree.model.backbone.hidden_dim
         if weight.shape[0] != width and len(weight.shape) == 2:
             raise ValueError(
                 "In transformers, the task head is as wide as the backbone, "
@@ -338,22 +338,23 @@ def from_peft(
     - [PEFT checkpoint format](
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
-    weights = _read(model, directory, strict, head)
+    tree = Tree(model)
+    weights = _read(tree, directory, strict, head)
     if rank is not None:
         weights = weights.cut(rank)
-    weights.put_on(model, whole=False, strict=strict, name=name)
+    weights.put_on(tree, whole=False, strict=strict, name=name)
     return model
 
 
-def _read(model, directory, strict, head):
+def _read(tree, directory, strict, head):
     """The adapter for a model, as `AdapterWeights`; with its head, or not."""
-    layout = layout_of(model)
+    layout = layout_of(tree.model)
     adapter = peft_files.read(directory)
     if not head:
         adapter = adapter.without_head()
-    adapter = _placed(model, layout, adapter, strict)
-    modules = layout.modules(model)
-    columns = _columns(model, layout, modules)
+    adapter = _placed(tree, layout, adapter, strict)
+    modules = layout.modules(tree)
+    columns = _columns(tree, layout, modules)
     modules = _adapted(modules, adapter)
     ranks = adapter.layer_ranks
     # The head may be left out of a file, but as a whole.
@@ -361,9 +362,9 @@ def _read(model, directory, strict, head):
         f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
     )
     head = layout.head if has_head else {}
-    every, layers = weight_paths(model), layer_paths(model)
+    every, layers = tree.weights, tree.layers
     shapes = {n: tuple(every[p].shape)[::-1] for n, p in head.items()}
-    embeddings = _embeddings(model, adapter, every)
+    embeddings = _embeddings(tree.model, adapter, every)
     shapes |= {n: adapter.tensor(n).shape for n in embeddings}
     absent = {}  # a layer of ours at rank 0 isn't in the file
     for module, paths in modules.items():
@@ -433,7 +434,7 @@ def _embeddings(model, adapter, every):
     return found
 
 
-def _placed(model, layout, adapter, strict):
+def _placed(tree, layout, adapter, strict):
     """An adapter by the names that the layers of a model have.
 
     transformers has a prefix for those of a task that a bare model is without,
@@ -444,7 +445,7 @@ def _placed(model, layout, adapter, strict):
     if len(found) != 1 or found == {layout.prefix}:
         return adapter
     if strict and adapter.identity is not None:
-        adapter.identity.check_base(model, {})
+        adapter.identity.check_base(tree, {})
     moved = adapter.moved(*found, layout.prefix)
     return dataclasses.replace(moved, identity=None)
 

@@ -4,22 +4,20 @@ In NumPy: of a model, cut to ranks, checked against a model, put on it.
 """
 
 import dataclasses
-import warnings
 
 import keras
 import numpy as np
 
+from keras_dylora import _keras, training
 from keras_dylora import ranks as rank_functions
-from keras_dylora import training
 from keras_dylora.adapters.identity import Identity, renamed
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.enable import enable_dylora
+from keras_dylora.enable import upgrade
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
 from keras_dylora.model import DyLoRAModel, adaptation_of
 from keras_dylora.named import DEFAULT, check_name
-from keras_dylora.paths import layer_paths, weight_paths
-from keras_dylora.trained import trained_statistics, trained_weights
+from keras_dylora.targets import Targets, check_targets, trained_by_default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,28 +37,19 @@ class AdapterWeights:
     lowest: int | None = None
 
     @classmethod
-    def of(cls, model):
-        """Those of an enabled model, at its highest rank."""
-        adaptation = adaptation_of(model)
-        trained = trained_weights(model)
-        chosen = {id(v) for v in adaptation.trained}
-        others = [p for p, v in trained.items() if id(v) not in chosen]
-        if others and adaptation.upgraded:
-            warnings.warn(
-                "An adapter holds all that is trainable. Received: "
-                f"{len(others)} weights that `enable_dylora` froze, such as "
-                f"{others[0]!r}, and that are trainable now",
-                stacklevel=3,
-            )
-        trained |= trained_statistics(model)
+    def of(cls, tree):
+        """The adapters of an enabled model, at its maximum rank."""
+        adaptation = adaptation_of(tree.model)
+        adaptation.settle(tree)
+        trained = adaptation.spec.head(tree)
         config, layers = adaptation.named_config, adaptation.layers
-        if adaptation.highest < config.rank:
-            config = config.at_maximum(adaptation.highest)
+        if adaptation.max_rank < config.rank:
+            config = config.at_maximum(adaptation.max_rank)
         return cls(
             {p: layer.factors(config.rank) for p, layer in layers.items()},
             {p: float32_array(v) for p, v in trained.items()},
             config,
-            Identity.of(model, trained),
+            Identity.of(tree, trained),
             adaptation.lowest_trained,
         )
 
@@ -90,19 +79,19 @@ class AdapterWeights:
             ),
         )
 
-    def placed(self, model, whole=True, strict=True, name=DEFAULT):
+    def placed(self, tree, whole=True, strict=True, name=DEFAULT):
         """The same by the paths of a model, into which they fit.
 
         Raises a `ValueError` if they don't, see `check`; and if `strict`, if
         the model isn't the one that they are of.
         """
         if self.identity is None:
-            self.check(model, whole, name)
+            self.check(tree, whole, name)
             return self
         try:
-            paths = self.identity.paths_in(model)
+            paths = self.identity.paths_in(tree)
         except ValueError:
-            self.check(model, whole, name)  # which may tell more
+            self.check(tree, whole, name)  # which may tell more
             if strict:
                 raise
             return self
@@ -111,12 +100,12 @@ class AdapterWeights:
             layers={paths.get(p, p): x for p, x in self.layers.items()},
             trained={renamed(p, paths): x for p, x in self.trained.items()},
         )
-        placed.check(model, whole, name)
+        placed.check(tree, whole, name)
         if strict:
-            self.identity.check_base(model, paths)
+            self.identity.check_base(tree, paths)
         return placed
 
-    def check(self, model, whole=True, name=DEFAULT):
+    def check(self, tree, whole=True, name=DEFAULT):
         """Raises a `ValueError` if the weights don't fit a model.
 
         An enabled model must have the rank and the layers, any other must
@@ -126,11 +115,14 @@ class AdapterWeights:
         may have a lower rank.
         """
         check_name(name)
+        model = tree.model
         enabled = isinstance(model, DyLoRAModel)
         if enabled:
+            adaptation = adaptation_of(model)
+            adaptation.settle(tree)
             high, names = model.dylora_config.rank, model.adapter_names
             if name != DEFAULT:
-                adaptation_of(model).named.check_free(name)
+                adaptation.named.check_free(name)
             rule = "the rank" if name in names else "at most the rank"
             rank = self.config.rank
             if rank > high or (name in names and rank != high):
@@ -138,20 +130,20 @@ class AdapterWeights:
                     f"An adapter must have {rule} of the model it is loaded "
                     f"into. Received: rank {rank} for a model of rank {high}"
                 )
-        every = weight_paths(model)
+        every = tree.weights
         # The file says what to adapt, and which averages it holds; the model
         # must have it.
         trained = {p: v for p, v in every.items() if p in self.trained}
         if enabled:
-            layers = adaptation_of(model).layers
+            layers = adaptation.layers
             if whole:
-                averages = trained_statistics(model)
+                averages = adaptation.spec.statistics(tree)
                 trained = {p: v for p, v in trained.items() if p in averages}
-                trained |= trained_weights(model)
+                trained |= adaptation.spec.full(tree)
         else:
             layers = {
                 path: layer
-                for path, layer in layer_paths(model).items()
+                for path, layer in tree.layers.items()
                 if type(layer) in ADAPTED_CLASSES and path in self.layers
             }
         shapes = {f"head/{path}": tuple(v.shape) for path, v in trained.items()}
@@ -173,7 +165,7 @@ class AdapterWeights:
             )
         check_float({path: every[path] for path in self.trained})
 
-    def put_on(self, model, whole=True, strict=True, name=DEFAULT):
+    def put_on(self, tree, whole=True, strict=True, name=DEFAULT):
         """Gives a model these weights, once checked; enables it if it isn't.
 
         As `placed` in it, as the adapter of a name, which is the active one
@@ -182,34 +174,19 @@ class AdapterWeights:
         a lower rank than the model's has fresh columns above it. Where a scale
         is another one, that goes into the rows.
         """
-        self = self.placed(model, whole, strict, name)
-        enabled = isinstance(model, DyLoRAModel)
-        if enabled:
+        self, model = self.placed(tree, whole, strict, name), tree.model
+        if isinstance(model, DyLoRAModel):
             training.write_back(model)
+            named = adaptation_of(model).named
+            if name in named.names:
+                named.activate(name, tree)
+            else:
+                named.add(name, tree)
         else:
-            # Exactly these: a path may be a name or a pattern of others too.
-            exactly = {"target_layers": lambda p, _: p in self.layers}
-            if whole or self.trained:
-                trained = {path.rpartition("/")[0] for path in self.trained}
-                exactly["trainable_layers"] = lambda p, _: p in trained
-            enable_dylora(model, self.config, verbose=0, **exactly)
-            adaptation = adaptation_of(model)
-            adaptation.config = dataclasses.replace(
-                adaptation.named_config,
-                trainable_layers=self.config.trainable_layers,
-            )
-        adaptation = adaptation_of(model)
-        named, config, rank = (
-            adaptation.named,
-            model.dylora_config,
-            self.config.rank,
-        )
-        if not enabled:
-            named.rename(name)
-        elif name in named.names:
-            named.activate(name)
-        else:
-            named.add(name)
+            self._enable(tree, whole)
+            adaptation_of(model).named.rename(name)
+        adaptation, rank = adaptation_of(model), self.config.rank
+        config = model.dylora_config
         for path, layer in adaptation.layers.items():
             factors = self.layers[path]
             scale = config.scale.at(max(factors.rank, 1))
@@ -217,15 +194,34 @@ class AdapterWeights:
             fresh = float32_array(layer.down)[:, rank:]
             layer.down.assign(np.hstack([padded.down[:, :rank], fresh]))
             layer.up.assign(padded.up * np.float32(padded.scale / scale))
-        named.limit = None
+        adaptation.named.limit = None
         if rank < config.rank:
             model.set_rank(rank)
-            named.limit = rank
+            adaptation.named.limit = rank
         if len(set(self.ranks.values())) > 1:
             model.set_rank(self.ranks)
-        weights = weight_paths(model)
+        weights = tree.weights
         for path, value in self.trained.items():
             weights[path].assign(value)
+
+    def _enable(self, tree, whole):
+        """Enables a model for exactly these layers and what they train.
+
+        A path of a config may be the name or a pattern of others too.
+        """
+        layers = {p: x for p, x in tree.layers.items() if p in self.layers}
+        check_targets(layers)
+        trained = trained_by_default(tree)
+        if whole or self.trained:
+            weights, trained = tree.weights, {}
+            for path in self.trained:
+                layer = path.rpartition("/")[0]
+                averages = _keras.statistics(tree.every[layer])
+                mine = trained.setdefault(layer, [])
+                if all(weights[path] is not v for v in averages):
+                    mine.append(weights[path])
+        config = dataclasses.replace(self.config, target_layers=list(layers))
+        upgrade(tree, config, Targets(layers, trained, {}))
 
     @property
     def ranks(self):

@@ -129,7 +129,7 @@ def export_ranks(
     adaptation = adaptation_of(model)
     config = adaptation.config
     served = _adapters(adapters, model)
-    high = max([x.rank for x in served], default=adaptation.highest)
+    high = max([x.rank for x in served], default=adaptation.max_rank)
     named = _named(ranks, config.min_rank, high)
     plan = Plan(
         ranks=_served(named, model, high),
@@ -227,7 +227,7 @@ def _adapters(adapters, model):
             "`adapters` must name at least one adapter of the model, and each "
             f"once. Received: adapters={adapters!r} of {named.names}"
         )
-    return tuple(ServedAdapter(x, named.rank_of(x)) for x in adapters)
+    return tuple(ServedAdapter(x, named.max_rank_of(x)) for x in adapters)
 
 
 def _served(named, model, high):

@@ -13,9 +13,8 @@ from keras_dylora.config import AdapterArguments
 from keras_dylora.export import stored_variables
 from keras_dylora.geometry import float32_array
 from keras_dylora.model import adaptation_of
-from keras_dylora.paths import layer_paths
 from keras_dylora.rank_gate import GateRow, RankGate
-from keras_dylora.trained import head_weights
+from keras_dylora.tree import Tree
 
 
 def stack(model, adapters, dtype):
@@ -31,7 +30,8 @@ def stack(model, adapters, dtype):
     """
     adaptation = adaptation_of(model)
     layers = adaptation.layers.values()
-    head = head_weights(model)
+    tree = Tree(model)
+    head = adaptation.spec.head(tree)
     factors, values = [], []
     for each in adapters:
         model.set_adapter(each.name)
@@ -53,7 +53,7 @@ def stack(model, adapters, dtype):
         )
         if any(np.any(x != each[0]) for x in each)
     }
-    return Heads(model, stacked, dtype)
+    return Heads(tree, stacked, dtype)
 
 
 class Heads:
@@ -63,14 +63,14 @@ class Heads:
     example gets those of its own.
     """
 
-    def __init__(self, model, stacked, dtype):
+    def __init__(self, tree, stacked, dtype):
         self._variables = {
             key: (variable, tf.Variable(stored_variables.narrowed(x, dtype)))
             for key, (variable, x) in stacked.items()
         }
         self._owners = [
             layer
-            for layer in layer_paths(model).values()
+            for layer in tree.layers.values()
             if any(id(v) in stacked for v in _keras.own_weights(layer))
         ]
 

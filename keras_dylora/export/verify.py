@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_dylora.export import process
 from keras_dylora.export.plan import FILE_NAMES
-from keras_dylora.paths import layer_paths
+from keras_dylora.tree import Tree
 
 # The largest difference for outputs up to 1, by the coarsest number format
 # on the way: parameters, computation, or the matrix units of a GPU or TPU.
@@ -71,7 +71,7 @@ def verify(model, folder, plan):
 
 
 def _precisions(model, plan):
-    layers = [model, *layer_paths(model).values()]
+    layers = Tree(model).every.values()
     found = {"float32", plan.dtype or "float32"}
     found |= {x.compute_dtype for x in layers} & set(TOLERANCES)
     if any(getattr(x, "quantization_mode", None) for x in layers):

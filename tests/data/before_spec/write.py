@@ -136,7 +136,9 @@ def outputs(model, x):
     active, found = model.active_adapter, {}
     for name in model.adapter_names:
         model.set_adapter(name)
-        for rank in range(model._dylora.highest + 1):
+        for rank in range(
+            1 + min(model.dylora_config.rank, 2 if name == "cut" else 4)
+        ):
             with model.rank_scope(rank):
                 found[f"{name}/{rank}"] = model.predict(x, verbose=0)
     model.set_adapter(active)
