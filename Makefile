@@ -50,7 +50,7 @@ $(BACKENDS:%=test-%): test-%: $(VENV)/installed
 test-hub: $(VENV)/installed
 	KERAS_BACKEND=torch $(SUITE) -m "families and not long"
 
-# Examples, formats, other processes and kills.
+# Examples, experiments, formats, other processes and kills.
 test-long: $(BACKENDS:%=test-long-%)
 
 test-long-%: $(VENV)/installed
@@ -62,7 +62,7 @@ test-families-%: $(VENV)/installed
 	KERAS_BACKEND=$* $(SUITE) -m families
 
 # The oldest versions that we allow, in a .venv of their own, without what only
-# examples, PEFT and new families need, and files that a newer Keras wrote.
+# experiments, PEFT and new families need, and files that a newer Keras wrote.
 LOWEST := .venv-lowest
 
 test-lowest: test-lowest-jax test-lowest-tensorflow

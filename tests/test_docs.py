@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 LINKING = [
     page
-    for folder in (".", "docs", "examples", "benchmarks")
+    for folder in (".", "docs", "examples", "experiments", "benchmarks")
     for page in sorted((ROOT / folder).glob("*.md"))
 ]
 # How many blocks of a page may be marked as not to be run.

@@ -1,4 +1,4 @@
-"""What the examples compare: each method as the config of a run."""
+"""The methods that are compared: each as the config of a run."""
 
 import time
 

@@ -2,11 +2,11 @@
 
 As in the paper (Table 8), with a GPU and online:
 
-    python -m examples.glue_roberta --task sst2 --method dylora
+    python -m experiments.glue_roberta --task sst2 --method dylora
 
 The same code, offline on a CPU, on movie-review sentences:
 
-    python -m examples.glue_roberta --task movies --method lora --scale small
+    python -m experiments.glue_roberta --task movies --method lora --scale small
 
 Finished runs are kept in a file of JSON lines and aren't run again.
 """
@@ -21,13 +21,13 @@ import keras_hub
 import numpy as np
 
 import keras_dylora as kd
-from examples import methods
 from examples.data import NotFetchedError
-from examples.flop import Flop
 from examples.presets import MINILM, from_preset
-from examples.runs import Results
-from examples.tasks import TEST_SIZE, get_task, load
 from examples.training import WarmupLinear, dataset, fit
+from experiments import methods
+from experiments.flop import Flop
+from experiments.runs import Results
+from experiments.tasks import TEST_SIZE, get_task, load
 
 ADAPTERS = methods.TRAINED
 METHODS = (*methods.METHODS, "lora-search", "fine-tune", "flop")
@@ -198,7 +198,7 @@ def run(
 
     Args:
         results: `Results`. A run that is in there isn't run again.
-        task: str. A name of `examples.tasks.TASKS`.
+        task: str. A name of `experiments.tasks.TASKS`.
         method: str. One of `METHODS` but `lora-search`. `lora-each` is a run
             of `lora` at each of `methods.own_ranks`.
         seed: int.
@@ -359,7 +359,7 @@ def compare(args, settings):
             verbose=args.verbose,
         )
         print(summary(f"{args.task}, {args.method}, seed {seed}", result))
-    print("Next: python -m examples.tables, which compares methods.")
+    print("Next: python -m experiments.tables, which compares methods.")
 
 
 def score(result, rank="full", split=None, metric=None):
