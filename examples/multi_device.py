@@ -170,7 +170,7 @@ def ddp(method):
 
 
 def ddp_process(folder, method):
-    """One of the processes of `ddp`, as `torchrun` would start it.
+    """A process of `ddp`, as `torchrun` would start it.
 
     `fit` calls the model and not a `DistributedDataParallel` around it, which
     would average nothing. So each gradient is averaged as it is computed.

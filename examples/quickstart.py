@@ -153,7 +153,7 @@ def main(argv=None):
 
 
 def compare(args):
-    """Two methods: trained, evaluated, drawn, and the best rank saved."""
+    """Trains by two methods, compares their ranks and saves the best one."""
     model, progressive = train(args, "progressive")
     _, lora = train(args, "LoRA")
 

@@ -39,7 +39,7 @@ FLOP_KEEP = 0.47
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that the runs of one scale share; the defaults are Table 8.
+    """The settings that runs of a scale share; the defaults are Table 8.
 
     Fine-tuning isn't in it: the paper quotes those figures.
     """
@@ -194,7 +194,7 @@ def run(
     distribution="uniform",
     verbose=1,
 ):
-    """One run: trained, evaluated at every rank, and kept.
+    """Trains by one method, evaluates every rank, and keeps the result.
 
     Args:
         results: `Results`. A run that is in there isn't run again.
@@ -274,7 +274,7 @@ def run(
 
 
 def summary(name, result):
-    """One line a split: the first metric at every rank."""
+    """A line for each split: the first metric at every rank."""
     lines = [f"{name}: trained in {result['seconds']:.0f} s"]
     for split, by_rank in result["metrics"].items():
         values = [
@@ -340,7 +340,7 @@ def main(argv=None):
 
 
 def compare(args, settings):
-    """One line of results for each seed."""
+    """Prints a line of results for each seed."""
     results = Results(args.results)
     for seed in settings.seeds:
         if args.method == "lora-search":
@@ -363,7 +363,7 @@ def compare(args, settings):
 
 
 def score(result, rank="full", split=None, metric=None):
-    """One metric of a result, of its first split and metric by default."""
+    """A metric of a result, by default the first of its first split."""
     by_rank = result["metrics"]
     metrics = by_rank[split or next(iter(by_rank))][str(rank)]
     return metrics[metric or next(iter(metrics))]

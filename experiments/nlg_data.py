@@ -35,7 +35,7 @@ def triples(table):
 
 
 def lower_triples(table):
-    """The same, with the predicates in lower case, as the recipe has DART."""
+    """The line of `triples` by the recipe of DART: predicates in lower case."""
     return triples(
         (header, row, content.lower() if header == "predicate" else content)
         for header, row, content in table
@@ -69,7 +69,7 @@ TASKS = {
 
 
 def load(task, split):
-    """One split of a task.
+    """The meanings of a split of a task, with their references.
 
     Args:
         task: `"e2e"`, `"dart"` or `"webnlg"`.

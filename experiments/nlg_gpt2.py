@@ -40,7 +40,7 @@ TASKS = (*nlg_data.TASKS, "reviews")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that the runs of a task share; the defaults are Table 8.
+    """The settings that runs of a task share; the defaults are Table 8.
 
     Fine-tuning isn't in it: the paper quotes those figures.
     """
@@ -139,7 +139,7 @@ def evaluate(model, task, tokenizer, data, ranks, metrics):
 
 
 def run(results, task, method, seed, settings, metrics=(), verbose=1):
-    """One run: trained, evaluated at every rank, and kept.
+    """Trains by one method, evaluates every rank, and keeps the result.
 
     Args:
         results: `Results`. A run that is in there isn't run again.

@@ -59,7 +59,7 @@ class Runner:
         self.settings = settings
 
     def glue(self, task, method, rank=None, distribution="uniform"):
-        """One result for each seed."""
+        """The results of a method on a task, one for each seed."""
         return [
             glue.run(
                 self.results,
@@ -107,7 +107,7 @@ def settings_of(table, scale, rank=None):
 
 
 def tasks_of(table, scale):
-    """Each task of a table, and the paper's whose place it takes."""
+    """The tasks of a table, each with the paper's whose place it takes."""
     if scale == "small":
         return SMALL[table]
     names = PAPER[table]["tasks"] if table in PAPER else ["sst2"]
@@ -154,7 +154,7 @@ def runs_of(table, scale, rows=methods.METHODS, rank=None):
 
 
 def run_alone(path, settings, seed, task, method, rank, distribution):
-    """One run, in a process of its own."""
+    """Makes a run, in a process of its own."""
     glue.run(
         Results(path),
         task,
@@ -265,7 +265,7 @@ def search_table(runner, scale):
 
 
 def _searched(runner, task, method, highest):
-    """For each seed, the seconds of training and a dict of rank to score."""
+    """The seconds of training and the scores by rank, for each seed."""
     if method == "lora-search":
         runs = [
             {b: result for b, result in by_rank.items() if b <= highest}

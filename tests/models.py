@@ -49,7 +49,7 @@ def mlp(frozen=False, rank=4, seed=0, options=None, **kwargs):
 
 
 class BuiltLate(kd.DyLoRAModel):
-    """Its layer is made on building, on TensorFlow in its first step."""
+    """A model that makes its layer late: on TensorFlow in its first step."""
 
     def build(self, input_shape):
         self.dense = kd.DyLoRADense(3, rank=3)

@@ -138,7 +138,7 @@ def presets(tmp_path_factory):
 
 @pytest.fixture
 def names(presets, tmp_path, monkeypatch):
-    """What the pages use and don't define, in a folder of their own."""
+    """The names that the pages use and don't define, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name, folder in presets.items():
         entry = {"kaggle_handle": str(folder)}

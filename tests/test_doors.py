@@ -1,4 +1,4 @@
-"""What a user does to a model besides, and where it would go wrong."""
+"""Other things that a user does to a model, where they would go wrong."""
 
 import warnings
 
@@ -227,7 +227,7 @@ def test_a_model_whose_config_forgets_its_tie_isnt_saved(tmp_path):
 
 
 class Half(keras.Layer):
-    """Has two layers and calls one, so that the other is never built."""
+    """A layer of two layers that calls one; the other is never built."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +319,7 @@ class Unbuilt(kd.DyLoRAModel):
 
 
 def test_fit_without_a_step():
-    """As where `BackupAndRestore` finds that all epochs are done."""
+    """A `fit` without a step, as where `BackupAndRestore` has all epochs."""
     model = Unbuilt()
     model.compile("sgd", "mse")
     assert model.fit(*mlp_data(), epochs=0, verbose=0).history == {}

@@ -68,7 +68,7 @@ LLAMA = transformers.LlamaConfig(
 
 
 def llama2(backbone):
-    """The same weights in the other class; KerasHub converts Llama 3 only."""
+    """A Llama 2 with the weights of a Llama 3, all that KerasHub converts."""
     config = backbone.get_config()
     names = (
         "vocabulary_size",
@@ -242,7 +242,7 @@ TARGETS = {"query-value": None, "all-linear": "all-linear"}
 
 @pytest.fixture(scope="session")
 def adapted_pair(pair):
-    """The same with random adapters and a changed head, and what was before.
+    """A pair with random adapters and a changed head, and the logits before.
 
     Made once; tests may change the rank only.
     """
@@ -663,7 +663,7 @@ def test_embeddings_of_another_vocabulary(pair, tmp_path):
 
 
 def test_another_rank(pair, tmp_path):
-    """Cut into a model of a lower rank; lower ones are padded, by a name."""
+    """An adapter is cut for a model of a lower rank, and padded if named."""
     twin, model = pair("roberta")
     trained_by_peft(
         copy.deepcopy(twin),

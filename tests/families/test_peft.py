@@ -51,7 +51,7 @@ def of(twin, config, **options):
 
 
 def classifier(cls, backbone, head):
-    """How to make a KerasHub classifier, and of what its head comes."""
+    """A function that makes a KerasHub classifier with the head of its twin."""
 
     def build(folder, twin):
         body = getattr(HUB, backbone).from_preset(str(folder))
@@ -69,7 +69,7 @@ def task(cls):
 
 
 def by_hand(cls, backbone, names, **sizes):
-    """How to make what KerasHub converts no checkpoint of.
+    """A function that makes a model that KerasHub converts no checkpoint of.
 
     `names` is a dict of the names of variables that aren't of linear layers to
     those of transformers, with the number of the block left open; or makes it
@@ -634,7 +634,7 @@ def tokens():
 
 
 def logits(model):
-    """Of the text or the image, where it isn't padding."""
+    """The logits of the text or the image, without those of padding."""
     ids, mask = tokens()
     numbers = mask.astype("int32")
     given = {
