@@ -71,7 +71,7 @@ test-lowest-%: $(LOWEST)/installed
 	KERAS_BACKEND=$* $(LOWEST)/bin/python -m pytest --quiet \
 		-m "not long and not families" --ignore tests/families \
 		--ignore tests/test_docs.py --ignore tests/test_old_files.py \
-		--ignore tests/test_parity.py --ignore tests/test_peft.py \
+		--ignore tests/test_parity.py --ignore tests/peft \
 		--ignore tests/test_experiments.py --ignore tests/test_nlg.py
 
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt

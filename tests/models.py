@@ -118,3 +118,14 @@ def labels(size=32, seed=1):
 
 def classification_loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def enabled(**arguments):
+    model = randomize(roberta_classifier(), scale=0.1)
+    kd.enable_dylora(model, rank=4, verbose=0, **arguments)
+    return randomize_adapters(model)
+
+
+def progressive_mlp(steps, **options):
+    options = {"full_rank_steps": steps, **options}
+    return randomize(mlp(scaling="constant", options=options))
