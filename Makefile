@@ -50,7 +50,7 @@ $(BACKENDS:%=test-%): test-%: $(VENV)/installed
 test-hub: $(VENV)/installed
 	KERAS_BACKEND=torch $(SUITE) -m "families and not long"
 
-# Examples, formats, other processes and kills.
+# Examples, experiments, formats, other processes and kills.
 test-long: $(BACKENDS:%=test-long-%)
 
 test-long-%: $(VENV)/installed
@@ -62,7 +62,7 @@ test-families-%: $(VENV)/installed
 	KERAS_BACKEND=$* $(SUITE) -m families
 
 # The oldest versions that we allow, in a .venv of their own, without what only
-# examples, PEFT and new families need, and files that a newer Keras wrote.
+# experiments, PEFT and new families need, and files that a newer Keras wrote.
 LOWEST := .venv-lowest
 
 test-lowest: test-lowest-jax test-lowest-tensorflow
@@ -71,7 +71,7 @@ test-lowest-%: $(LOWEST)/installed
 	KERAS_BACKEND=$* $(LOWEST)/bin/python -m pytest --quiet \
 		-m "not long and not families" --ignore tests/families \
 		--ignore tests/test_docs.py --ignore tests/test_old_files.py \
-		--ignore tests/test_parity.py --ignore tests/test_peft.py \
+		--ignore tests/test_parity.py --ignore tests/peft \
 		--ignore tests/test_experiments.py --ignore tests/test_nlg.py
 
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt

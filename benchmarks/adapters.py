@@ -7,7 +7,6 @@ import tempfile
 import time
 
 from benchmarks import competitors, table
-from examples import markdown
 
 ADAPTERS, RANK, LENGTH = 10, 8, 16
 
@@ -47,7 +46,7 @@ def main(args):
     table.write(
         args,
         [
-            markdown.table(
+            table.markdown(
                 ("", "median", "quartiles"),
                 [
                     ("`set_adapter`, ms", *table.spread(serving)),

@@ -1,4 +1,4 @@
-"""What a user could train with instead: one model each, ready for steps.
+"""The competitors: ways to train that a user has, a model each, built.
 
 All of a size are the same model with random weights, a RoBERTa classifier or a
 GPT-2 that writes, on the same random tokens, with AdamW and without dropout.

@@ -1,17 +1,14 @@
 """Training, evaluating and writing on one card, on every installed backend."""
 
-import concurrent.futures
 import dataclasses
 import importlib.util
 import os
+import statistics
 import time
 
-import numpy as np
-
-from benchmarks import competitors, table
+from benchmarks import competitors, grid, table
 from benchmarks.competitors import PEFT, PEFT_COMPILED, PEFT_LINEAR, SIZES
-from benchmarks.workers import device, in_turn, workers
-from examples import markdown
+from benchmarks.peaks import device
 
 RIVALS = {
     "DyLoRA, q+v": (
@@ -66,28 +63,37 @@ def main(args):
     for backend in backends:
         os.environ["KERAS_BACKEND"] = backend
         for name, size in sizes(args.size).items():
-            for row in measured(args, backend, size):
-                rows.append({"backend": backend, "model": name, **row})
+            found = grid.measured(
+                args,
+                OnCard,
+                names(backend),
+                size,
+                at_once=None,
+                ours={b: a for a, rivals in RIVALS.items() for b in rivals},
+            )
+            rows += [{"backend": backend, "model": name, **x} for x in found]
             seconds = time.perf_counter() - begin
             print(f"{backend}, {name}: {seconds:.0f} s", flush=True)
             # After every model: a lease may end at any time.
-            write(args, backends, rows)
+            table.write(
+                args,
+                [rows[0]["device"], table.of_rows(COLUMNS, rows)],
+                {
+                    f"{row['backend']}, {row['model']}, {row['method']}": 1e3
+                    * table.middle(row)
+                    for row in rows
+                },
+                "ms a step",
+                backends,
+                data=rows,
+            )
 
 
-def write(args, backends, rows):
-    bars = {
-        ", ".join((row["backend"], row["model"], row["method"])): 1e3
-        * table.median(row["seconds"])
-        for row in rows
-    }
-    table.write(
-        args,
-        [rows[0]["device"], markdown.table(HEADER, map(cells, rows))],
-        bars,
-        "ms a step",
-        backends,
-        data=rows,
-    )
+def names(backend):
+    """The methods that are compared on a backend."""
+    rivals = [name for names in RIVALS.values() for name in names]
+    every = [*RIVALS, *rivals, *OTHERS]
+    return [n for n in every if backend == "torch" or "PEFT" not in n]
 
 
 def installed():
@@ -98,77 +104,39 @@ def installed():
     ]
 
 
-def measured(args, backend, size):
-    """A dict for each method, with the seconds of every round."""
-    names = [*RIVALS, *(n for rivals in RIVALS.values() for n in rivals)]
-    names += OTHERS
-    if backend != "torch":
-        names = [n for n in names if "PEFT" not in n]
-    with workers(start, names, size) as running:
-        # The first steps compile, all at once.
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            asked = {
-                name: pool.submit(worker.ask, "prepare", args.steps)
-                for name, worker in running.items()
-            }
-            rows = {
-                name: {"method": name, **answer.result(), "seconds": []}
-                for name, answer in asked.items()
-            }
-        for answers in in_turn(running, args.rounds, "train", args.steps):
-            for name, seconds in answers.items():
-                rows[name]["seconds"].append(seconds)
-        for name, ranks in SERVED.items():
-            for ask in ("evaluate", "generate") if name in running else ():
-                rows[name][ask] = running[name].ask(ask, ranks, args.steps)
-    for ours, rivals in RIVALS.items():
-        for rival in rivals:
-            if ours in rows and rival in rows:
-                rows[rival]["ours"] = rows[ours]["seconds"]
-    return rows.values()
+class OnCard(grid.Training):
+    """Steps of a competitor, and what it serves where it does."""
 
-
-def start(name, size):
-    competitor = competitors.make(name, size)
-
-    def prepare(steps):
-        competitor.seconds(steps)
+    def prepare(self, steps):
+        found = super().prepare(steps)
         label, peak = device()
-        return {
-            "device": label,
-            "parameters": competitor.parameters,
-            "peak": peak,
-        }
+        return {**found, "device": label, "peak": peak}
 
-    def evaluate(ranks, steps):
+    def finish(self, steps):
+        found, ranks = {}, SERVED.get(self.name)
+        if ranks and hasattr(self.competitor, "evaluate"):
+            found["evaluate"] = self.evaluate(ranks, steps)
+        if ranks and self.size.writes:
+            found["generate"] = self.generate(ranks)
+        return found
+
+    def evaluate(self, ranks, steps):
         """Seconds of a batch, at one rank after another."""
-        if not hasattr(competitor, "evaluate"):
-            return None
-        data = competitor.data(steps)
+        data = self.competitor.data(steps)
         ranks = ranks if ranks == (None,) else RANKS
-        seconds = _median(competitor.evaluate, data, ranks)
+        seconds = _median(self.competitor.evaluate, data, ranks)
         return seconds / (len(ranks) * steps)
 
-    def generate(ranks, steps):
+    def generate(self, ranks):
         """Tokens a second, at each of some ranks."""
-        if not size.writes:
-            return None
-        prompts = competitors.examples(size, 1)[0][:, :PROMPT]
-        length = min(PROMPT + WRITTEN, size.positions)
+        prompts = competitors.examples(self.size, 1)[0][:, :PROMPT]
+        length = min(PROMPT + WRITTEN, self.size.positions)
         tokens = prompts.shape[0] * (length - prompts.shape[1])
         return {
             str(rank or competitors.RANK): tokens
-            / _median(competitor.generate, prompts, length, rank)
+            / _median(self.competitor.generate, prompts, length, rank)
             for rank in ranks
         }
-
-    requests = {
-        "prepare": prepare,
-        "train": competitor.seconds,
-        "evaluate": evaluate,
-        "generate": generate,
-    }
-    return lambda request, *arguments: requests[request](*arguments)
 
 
 def _median(call, *arguments):
@@ -179,37 +147,21 @@ def _median(call, *arguments):
         begin = time.perf_counter()
         call(*arguments)
         found.append(time.perf_counter() - begin)
-    return table.median(found)
+    return statistics.median(found)
 
 
-HEADER = (
-    "backend",
-    "model",
-    "method",
-    "trained",
-    "ms a step",
-    "ours / this",
-    "peak, MB",
-    "evaluate, ms a batch",
-    "tokens/s at rank",
-)
-
-
-def cells(row):
-    ratio = ""
-    if "ours" in row:
-        ratio = "{} ({})".format(
-            *table.spread(np.divide(row["ours"], row["seconds"]))
-        )
-    evaluate, generate = row.get("evaluate"), row.get("generate")
-    return (
-        row["backend"],
-        row["model"],
-        row["method"],
-        f"{row['parameters']:,}",
-        f"{1e3 * table.median(row['seconds']):.1f}",
-        ratio,
-        f"{row['peak'] / 1e6:,.0f}",
-        f"{1e3 * evaluate:.1f}" if evaluate else "",
-        ", ".join(f"{rank}: {n:.0f}" for rank, n in (generate or {}).items()),
-    )
+COLUMNS = {
+    "backend": lambda row: row["backend"],
+    "model": lambda row: row["model"],
+    "method": lambda row: row["method"],
+    "trained": lambda row: f"{row['parameters']:,}",
+    "ms a step": lambda row: f"{1e3 * table.middle(row):.1f}",
+    "ours / this": table.over,
+    "peak, MB": lambda row: f"{row['peak'] / 1e6:,.0f}",
+    "evaluate, ms a batch": lambda row: (
+        f"{1e3 * row['evaluate']:.1f}" if "evaluate" in row else ""
+    ),
+    "tokens/s at rank": lambda row: ", ".join(
+        f"{rank}: {n:.0f}" for rank, n in row.get("generate", {}).items()
+    ),
+}

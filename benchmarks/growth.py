@@ -1,4 +1,4 @@
-"""How time and memory of a step grow: rank, layers, batch, length, model, base.
+"""Time and memory of a step by rank, layers, batch, length, model and base.
 
 On Linux, which lets a process forget the most it held so far.
 """
@@ -9,16 +9,9 @@ import sys
 
 from matplotlib.figure import Figure
 
-from benchmarks import competitors, table
+from benchmarks import competitors, grid, table
 from benchmarks.competitors import SIZES
-from benchmarks.workers import (
-    forget_peak,
-    held,
-    import_packages,
-    in_turn,
-    workers,
-)
-from examples import markdown
+from benchmarks.peaks import forget_peak, held, import_packages
 
 OURS, KERAS, PEFT = METHODS = ("DyLoRA", "Keras LoRA", "PEFT LoRA")
 QV = ("query", "value")
@@ -30,7 +23,7 @@ BASE = {
 }
 
 MEASURED = {
-    "seconds a step": lambda row: table.median(row["seconds"]),
+    "seconds a step": table.middle,
     "GB held while training": lambda row: row["bytes"] / 1e9,
 }
 
@@ -87,82 +80,56 @@ def main(args):
             if size.remat and args.backend != "torch":
                 # Keras 3.15 can't: in a compiled step `training` is traced.
                 continue
-            for row in measured(args, size, rank):
-                rows.append({"axis": axis, "at": label, **row})
-                print(*cells(rows[-1]), flush=True)
+            names = [OURS, KERAS]
+            if args.backend == "torch" and not (size.quantized or size.remat):
+                names.append(PEFT)
+            ours = dict.fromkeys(names[1:], OURS)
+            rows += [
+                {"axis": axis, "at": label, **row}
+                for row in grid.measured(
+                    args, Growth, names, size, rank, ours=ours
+                )
+            ]
         # After every axis: all of them take long.
-        write(args, rows)
+        path = table.write(args, [table.of_rows(COLUMNS, rows)], data=rows)
+        draw(path.with_suffix(".png"), rows)
 
 
-def measured(args, size, rank):
-    """A dict for each method, with the seconds of every round."""
-    names = [OURS, KERAS]
-    if args.backend == "torch" and not (size.quantized or size.remat):
-        names.append(PEFT)
-    with workers(start, names, size, rank) as running:
-        rows = {
-            name: {"method": name, **worker.ask("prepare", args.steps)}
-            for name, worker in running.items()
-        }
-        for row in rows.values():
-            row["seconds"] = []
-        for answers in in_turn(running, args.rounds, "train", args.steps):
-            for name, seconds in answers.items():
-                rows[name]["seconds"].append(seconds)
-        for name, worker in running.items():
-            rows[name]["bytes"] = worker.ask("held")
-    for row in rows.values():
-        row["ours"] = rows[OURS]["seconds"]
-    return rows.values()
+class Growth(grid.Training):
+    """Steps at a rank, and what the process holds while it trains."""
 
+    def __init__(self, name, size, rank):
+        import_packages(name == PEFT)
+        self.imported = held("VmRSS")
+        if name == PEFT:
+            targets = competitors.PEFT_TARGETS[False, size.writes]
+            self.competitor = competitors.PeftTraining(size, targets, rank=rank)
+        else:
+            prepare = {
+                OURS: competitors.dylora(QV, rank),
+                KERAS: competitors.keras_lora(rank, QV),
+            }[name]
+            self.competitor = competitors.KerasTraining(size, prepare)
 
-def start(name, size, rank):
-    import_packages(name == PEFT)
-    imported = held("VmRSS")
-    if name == PEFT:
-        targets = competitors.PEFT_TARGETS[False, size.writes]
-        competitor = competitors.PeftTraining(size, targets, rank=rank)
-    else:
-        prepare = {
-            OURS: competitors.dylora(QV, rank),
-            KERAS: competitors.keras_lora(rank, QV),
-        }[name]
-        competitor = competitors.KerasTraining(size, prepare)
-
-    def prepare(steps):
-        # The first step compiles, and what built the model is let go.
-        competitor.seconds(steps)
-        gc.collect()
+    def prepare(self, steps):
+        found = super().prepare(steps)
+        gc.collect()  # what built the model is let go
         forget_peak()
-        return {"parameters": competitor.parameters}
+        return found
 
-    requests = {
-        "prepare": prepare,
-        "train": competitor.seconds,
-        "held": lambda: held("VmHWM") - imported,
-    }
-    return lambda request, *arguments: requests[request](*arguments)
+    def finish(self, steps):
+        return {"bytes": held("VmHWM") - self.imported}
 
 
-def cells(row):
-    ratio = [a / b for a, b in zip(row["ours"], row["seconds"], strict=True)]
-    return (
-        row["axis"],
-        row["at"],
-        row["method"],
-        f"{row['parameters']:,}",
-        f"{table.median(row['seconds']):.3f}",
-        "" if row["method"] == OURS else "{} ({})".format(*table.spread(ratio)),
-        f"{row['bytes'] / 1e6:,.0f}",
-    )
-
-
-def write(args, rows):
-    header = ("", "at", "", "trained", "seconds a step", "ours / this", "MB")
-    path = table.write(
-        args, [markdown.table(header, map(cells, rows))], data=rows
-    )
-    draw(path.with_suffix(".png"), rows)
+COLUMNS = {
+    "axis": lambda row: row["axis"],
+    "at": lambda row: row["at"],
+    "method": lambda row: row["method"],
+    "trained": lambda row: f"{row['parameters']:,}",
+    "seconds a step": lambda row: f"{table.middle(row):.3f}",
+    "ours / this": table.over,
+    "MB": lambda row: f"{row['bytes'] / 1e6:,.0f}",
+}
 
 
 def draw(path, rows):

@@ -9,9 +9,8 @@ import time
 
 import psutil
 
-from benchmarks import table
-from benchmarks.workers import forget_peak, held, workers
-from examples import markdown
+from benchmarks import grid, table
+from benchmarks.peaks import forget_peak, held
 
 RANK = 8
 # That of a TinyLlama, and what a test can do with.
@@ -51,81 +50,86 @@ GROUPS = (
     ("export_ranks",),
     ("a second model, by itself",),
 )
+COLUMNS = {
+    "": lambda row: row["name"],
+    "seconds": lambda row: f"{row['seconds']:.2f}",
+    "over the base": lambda row: f"{row['over_base']:.3f}",
+}
 
 
 def main(args):
-    rows = []
-    for names in GROUPS:
-        with workers(start, [names], args.size) as running:
-            parameters, found = running[names].ask()
-        rows += found
+    groups = grid.measured(
+        args, Operations, GROUPS, SIZES[args.size], rounds=0, alone=True
+    )
+    rows = [row for group in groups for row in group["operations"]]
     table.write(
         args,
         [
-            f"{parameters:,} parameters in bfloat16",
-            markdown.table(
-                ("", "seconds", "over the base"),
-                [(n, f"{s:.2f}", f"{m:.3f}") for n, s, m in rows],
-            ),
+            f"{rows[0]['parameters']:,} parameters in bfloat16",
+            table.of_rows(COLUMNS, rows),
         ],
-        {name: memory for name, _, memory in rows},
+        {row["name"]: row["over_base"] for row in rows},
         "peak memory over the base's",
-        data=[
-            {"name": n, "seconds": s, "over_base": m, "parameters": parameters}
-            for n, s, m in rows
-        ],
+        data=rows,
     )
 
 
-def start(names, size):
-    return lambda: measure(SIZES[size], names)
+class Operations(grid.Cell):
+    """Operations on one model, one after the other.
 
-
-def measure(size, names):
-    """The parameters of the model, and `(name, seconds, memory)` of each.
-
-    The memory is 1 and what was held beside the base, in bases.
+    `over_base` is 1 and the bytes held beside the base, over the base's.
     """
-    import keras_hub
 
-    import keras_dylora as kd
+    def prepare(self, steps):
+        import keras_hub
 
-    def new_model():
-        backbone = keras_hub.models.LlamaBackbone(**size, dtype="bfloat16")
-        return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+        import keras_dylora as kd
 
-    model = new_model()
-    parameters = model.count_params()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        own, peft, served = (pathlib.Path(folder, x) for x in "ops")
-        calls = {
-            "enable_dylora": lambda: kd.enable_dylora(model, rank=RANK),
-            "order_ranks": lambda: kd.order_ranks(model),
-            "save_adapter": lambda: kd.save_adapter(model, own),
-            "load_adapter": lambda: kd.load_adapter(model, own),
-            "to_peft": lambda: kd.to_peft(model, peft),
-            "from_peft": lambda: kd.from_peft(model, peft),
-            "disable_dylora": lambda: kd.disable_dylora(model),
-            "merge": lambda: kd.merge(model, RANK),
-            "export_ranks": lambda: kd.export_ranks(
-                model, served, verify=False
-            ),
-            "a second model, by itself": new_model,
-        }
-        if "enable_dylora" not in names:
-            calls["enable_dylora"]()
-        for name in names:
-            seconds, held = _measured(calls[name])
-            rows.append((name, seconds, 1 + held / (2 * parameters)))
-            print(*rows[-1], flush=True)
-    return parameters, rows
+        def new_model():
+            backbone = keras_hub.models.LlamaBackbone(
+                **self.size, dtype="bfloat16"
+            )
+            return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+
+        model = new_model()
+        parameters = model.count_params()
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            own, peft, served = (pathlib.Path(folder, x) for x in "ops")
+            calls = {
+                "enable_dylora": lambda: kd.enable_dylora(model, rank=RANK),
+                "order_ranks": lambda: kd.order_ranks(model),
+                "save_adapter": lambda: kd.save_adapter(model, own),
+                "load_adapter": lambda: kd.load_adapter(model, own),
+                "to_peft": lambda: kd.to_peft(model, peft),
+                "from_peft": lambda: kd.from_peft(model, peft),
+                "disable_dylora": lambda: kd.disable_dylora(model),
+                "merge": lambda: kd.merge(model, RANK),
+                "export_ranks": lambda: kd.export_ranks(
+                    model, served, verify=False
+                ),
+                "a second model, by itself": new_model,
+            }
+            if "enable_dylora" not in self.name:
+                calls["enable_dylora"]()
+            for name in self.name:
+                seconds, held = _measured(calls[name])
+                rows.append(
+                    {
+                        "name": name,
+                        "seconds": seconds,
+                        "over_base": 1 + held / (2 * parameters),
+                        "parameters": parameters,
+                    }
+                )
+                print(rows[-1], flush=True)
+        return {"operations": rows}
 
 
 def _measured(call):
     """Seconds, and the most bytes that were held beside those of before.
 
-    At one time, in this process and in those that it waits for.
+    Both are of this process and of those that it waits for, at one time.
     """
     gc.collect()
     forget_peak()
@@ -143,7 +147,7 @@ def _measured(call):
 
 
 def _sample(done, most):
-    """Appends what this process holds while it has children, with theirs."""
+    """Appends the bytes of this process and its children, while it has any."""
     this = psutil.Process()
     while not done.wait(0.01):
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,9 +1,8 @@
 """Peak memory of training, beside what a user could train with instead."""
 
-from benchmarks import competitors, table
+from benchmarks import competitors, grid, table
 from benchmarks.competitors import PEFT
-from benchmarks.workers import import_packages, peak_memory, workers
-from examples import markdown
+from benchmarks.peaks import import_packages, peak_memory
 
 NAMES = [
     "DyLoRA, q+v",
@@ -16,71 +15,54 @@ NAMES = [
     "fine-tuning",
 ]
 RATIOS = [
-    ("DyLoRA, q+v", "LoRA of ours, q+v"),
-    ("DyLoRA, q+v", "Keras LoRA 8, q+v"),
-    ("DyLoRA frozen, q+v", "Keras LoRA 8, q+v"),
-    ("DyLoRA, q+v", "Keras LoRA 1, q+v"),
-    ("DyLoRA, linear", "Keras LoRA 8, linear"),
-    ("DyLoRA, q+v", "fine-tuning"),
+    ("DyLoRA, q+v", "LoRA of ours, q+v", 1),
+    ("DyLoRA, q+v", "Keras LoRA 8, q+v", 1),
+    ("DyLoRA frozen, q+v", "Keras LoRA 8, q+v", 1),
+    ("DyLoRA, q+v", "Keras LoRA 1, q+v", 1),
+    ("DyLoRA, linear", "Keras LoRA 8, linear", 1),
+    ("DyLoRA, q+v", "fine-tuning", 1),
 ]
 
 
 def main(args):
-    names = NAMES + [PEFT] * (args.backend == "torch")
-    rounds = []
-    for _ in range(args.rounds):
-        peaks = {}
-        for name in names:
-            with workers(start, [name], args.size) as running:
-                peaks[name] = running[name].ask(args.steps)
-        rounds.append(peaks)
-        print(f"round {len(rounds)}", flush=True)
+    rows = grid.measured(
+        args,
+        Peak,
+        NAMES + [PEFT] * (args.backend == "torch"),
+        competitors.SIZES[args.size],
+        processes=args.rounds,
+        rounds=1,
+        alone=True,
+    )
 
-    def peak(name, part):
-        return table.median(r[name][part] for r in rounds) / 1e6
+    def peak(row, of="peak"):
+        return table.middle(row, of) / 1e6
 
-    def over(a, b, part):
-        return table.spread(r[a][part] / r[b][part] for r in rounds)
-
+    columns = {
+        "": lambda row: row["method"],
+        "peak, MB": lambda row: f"{peak(row):.0f}",
+        "of it by the model and its training, MB": lambda row: (
+            f"{peak(row, 'part'):.0f}"
+        ),
+    }
+    headings = ("ratio", "of the peaks", "of the parts")
     table.write(
         args,
         [
-            markdown.table(
-                ("", "peak, MB", "of it by the model and its training, MB"),
-                [
-                    (
-                        name,
-                        f"{peak(name, 0):.0f}",
-                        f"{peak(name, 1):.0f}",
-                    )
-                    for name in names
-                ],
-            ),
-            markdown.table(
-                (
-                    "ratio",
-                    "of the peaks",
-                    "quartiles",
-                    "of the parts",
-                    "quartiles",
-                ),
-                [
-                    (f"{a} / {b}", *over(a, b, 0), *over(a, b, 1))
-                    for a, b in RATIOS
-                ],
-            ),
+            table.of_rows(columns, rows),
+            table.of_ratios(headings, rows, RATIOS, ("peak", "part")),
         ],
-        {name: peak(name, 0) for name in names},
+        {row["method"]: peak(row) for row in rows},
         "peak memory, MB",
     )
 
 
-def start(name, size):
-    def answer(steps):
-        import_packages(name == PEFT)
-        before = peak_memory()
-        competitors.make(name, competitors.SIZES[size]).seconds(steps)
-        peak = peak_memory()
-        return peak, peak - before
+class Peak(grid.Cell):
+    """The most that a process holds, and how much more than its packages."""
 
-    return answer
+    def measure(self, steps):
+        import_packages(self.name == PEFT)
+        before = peak_memory()
+        competitors.make(self.name, self.size).seconds(steps)
+        peak = peak_memory()
+        return {"peak": peak, "part": peak - before}

@@ -2,90 +2,68 @@
 
 import time
 
-from benchmarks import competitors, table
-from benchmarks.workers import in_turn, workers
-from examples import markdown
+from benchmarks import competitors, grid, table
 
-WAYS = {
-    "evaluate_ranks": "evaluate_ranks, 8 ranks",
-    "evaluate": "8 × (set_rank, evaluate)",
-}
+TOGETHER, ONE_BY_ONE = "evaluate_ranks, 8 ranks", "8 × (set_rank, evaluate)"
 
 
 def main(args):
-    rounds = []
-    for _ in range(args.processes):
-        with workers(start, WAYS, args.size) as running:
-            for worker in running.values():
-                worker.ask(args.steps)
-            for answers in in_turn(running, args.rounds, args.steps):
-                rounds.append(answers)
-                print(f"round {len(rounds)}", flush=True)
-    seconds = {
-        WAYS[way]: table.median(r[way][0] for r in rounds) for way in WAYS
+    rows = grid.measured(
+        args,
+        Evaluation,
+        [TOGETHER, ONE_BY_ONE],
+        competitors.SIZES[args.size],
+        processes=args.processes,
+    )
+    eager = args.backend == "torch"
+    columns = {
+        "": lambda row: row["method"],
+        "seconds": lambda row: f"{table.middle(row):.2f}",
+        "times traced, in all": lambda row: "eager" if eager else row["traces"],
     }
-    traced = {WAYS[way]: rounds[-1][way][1] for way in WAYS}
+    pairs = [(TOGETHER, ONE_BY_ONE, 1)]
     table.write(
         args,
         [
-            markdown.table(
-                ("", "seconds", "times traced, in all"),
-                [
-                    (
-                        label,
-                        f"{s:.2f}",
-                        "eager" if args.backend == "torch" else traced[label],
-                    )
-                    for label, s in seconds.items()
-                ],
-            ),
-            markdown.table(
-                ("ratio", "median", "quartiles"),
-                [
-                    (
-                        "evaluate_ranks / 8 × evaluate",
-                        *table.spread(
-                            r["evaluate_ranks"][0] / r["evaluate"][0]
-                            for r in rounds
-                        ),
-                    )
-                ],
-            ),
+            table.of_rows(columns, rows),
+            table.of_ratios(("ratio", "median"), rows, pairs),
         ],
-        seconds,
+        {row["method"]: table.middle(row) for row in rows},
         "seconds",
     )
 
 
-def start(way, size):
-    import keras_dylora as kd
+class Evaluation(grid.Cell):
+    """Evaluates all ranks of one model, together or one by one."""
 
-    trained = competitors.KerasTraining(
-        competitors.SIZES[size], competitors.dylora()
-    )
-    model, traces = trained.model, []
-    test_step = model.test_step
+    def __init__(self, name, size):
+        super().__init__(name, size)
+        self.traces = 0
+        self.trained = competitors.KerasTraining(size, competitors.dylora())
+        test_step = self.trained.model.test_step
 
-    def counted(*args):
-        traces.append(1)
-        return test_step(*args)
+        def counted(*args):
+            self.traces += 1
+            return test_step(*args)
 
-    model.test_step = counted
+        self.trained.model.test_step = counted
 
-    def all_ranks(data):
-        kd.evaluate_ranks(model, *data, verbose=0)
+    def prepare(self, steps):
+        self.measure(steps)
+        return {}
 
-    def one_by_one(data):
-        for rank in range(1, 9):
-            model.set_rank(rank)
-            model.evaluate(*data, verbose=0)
+    def measure(self, steps):
+        import keras_dylora as kd
 
-    run = all_ranks if way == "evaluate_ranks" else one_by_one
-
-    def answer(steps):
-        data = trained.data(steps)
+        model, data = self.trained.model, self.trained.data(steps)
         begin = time.perf_counter()
-        run(data)
-        return time.perf_counter() - begin, len(traces)
+        if self.name == TOGETHER:
+            kd.evaluate_ranks(model, *data, verbose=0)
+        else:
+            for rank in range(1, 9):
+                model.set_rank(rank)
+                model.evaluate(*data, verbose=0)
+        return {"seconds": time.perf_counter() - begin}
 
-    return answer
+    def finish(self, steps):
+        return {"traces": self.traces}

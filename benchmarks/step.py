@@ -2,10 +2,8 @@
 
 import sys
 
-from benchmarks import competitors, table
+from benchmarks import competitors, grid, table
 from benchmarks.competitors import FORWARD, PEFT, PEFT_LINEAR
-from benchmarks.workers import in_turn, workers
-from examples import markdown
 
 # What is compared, and what the divisor counts for.
 RATIOS = [
@@ -35,51 +33,24 @@ def main(args):
     if not ratios:
         sys.exit(f"Nothing is named so. Received: --over {args.over}")
     names = list(dict.fromkeys(n for ratio in ratios for n in ratio[:2]))
-    rounds, parameters = [], {}
-    for _ in range(args.processes):
-        with workers(start, names, args.size) as running:
-            for name, worker in running.items():
-                # The first steps compile.
-                _, parameters[name] = worker.ask(args.steps)
-            for answers in in_turn(running, args.rounds, args.steps):
-                rounds.append(
-                    {n: seconds for n, (seconds, _) in answers.items()}
-                )
-                print(f"round {len(rounds)}", flush=True)
-    rows = [
-        (name, parameters[name], table.median(r[name] for r in rounds))
-        for name in names
-    ]
+    rows = grid.measured(
+        args,
+        grid.Training,
+        names,
+        competitors.SIZES[args.size],
+        processes=args.processes,
+    )
+    columns = {
+        "": lambda row: row["method"],
+        "trained parameters": lambda row: (
+            "" if row["method"] == FORWARD else f"{row['parameters']:,}"
+        ),
+        "seconds a step": lambda row: f"{table.middle(row):.3f}",
+    }
+    headings = ("ratio of step times", "median")
     table.write(
         args,
-        [
-            markdown.table(
-                ("", "trained parameters", "seconds a step"),
-                [
-                    (n, "" if n == FORWARD else f"{p:,}", f"{s:.3f}")
-                    for n, p, s in rows
-                ],
-            ),
-            markdown.table(
-                ("ratio of step times", "median", "quartiles"),
-                [
-                    (
-                        f"{a} / {'' if times == 1 else f'{times} × '}{b}",
-                        *table.spread(r[a] / r[b] / times for r in rounds),
-                    )
-                    for a, b, times in ratios
-                ],
-            ),
-        ],
-        {name: seconds for name, _, seconds in rows},
+        [table.of_rows(columns, rows), table.of_ratios(headings, rows, ratios)],
+        {row["method"]: table.middle(row) for row in rows},
         "seconds a step",
     )
-
-
-def start(name, size):
-    competitor = competitors.make(name, competitors.SIZES[size])
-
-    def answer(steps):
-        return competitor.seconds(steps), competitor.parameters
-
-    return answer

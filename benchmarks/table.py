@@ -1,4 +1,4 @@
-"""Medians, ratios, and a result written as Markdown and a plot."""
+"""Medians, ratios, and a result written as Markdown, JSON and a plot."""
 
 import importlib.metadata
 import json
@@ -7,13 +7,53 @@ import statistics
 import numpy as np
 from matplotlib.figure import Figure
 
-median = statistics.median
+from experiments.markdown import table as markdown
+
+
+def middle(row, of="seconds"):
+    """The median over the rounds of a row."""
+    return statistics.median(row[of])
 
 
 def spread(values):
     """The median and the quartiles of ratios, as cells."""
     low, middle, high = np.quantile(list(values), (0.25, 0.5, 0.75))
     return f"{middle:.3f}", f"{low:.3f} to {high:.3f}"
+
+
+def over(row):
+    """The ratio of our seconds to those of a row, as one cell."""
+    if "ours" not in row:
+        return ""
+    return "{} ({})".format(*spread(np.divide(row["ours"], row["seconds"])))
+
+
+def of_rows(columns, rows):
+    """A table of rows, by a dict of heading to function of a row."""
+    lines = [[cell(row) for cell in columns.values()] for row in rows]
+    return markdown(list(columns), lines)
+
+
+def of_ratios(headings, rows, pairs, keys=("seconds",)):
+    """A table of the ratios of two rows in each round.
+
+    Args:
+        headings: of the pairs, and of the ratios of each of the keys.
+        rows: list of dicts, each with its name as `method`.
+        pairs: list of tuples of two names and what the second counts for.
+        keys: what of the rows is divided.
+    """
+    found = {row["method"]: row for row in rows}
+    header, lines = [headings[0]], []
+    for heading in headings[1:]:
+        header += [heading, "quartiles"]
+    for a, b, times in pairs:
+        line = [f"{a} / {'' if times == 1 else f'{times} × '}{b}"]
+        for key in keys:
+            ratios = np.divide(found[a][key], found[b][key])
+            line += spread(ratios / times)
+        lines.append(line)
+    return markdown(header, lines)
 
 
 def write(args, parts, bars=None, unit=None, backends=None, data=None):

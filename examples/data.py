@@ -13,7 +13,7 @@ CACHE = pathlib.Path(__file__).parent / "data"
 
 
 class NotFetchedError(RuntimeError):
-    """Something that a run needs isn't on this machine: what, and how to."""
+    """Data or a preset is missing; the message says how to get it."""
 
 
 def vader_corpus(name):
@@ -109,7 +109,7 @@ def tfds_examples(name, split):
 
 
 def glue(task, split, columns):
-    """One split of a GLUE task, such as `"sst2"`, by TFDS.
+    """A split of a GLUE task, such as `"sst2"`, by TFDS.
 
     Args:
         task: str. Its name.

@@ -1,4 +1,4 @@
-"""One model, every rank on its way to a device: sizes side by side.
+"""Exports of a model at every rank, and their sizes side by side.
 
 Exports the MiniLM-L6 classifier with rank-8 adapters in both layouts:
 

@@ -37,9 +37,15 @@ import keras_hub  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_dylora as kd  # noqa: E402
-from examples import methods  # noqa: E402
 
 BATCH, STEPS = 16, 10
+FIELDS = {"rank": 4, "alpha": 16.0, "seed": 3}
+METHODS = {
+    "dylora": kd.DyLoRAConfig(**FIELDS),
+    "dylora-frozen": kd.DyLoRAConfig(frozen=True, **FIELDS),
+    "summed": kd.DyLoRAConfig(objective="summed", **FIELDS),
+    "progressive": kd.DyLoRAConfig.progressive(round(0.4 * STEPS), **FIELDS),
+}
 
 
 def classifier(method):
@@ -57,8 +63,7 @@ def classifier(method):
     model = keras_hub.models.RobertaTextClassifier(
         backbone, num_classes=2, preprocessor=None, dropout=0.0
     )
-    config = methods.config(method, STEPS, 4, 16.0, seed=3)
-    kd.enable_dylora(model, config, verbose=0)
+    kd.enable_dylora(model, METHODS[method], verbose=0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-3), loss)
     return model
@@ -165,7 +170,7 @@ def ddp(method):
 
 
 def ddp_process(folder, method):
-    """One of the processes of `ddp`, as `torchrun` would start it.
+    """A process of `ddp`, as `torchrun` would start it.
 
     `fit` calls the model and not a `DistributedDataParallel` around it, which
     would average nothing. So each gradient is averaged as it is computed.
@@ -190,7 +195,7 @@ def ddp_process(folder, method):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ways", nargs="+", choices=WAYS, metavar="way")
-    parser.add_argument("--method", default="dylora", choices=methods.TRAINED)
+    parser.add_argument("--method", default="dylora", choices=METHODS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     backend = keras.backend.backend()

@@ -1,13 +1,48 @@
-"""GPT-2 for the generation examples: its preset, loss, optimizer, output."""
+"""GPT-2 on pairs of texts: its arrays, loss, optimizer and perplexity."""
 
 import keras
 import keras_hub
 import numpy as np
 from keras import ops
 
-from examples import nlg_data
-from examples.beam_search import BeamSearch
 from examples.training import WarmupLinear
+
+
+def token_lists(tokenizer, texts):
+    """The tokens of every text, as lists of int."""
+    tokens = tokenizer(list(texts))
+    if hasattr(tokens, "to_list"):  # a ragged tensor
+        tokens = tokens.to_list()
+    return [list(map(int, row)) for row in tokens]
+
+
+def encode(tokenizer, pairs, max_length=512):
+    """Training arrays of `(prompt, target)` pairs, as long as the longest.
+
+    A pair is the tokens of the prompt, the end token, the tokens of the target,
+    the end token.
+
+    Returns:
+        `(x, y, sample_weight)`; the weight is 1 where `y` is a token of the
+        target or its end, 0 in the prompt and the padding.
+    """
+    end = tokenizer.end_token_id
+    prompts = token_lists(tokenizer, (prompt for prompt, _ in pairs))
+    targets = token_lists(tokenizer, (f" {target}" for _, target in pairs))
+    rows = [
+        ([*prompt, end, *target, end][: max_length + 1], len(prompt))
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
+    length = max(len(tokens) for tokens, _ in rows) - 1
+    ids = np.full((len(rows), length + 1), end, dtype="int32")
+    weight = np.zeros((len(rows), length), dtype="float32")
+    mask = np.zeros((len(rows), length), dtype="int32")
+    for i, (tokens, given) in enumerate(rows):
+        ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens) - 1] = 1
+        weight[i, given : len(tokens) - 1] = 1.0
+    x = {"token_ids": ids[:, :-1], "padding_mask": mask}
+    return x, ids[:, 1:], weight
 
 
 class SmoothedCrossEntropy(keras.losses.Loss):
@@ -44,11 +79,13 @@ def compile_model(
     warmup,
     weight_decay=0.01,
     label_smoothing=0.0,
+    sampler="top_k",
     **restart,
 ):
-    """AdamW with linear warm-up and decay, the smoothed loss, beam search.
+    """AdamW with linear warm-up and decay, and the smoothed loss.
 
-    `restart` is what `WarmupLinear` has beside them.
+    `generate` writes with the sampler. `restart` is what `WarmupLinear` takes
+    besides.
     """
     optimizer = keras.optimizers.AdamW(
         WarmupLinear(learning_rate, steps, min(warmup / steps, 0.5), **restart),
@@ -60,7 +97,7 @@ def compile_model(
         optimizer=optimizer,
         loss=SmoothedCrossEntropy(label_smoothing),
         weighted_metrics=[keras_hub.metrics.Perplexity(from_logits=True)],
-        sampler=BeamSearch(),
+        sampler=sampler,
     )
 
 
@@ -75,23 +112,3 @@ def perplexity(model, x, y, sample_weight):
         return_dict=True,
     )
     return {"perplexity": found["perplexity"]}
-
-
-def generate(model, tokenizer, prompts, batch_size=16, max_new_tokens=64):
-    """The text that beam search writes after each prompt."""
-    x = nlg_data.encode_prompts(tokenizer, prompts, max_new_tokens)
-    end, texts = tokenizer.end_token_id, []
-    for start in range(0, len(prompts), batch_size):
-        # The last batch is filled up: another size would compile again.
-        rows = np.arange(start, start + batch_size) % len(prompts)
-        batch = {name: array[rows] for name, array in x.items()}
-        output = model.generate(dict(batch), stop_token_ids=(end,))
-        keep = output["padding_mask"].astype(bool)
-        keep &= batch["padding_mask"] == 0
-        keep &= output["token_ids"] != end
-        written = [
-            ids[k].tolist()
-            for ids, k in zip(output["token_ids"], keep, strict=True)
-        ]
-        texts += [text.strip() for text in tokenizer.detokenize(written)]
-    return texts[: len(prompts)]

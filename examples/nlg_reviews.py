@@ -11,7 +11,7 @@ import keras_hub
 import numpy as np
 import tokenizers
 
-from examples import nlg_data, nlg_model
+from examples import nlg_model
 from examples.data import vader_corpus
 from examples.training import fit
 
@@ -63,8 +63,8 @@ def new_tokenizer(texts, size):
 
 
 def arrays(tokenizer, texts, max_length):
-    """Texts as `nlg_data.encode` has them, without prompts."""
-    return nlg_data.encode(tokenizer, [("", t) for t in texts], max_length)
+    """Texts as `nlg_model.encode` has them, without prompts."""
+    return nlg_model.encode(tokenizer, [("", t) for t in texts], max_length)
 
 
 def target_data(tokenizer, path):

@@ -19,7 +19,7 @@ import keras
 import keras_hub
 
 import keras_dylora as kd
-from examples import data, methods
+from examples import data
 from examples.data import NotFetchedError
 from examples.presets import MINILM, from_preset
 from examples.training import WarmupLinear, dataset
@@ -55,6 +55,21 @@ def classifier(preset, sequence_length):
     )
 
 
+def recipe(args, method, steps):
+    """The configuration of a run, and what its learning rate has besides.
+
+    `"progressive"`: two fifths of the steps at the maximum rank, the order, and
+    then a rank for each example, at a rate that begins anew at twice its peak.
+    `"LoRA"`: every step at the maximum rank.
+    """
+    fields = {"rank": args.rank, "alpha": args.alpha, "seed": args.seed}
+    if method == "LoRA":
+        return kd.DyLoRAConfig(min_rank=args.rank, **fields), {}
+    order = round(0.4 * steps)
+    restart = {"restart": order, "height": 2.0}
+    return kd.DyLoRAConfig.progressive(order, **fields), restart
+
+
 def train(args, method):
     """Trains one model from the same start and evaluates it at every rank."""
     (texts, labels), test = (
@@ -64,25 +79,18 @@ def train(args, method):
     keras.utils.set_random_seed(args.seed)
     model = classifier(args.preset, args.sequence_length)
     steps = args.epochs * -(-len(texts) // args.batch_size)
-    config = methods.config(
-        method, steps, args.rank, args.alpha, seed=args.seed
-    )
+    config, restart = recipe(args, method, steps)
     kd.enable_dylora(model, config)
     if args.quantize:  # the base; adapters and head stay float
         model.quantize(args.quantize)
     model.compile(
         keras.optimizers.AdamW(
-            WarmupLinear(
-                args.learning_rate,
-                steps,
-                warmup=0.0,
-                **methods.restart(method, steps),
-            )
+            WarmupLinear(args.learning_rate, steps, warmup=0.0, **restart)
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    print(f"\n{methods.LABELS[method]}: {args.epochs} epochs, {steps} steps")
+    print(f"\n{method}: {args.epochs} epochs, {steps} steps")
     start = time.perf_counter()
     model.fit(
         dataset((texts, labels), args.batch_size, args.seed),
@@ -91,7 +99,8 @@ def train(args, method):
         verbose=args.verbose,
     )
     seconds = time.perf_counter() - start
-    methods.finish(model, method)
+    if method == "LoRA":  # to be cut below, in the best order
+        kd.order_ranks(model)
     report = kd.evaluate_ranks(model, *test, batch_size=100)
     print(f"trained in {seconds:.0f} s\n{report}")
     return model, report
@@ -144,9 +153,9 @@ def main(argv=None):
 
 
 def compare(args):
-    """Two methods: trained, evaluated, drawn, and the best rank saved."""
+    """Trains by two methods, compares their ranks and saves the best one."""
     model, progressive = train(args, "progressive")
-    _, lora = train(args, "lora-svd")
+    _, lora = train(args, "LoRA")
 
     chosen = progressive.best("accuracy", tolerance=0.005)
     name = f"LoRA {args.rank}, ordered and cut below"

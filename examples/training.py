@@ -1,4 +1,4 @@
-"""What the examples train with: data in order, and a learning rate."""
+"""Training: data in order, and a learning rate."""
 
 import time
 

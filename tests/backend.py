@@ -1,4 +1,4 @@
-"""What the tests need of the running backend, in one place."""
+"""The running backend: gradients, compilations and processes, for the tests."""
 
 import contextlib
 import logging

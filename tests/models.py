@@ -49,7 +49,7 @@ def mlp(frozen=False, rank=4, seed=0, options=None, **kwargs):
 
 
 class BuiltLate(kd.DyLoRAModel):
-    """Its layer is made on building, on TensorFlow in its first step."""
+    """A model that makes its layer late: on TensorFlow in its first step."""
 
     def build(self, input_shape):
         self.dense = kd.DyLoRADense(3, rank=3)
@@ -118,3 +118,14 @@ def labels(size=32, seed=1):
 
 def classification_loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def enabled(**arguments):
+    model = randomize(roberta_classifier(), scale=0.1)
+    kd.enable_dylora(model, rank=4, verbose=0, **arguments)
+    return randomize_adapters(model)
+
+
+def progressive_mlp(steps, **options):
+    options = {"full_rank_steps": steps, **options}
+    return randomize(mlp(scaling="constant", options=options))

@@ -1,4 +1,4 @@
-"""What a wheel must do with one backend alone; `make test-wheel` runs it.
+"""The tests of a wheel with one backend alone; `make test-wheel` runs them.
 
 A script and not a test: it must find no package but the wheel's own.
 """

@@ -182,7 +182,7 @@ def test_within_a_gradient():
 
 
 def test_of_a_hand_built_model():
-    """Its layers have a gate each."""
+    """The layers of a hand-built model have a gate each."""
     model = randomize_adapters(randomize(mlp()))
     x, y = mlp_data()
     chosen = kd.RankAllocation.of(model, {"first": 3, "second": 1})

@@ -103,7 +103,7 @@ def test_the_model_is_left_as_it_was_and_the_result_is_the_same():
 
 
 def test_gradient_by_the_gates():
-    """Against differences of the loss that `evaluate` gives."""
+    """The gradient agrees with differences of the loss of `evaluate`."""
     model, x, _ = student()
     _, y = mlp_data(256, seed=3)
     gradient = training.gate_gradient(model)
@@ -245,7 +245,7 @@ def test_warns_of_a_lora_that_is_not_in_order():
 
 
 def test_at_a_high_rank():
-    """As far from one rank for all as it takes."""
+    """The ranks of layers may be as far from one rank for all as it takes."""
     model, x, y = student(rank=32)
     small, large = kd.allocate_ranks(model, x, y, [0.3, 0.31], verbose=0)
     assert 0.28 < small.share <= 0.3 < large.share <= 0.31

@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 LINKING = [
     page
-    for folder in (".", "docs", "examples", "benchmarks")
+    for folder in (".", "docs", "examples", "experiments", "benchmarks")
     for page in sorted((ROOT / folder).glob("*.md"))
 ]
 # How many blocks of a page may be marked as not to be run.
@@ -138,7 +138,7 @@ def presets(tmp_path_factory):
 
 @pytest.fixture
 def names(presets, tmp_path, monkeypatch):
-    """What the pages use and don't define, in a folder of their own."""
+    """The names that the pages use and don't define, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name, folder in presets.items():
         entry = {"kaggle_handle": str(folder)}

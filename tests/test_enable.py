@@ -432,7 +432,7 @@ def test_a_backbone_within_is_not_saved_alone(tmp_path):
 
 
 class Stack(keras.layers.Layer):
-    """Its `layers` is a number."""
+    """A model whose attribute `layers` is a number."""
 
     def __init__(self):
         super().__init__()

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from examples import data, methods, tables, tasks
-from examples import glue_roberta as glue
-from examples.flop import Flop
-from examples.runs import Results
+from examples import data
 from examples.training import WarmupLinear
+from experiments import glue_roberta as glue
+from experiments import methods, tables, tasks
+from experiments.flop import Flop
+from experiments.runs import Results
 from tests import backend
 from tests.text import text_classifier
 

@@ -602,7 +602,7 @@ def test_specs_without_a_dtype_are_of_the_models_own():
 
 @keras.saving.register_keras_serializable(package="tests")
 class Sampler(keras_hub.samplers.GreedySampler):
-    """One of the user's own."""
+    """A sampler of the user's own."""
 
 
 def test_module_of_a_custom_sampler_is_found():

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.long
 
 
 def with_adapters(model, tmp_path):
-    """Beside the first, one of equal rank and one of rank 2, unlike heads."""
+    """Three adapters: two of the same rank and one of rank 2, unlike heads."""
     kd.save_adapter(model, tmp_path / "small", rank=2)
     model.add_adapter("other")
     randomize_adapters(model, seed=3)

@@ -23,7 +23,7 @@ every_guide = pytest.mark.parametrize("path", SCRIPTS, ids=lambda x: x.stem)
 
 
 def lines(text):
-    """What isn't blank, nor the border of a string."""
+    """The lines that aren't blank, nor the border of a string."""
     return [x for x in text.splitlines() if x.strip() not in ("", '"""')]
 
 

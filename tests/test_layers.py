@@ -99,7 +99,7 @@ def test_einsum_with_axes_in_another_order(equation, output_shape):
 
 
 def _trailing(shape, size):
-    """How many trailing axes of a shape multiply to `size`."""
+    """The number of trailing axes of a shape that multiply to `size`."""
     count, product = 0, 1
     while product < size:
         count += 1

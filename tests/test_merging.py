@@ -112,7 +112,7 @@ def test_merges_what_only_its_maker_may_revive():
 
 
 class Constant(keras.optimizers.schedules.LearningRateSchedule):
-    """As a user may write it: without `get_config`."""
+    """A constant rate as a user may write it: without `get_config`."""
 
     def __call__(self, step):
         return keras.ops.cast(1e-5, "float32")

@@ -46,7 +46,7 @@ def outputs(model, rank=None):
 
 
 def states(model):
-    """What is trained, by name of the adapter."""
+    """The trained values by the name of the adapter."""
     found = {}
     for name in model.adapter_names:
         model.set_adapter(name)

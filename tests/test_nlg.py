@@ -1,4 +1,4 @@
-"""The generation examples: data, metrics, loss, beam search, whole runs."""
+"""The generation experiments: data, metrics, loss, beam search, whole runs."""
 
 import dataclasses
 import functools
@@ -12,16 +12,16 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from examples import (
+from examples import nlg_model, nlg_reviews
+from experiments import (
     layer_ranks,
     nlg_data,
+    nlg_generate,
     nlg_gpt2,
     nlg_metrics,
-    nlg_model,
-    nlg_reviews,
 )
-from examples.beam_search import BeamSearch
-from examples.runs import Results
+from experiments.beam_search import BeamSearch
+from experiments.runs import Results
 from tests.backend import to_numpy
 
 pytestmark = pytest.mark.long
@@ -159,9 +159,9 @@ def test_load_refuses_unknown_names(arguments):
 def test_encode_weights_the_target_and_its_end():
     tokenizer = nlg_reviews.new_tokenizer(SENTENCES, 300)
     pairs = [("the vaults", "a pub"), ("x", SENTENCES[0])]
-    x, y, weight = nlg_data.encode(tokenizer, pairs)
+    x, y, weight = nlg_model.encode(tokenizer, pairs)
     end = tokenizer.end_token_id
-    prompt, target = nlg_data.token_lists(tokenizer, ["the vaults", " a pub"])
+    prompt, target = nlg_model.token_lists(tokenizer, ["the vaults", " a pub"])
     size = len(prompt) + len(target) + 1
     np.testing.assert_array_equal(
         x["token_ids"][0, :size], [*prompt, end, *target]
@@ -171,7 +171,7 @@ def test_encode_weights_the_target_and_its_end():
         y[0, : len(prompt) + 1], [*prompt[1:], end, target[0]]
     )
     assert x["padding_mask"].sum(axis=1).tolist()[0] == size
-    assert nlg_data.encode(tokenizer, pairs, max_length=5)[1].shape == (2, 5)
+    assert nlg_model.encode(tokenizer, pairs, max_length=5)[1].shape == (2, 5)
 
 
 def test_bleu_is_that_of_sacrebleu_s_readme():
@@ -429,7 +429,7 @@ def test_e2e_run_generates_at_every_rank(
 ):
     table, _ = TABLES["e2e"]
     short = functools.partial(
-        nlg_model.generate, batch_size=2, max_new_tokens=8
+        nlg_generate.generate, batch_size=2, max_new_tokens=8
     )
     monkeypatch.setattr(nlg_gpt2, "generate", short)
     settings = dataclasses.replace(TINY, preset=str(preset))

@@ -132,7 +132,7 @@ def test_peft_folder(name, recwarn):
 
 @pytest.mark.parametrize("name", ["sampled_peft", "accumulating_peft"])
 def test_peft_folder_comes_out_as_it_was(name, tmp_path):
-    """What was read and is written again is the same to the last bit."""
+    """A folder that is read and written again is the same to the last bit."""
     model = gpt2() if name == "accumulating_peft" else None
     model = kd.from_peft(
         randomize(model or roberta_classifier(num_layers=1)), FOLDER / name

@@ -1,4 +1,4 @@
-"""What importing does, and the former name of KerasHub."""
+"""The import of the package, and the former name of KerasHub."""
 
 import json
 import pathlib

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from examples import parallel
-from examples.runs import Results
+from experiments import parallel
+from experiments.runs import Results
 
 
 def keep(path, number):

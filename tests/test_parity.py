@@ -1,4 +1,4 @@
-"""One run, three backends: the same ranks, losses and outputs.
+"""The backends against each other: the same ranks, losses and outputs.
 
 Each backend trains in its own process, from the same weights, on the same
 data, with the same seed: 20 AdamW steps without dropout.

@@ -1,4 +1,4 @@
-"""What holds for any shape, equation, rank, scaling and dtype (hypothesis)."""
+"""Properties of any shape, equation, rank, scaling and dtype (hypothesis)."""
 
 import re
 import string

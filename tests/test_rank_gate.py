@@ -1,4 +1,4 @@
-"""One gate variable, a row a layer: a rank of its own without a retrace."""
+"""The gate has a row for each layer: ranks of their own without a retrace."""
 
 import keras
 import numpy as np

@@ -93,7 +93,7 @@ def test_examples_are_drawn_the_same_everywhere(name, size):
 
 
 def test_an_example_of_a_batch_gets_every_rank():
-    """Which rank comes to which place in a batch has no pattern."""
+    """The places in a batch get ranks without a pattern."""
     probabilities = kd.Uniform().probabilities(1, 4)
     drawn = np.array(
         [oracle_for_examples(probabilities, 1, 0, i, 8) for i in range(4000)]

@@ -1,4 +1,4 @@
-"""Against numbers of the authors' code for one adapted linear layer."""
+"""The numbers of the authors' code for one adapted linear layer."""
 
 import pathlib
 

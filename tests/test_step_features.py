@@ -1,4 +1,4 @@
-"""What Keras's own step can do, around a drawn rank."""
+"""The features of Keras's own step, around a drawn rank."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ def adamw(**kwargs):
 
 
 class Feature:
-    """How a model is built and compiled with one feature.
+    """A feature: how a model is built and compiled with it.
 
     Args:
         policy: dtype policy of the model.

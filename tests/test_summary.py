@@ -1,4 +1,4 @@
-"""What `dylora_summary` prints."""
+"""The text that `dylora_summary` prints."""
 
 import os
 

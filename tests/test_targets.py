@@ -1,4 +1,4 @@
-"""Which layers are adapted and trained, and what is said of the others."""
+"""The layers that are adapted and trained, and what is said of the others."""
 
 import warnings
 
@@ -57,7 +57,7 @@ def test_a_layer_that_is_never_called_is_left_out(capsys):
 
 
 class Subclassed(keras.Model):
-    """Nothing of it can be traced before it is called."""
+    """A subclassed model: nothing of it can be traced before it is called."""
 
     def __init__(self):
         super().__init__()
@@ -194,7 +194,7 @@ def test_a_head_that_can(arguments):
 
 
 def test_a_backbone_has_no_head():
-    """One whose attribute `backbone` is a part of it, too."""
+    """A backbone has no head, even if its attribute `backbone` is a part."""
     backbone = roberta_backbone()
     backbone.backbone = roberta_backbone()
     with warnings.catch_warnings():

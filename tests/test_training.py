@@ -90,7 +90,7 @@ def test_frozen_changes_one_column_only(optimizer):
 
 
 class Unnamed(keras.optimizers.SGD):
-    """Its momentum isn't named after the variable that it is of."""
+    """An optimizer whose momentum isn't named after its variable."""
 
     def add_variable_from_reference(self, variable, name=None, **kwargs):
         return self.add_variable(variable.shape, name=name)
@@ -160,7 +160,7 @@ def test_frozen_with_accumulation_changes_the_union():
 
 
 def test_frozen_gradients_do_not_reach_global_clipping():
-    """At rank b, the norm sees column and row b and the head alone."""
+    """The norm at rank b is that of column and row b and the head alone."""
     model = randomize_adapters(mlp(frozen=True))
     x, y = mlp_data()
     model.set_rank(3)
@@ -177,7 +177,7 @@ def test_frozen_gradients_do_not_reach_global_clipping():
 
 
 def test_sampled_columns_get_gradients():
-    """Not frozen, plain SGD moves the columns up to the drawn rank."""
+    """Plain SGD moves the columns up to the drawn rank, if not frozen."""
     model = randomize_adapters(mlp())
     model.compile(keras.optimizers.SGD(0.05), "mse")
     watched = watch(model)

@@ -24,7 +24,7 @@ def public_functions():
 
 
 def functions(name, value):
-    """Those of an attribute of a class: a method, a property or neither."""
+    """The functions of an attribute: a method, a property or neither."""
     if isinstance(value, property):
         found = {name: value.fget, f"{name}-setter": value.fset}
         return {k: function for k, function in found.items() if function}

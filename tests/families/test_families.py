@@ -42,7 +42,7 @@ def assert_close(first, second, tolerance):
 
 
 def targets(name):
-    """What `enable_dylora` adapts of a new model, by default and in full."""
+    """The layers that `enable_dylora` adapts, by default and if all linear."""
     found = {}
     for kind, wanted in (("default", None), ("all-linear", "all-linear")):
         model = FAMILIES[name].build()

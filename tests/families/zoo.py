@@ -913,7 +913,7 @@ def prompts_for_images():
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How to make a tiny model of a family, and what it takes.
+    """A family: how to make a tiny model of it, and its inputs.
 
     `generate` says that `generate(inputs(), stop_token_ids=None)` works. The
     loss "auto" is that of a task which predicts classes.
@@ -925,7 +925,7 @@ class Family:
     generate: bool = False
 
     def targets(self, model):
-        """What `fit` takes as y: class 0, or a ramp like each output.
+        """Targets for `fit`: class 0, or a ramp like each output.
 
         The squares of what a layer norm gives have a constant mean, so zeros
         would have no gradient.

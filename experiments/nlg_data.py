@@ -4,13 +4,9 @@ As in the GPT-2 recipe of LoRA (Hu et al., 2021), a table is one line of text:
 
     name : The Vaults | Type : pub | area : riverside        (E2E)
     Mars Hill College : joined : 1973 | …                   (DART, WebNLG)
-
-An example is its tokens, the end token, those of a reference, the end token.
 """
 
 import dataclasses
-
-import numpy as np
 
 from examples.data import tfds_examples
 
@@ -39,7 +35,7 @@ def triples(table):
 
 
 def lower_triples(table):
-    """The same, with the predicates in lower case, as the recipe has DART."""
+    """The line of `triples` by the recipe of DART: predicates in lower case."""
     return triples(
         (header, row, content.lower() if header == "predicate" else content)
         for header, row, content in table
@@ -73,7 +69,7 @@ TASKS = {
 
 
 def load(task, split):
-    """One split of a task.
+    """The meanings of a split of a task, with their references.
 
     Args:
         task: `"e2e"`, `"dart"` or `"webnlg"`.
@@ -113,56 +109,3 @@ def pairs(task):
 
 def _text(value):
     return value.decode("utf-8", "replace").strip()
-
-
-def token_lists(tokenizer, texts):
-    """The tokens of every text, as lists of int."""
-    tokens = tokenizer(list(texts))
-    if hasattr(tokens, "to_list"):  # a ragged tensor
-        tokens = tokens.to_list()
-    return [list(map(int, row)) for row in tokens]
-
-
-def encode(tokenizer, pairs, max_length=512):
-    """Training arrays of `(prompt, target)` pairs, as long as the longest.
-
-    Returns:
-        `(x, y, sample_weight)`; the weight is 1 where `y` is a token of the
-        target or its end, 0 in the prompt and the padding.
-    """
-    end = tokenizer.end_token_id
-    prompts = token_lists(tokenizer, (prompt for prompt, _ in pairs))
-    targets = token_lists(tokenizer, (f" {target}" for _, target in pairs))
-    rows = [
-        ([*prompt, end, *target, end][: max_length + 1], len(prompt))
-        for prompt, target in zip(prompts, targets, strict=True)
-    ]
-    length = max(len(tokens) for tokens, _ in rows) - 1
-    ids = np.full((len(rows), length + 1), end, dtype="int32")
-    weight = np.zeros((len(rows), length), dtype="float32")
-    mask = np.zeros((len(rows), length), dtype="int32")
-    for i, (tokens, given) in enumerate(rows):
-        ids[i, : len(tokens)] = tokens
-        mask[i, : len(tokens) - 1] = 1
-        weight[i, given : len(tokens) - 1] = 1.0
-    x = {"token_ids": ids[:, :-1], "padding_mask": mask}
-    return x, ids[:, 1:], weight
-
-
-def encode_prompts(tokenizer, prompts, max_new_tokens=64, max_length=512):
-    """Arrays of prompts with room for what is generated.
-
-    They are padded with a token that isn't the end token, which would stop
-    the generation.
-    """
-    end = tokenizer.end_token_id
-    limit = max_length - max_new_tokens - 1
-    rows = [[*t[:limit], end] for t in token_lists(tokenizer, prompts)]
-    length = max(map(len, rows)) + max_new_tokens
-    padding = 0 if end else 1
-    ids = np.full((len(rows), length), padding, dtype="int32")
-    mask = np.zeros((len(rows), length), dtype="int32")
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return {"token_ids": ids, "padding_mask": mask}

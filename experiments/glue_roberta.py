@@ -2,11 +2,11 @@
 
 As in the paper (Table 8), with a GPU and online:
 
-    python -m examples.glue_roberta --task sst2 --method dylora
+    python -m experiments.glue_roberta --task sst2 --method dylora
 
 The same code, offline on a CPU, on movie-review sentences:
 
-    python -m examples.glue_roberta --task movies --method lora --scale small
+    python -m experiments.glue_roberta --task movies --method lora --scale small
 
 Finished runs are kept in a file of JSON lines and aren't run again.
 """
@@ -21,13 +21,13 @@ import keras_hub
 import numpy as np
 
 import keras_dylora as kd
-from examples import methods
 from examples.data import NotFetchedError
-from examples.flop import Flop
 from examples.presets import MINILM, from_preset
-from examples.runs import Results
-from examples.tasks import TEST_SIZE, get_task, load
 from examples.training import WarmupLinear, dataset, fit
+from experiments import methods
+from experiments.flop import Flop
+from experiments.runs import Results
+from experiments.tasks import TEST_SIZE, get_task, load
 
 ADAPTERS = methods.TRAINED
 METHODS = (*methods.METHODS, "lora-search", "fine-tune", "flop")
@@ -39,7 +39,7 @@ FLOP_KEEP = 0.47
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that the runs of one scale share; the defaults are Table 8.
+    """The settings that runs of a scale share; the defaults are Table 8.
 
     Fine-tuning isn't in it: the paper quotes those figures.
     """
@@ -194,11 +194,11 @@ def run(
     distribution="uniform",
     verbose=1,
 ):
-    """One run: trained, evaluated at every rank, and kept.
+    """Trains by one method, evaluates every rank, and keeps the result.
 
     Args:
         results: `Results`. A run that is in there isn't run again.
-        task: str. A name of `examples.tasks.TASKS`.
+        task: str. A name of `experiments.tasks.TASKS`.
         method: str. One of `METHODS` but `lora-search`. `lora-each` is a run
             of `lora` at each of `methods.own_ranks`.
         seed: int.
@@ -274,7 +274,7 @@ def run(
 
 
 def summary(name, result):
-    """One line a split: the first metric at every rank."""
+    """A line for each split: the first metric at every rank."""
     lines = [f"{name}: trained in {result['seconds']:.0f} s"]
     for split, by_rank in result["metrics"].items():
         values = [
@@ -340,7 +340,7 @@ def main(argv=None):
 
 
 def compare(args, settings):
-    """One line of results for each seed."""
+    """Prints a line of results for each seed."""
     results = Results(args.results)
     for seed in settings.seeds:
         if args.method == "lora-search":
@@ -359,11 +359,11 @@ def compare(args, settings):
             verbose=args.verbose,
         )
         print(summary(f"{args.task}, {args.method}, seed {seed}", result))
-    print("Next: python -m examples.tables, which compares methods.")
+    print("Next: python -m experiments.tables, which compares methods.")
 
 
 def score(result, rank="full", split=None, metric=None):
-    """One metric of a result, of its first split and metric by default."""
+    """A metric of a result, by default the first of its first split."""
     by_rank = result["metrics"]
     metrics = by_rank[split or next(iter(by_rank))][str(rank)]
     return metrics[metric or next(iter(metrics))]

@@ -1,7 +1,7 @@
 """The paper's tables: run, or collected, and printed beside its figures.
 
-    python -m examples.tables --table 2 --scale small --processes 2
-    python -m examples.tables --table 2
+    python -m experiments.tables --table 2 --scale small --processes 2
+    python -m experiments.tables --table 2
 
 The first takes 40 minutes on two cores, offline; the second is the paper's
 scale. Finished runs are kept in `results/runs.jsonl` and never run again.
@@ -18,10 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import keras_dylora as kd
-from examples import glue_roberta as glue
-from examples import markdown, methods, nlg_gpt2, nlg_metrics, parallel
 from examples.data import NotFetchedError
-from examples.runs import Results
+from experiments import glue_roberta as glue
+from experiments import markdown, methods, nlg_gpt2, nlg_metrics, parallel
+from experiments.runs import Results
 
 PAPER = json.loads((pathlib.Path(__file__).parent / "paper.json").read_text())
 # At small scale, the offline tasks and whose place they take.
@@ -50,7 +50,7 @@ class Runner:
 
     Args:
         results: `Results`.
-        settings: `examples.glue_roberta.Settings`.
+        settings: `experiments.glue_roberta.Settings`.
         verbose: as in `fit`.
     """
 
@@ -59,7 +59,7 @@ class Runner:
         self.settings = settings
 
     def glue(self, task, method, rank=None, distribution="uniform"):
-        """One result for each seed."""
+        """The results of a method on a task, one for each seed."""
         return [
             glue.run(
                 self.results,
@@ -107,7 +107,7 @@ def settings_of(table, scale, rank=None):
 
 
 def tasks_of(table, scale):
-    """Each task of a table, and the paper's whose place it takes."""
+    """The tasks of a table, each with the paper's whose place it takes."""
     if scale == "small":
         return SMALL[table]
     names = PAPER[table]["tasks"] if table in PAPER else ["sst2"]
@@ -154,7 +154,7 @@ def runs_of(table, scale, rows=methods.METHODS, rank=None):
 
 
 def run_alone(path, settings, seed, task, method, rank, distribution):
-    """One run, in a process of its own."""
+    """Makes a run, in a process of its own."""
     glue.run(
         Results(path),
         task,
@@ -265,7 +265,7 @@ def search_table(runner, scale):
 
 
 def _searched(runner, task, method, highest):
-    """For each seed, the seconds of training and a dict of rank to score."""
+    """The seconds of training and the scores by rank, for each seed."""
     if method == "lora-search":
         runs = [
             {b: result for b, result in by_rank.items() if b <= highest}
@@ -484,7 +484,7 @@ def main(argv=None):
     if args.scale == "small" and args.table in GENERATION:
         parser.error(
             f"Table {args.table} has no small scale: generation is measured by "
-            "perplexity there, `python -m examples.nlg_gpt2 --task reviews`."
+            "perplexity there, `python -m experiments.nlg_gpt2 --task reviews`."
         )
     for name in ("rank", "rows"):
         value = getattr(args, name)

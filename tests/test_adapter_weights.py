@@ -167,7 +167,7 @@ def test_of_a_hand_built_model():
 
 
 def test_only_the_layers_of_the_file_are_enabled():
-    """Its path is the name of another layer too."""
+    """The path of the file's layer is the name of another layer too."""
 
     def two_of_a_name():
         inputs = keras.Input((4,), name="inputs")

@@ -1,8 +1,8 @@
 """A rank for each layer against one for all, at equal adapter parameters.
 
-    python -m examples.layer_ranks --task reviews
-    python -m examples.layer_ranks --task reviews --layers query-value
-    python -m examples.layer_ranks --task ratings
+    python -m experiments.layer_ranks --task reviews
+    python -m experiments.layer_ranks --task reviews --layers query-value
+    python -m experiments.layer_ranks --task ratings
 
 A model is trained once and cut in two ways, down to the size of rank 1. Beside
 it, a LoRA that is trained at the rank of the same size. Finished runs are kept
@@ -15,8 +15,9 @@ import pathlib
 
 from matplotlib.figure import Figure
 
-from examples import glue_roberta, markdown, methods, nlg_gpt2, nlg_reviews
-from examples.runs import Results
+from examples import nlg_reviews
+from experiments import glue_roberta, markdown, methods, nlg_gpt2
+from experiments.runs import Results
 
 # The maximum rank, the layers, and the shares that are cut to.
 LAYERS = {
@@ -40,8 +41,9 @@ def settings(task, layers, output, verbose):
 
 def values(task, results, method, seed, chosen, verbose):
     """The metric by the name of a rank of one run, and its parameters."""
-    example = glue_roberta if task == "ratings" else nlg_gpt2
-    found = example.run(results, task, method, seed, chosen, verbose=verbose)
+    experiment = glue_roberta if task == "ratings" else nlg_gpt2
+    run = experiment.run
+    found = run(results, task, method, seed, chosen, verbose=verbose)
     metrics = found["metrics"].get("validation", found["metrics"])
     scale = 100 if task == "ratings" else 1
     by_rank = {b: scale * x[METRICS[task]] for b, x in metrics.items()}

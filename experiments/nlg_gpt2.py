@@ -2,12 +2,12 @@
 
 As in the paper (Table 8), with a GPU and online:
 
-    python -m examples.nlg_gpt2 --task e2e --method dylora
+    python -m experiments.nlg_gpt2 --task e2e --method dylora
 
 The same code, offline on a CPU: a small GPT-2 is pretrained on movie reviews
 and adapted to another domain, where its perplexity is measured.
 
-    python -m examples.nlg_gpt2 --task reviews
+    python -m experiments.nlg_gpt2 --task reviews
 
 Finished runs are kept in a file of JSON lines and aren't run again. The
 recipe is the GPT-2 one of LoRA, but for its ban on repeated 4-grams, and for
@@ -24,12 +24,15 @@ import keras_hub
 import numpy as np
 
 import keras_dylora as kd
-from examples import markdown, methods, nlg_data, nlg_metrics, nlg_reviews
+from examples import nlg_reviews
 from examples.data import NotFetchedError
-from examples.nlg_model import compile_model, generate, perplexity
+from examples.nlg_model import compile_model, encode, perplexity
 from examples.presets import from_preset
-from examples.runs import Results
 from examples.training import fit
+from experiments import markdown, methods, nlg_data, nlg_metrics
+from experiments.beam_search import BeamSearch
+from experiments.nlg_generate import generate
+from experiments.runs import Results
 
 METHODS = (*methods.METHODS, "fine-tune")
 TASKS = (*nlg_data.TASKS, "reviews")
@@ -37,7 +40,7 @@ TASKS = (*nlg_data.TASKS, "reviews")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that the runs of a task share; the defaults are Table 8.
+    """The settings that runs of a task share; the defaults are Table 8.
 
     Fine-tuning isn't in it: the paper quotes those figures.
     """
@@ -79,7 +82,7 @@ def tokenized(task, preset):
     )
     if task == "reviews":
         return tokenizer, *nlg_reviews.target_data(tokenizer, preset)
-    train = nlg_data.encode(tokenizer, nlg_data.pairs(task))
+    train = encode(tokenizer, nlg_data.pairs(task))
     return (
         tokenizer,
         train,
@@ -111,6 +114,7 @@ def build(method, seed, settings, steps):
         settings.warmup_steps,
         settings.weight_decay,
         settings.label_smoothing,
+        sampler=BeamSearch(),
         **methods.restart(method, steps),
     )
     return model
@@ -135,7 +139,7 @@ def evaluate(model, task, tokenizer, data, ranks, metrics):
 
 
 def run(results, task, method, seed, settings, metrics=(), verbose=1):
-    """One run: trained, evaluated at every rank, and kept.
+    """Trains by one method, evaluates every rank, and keeps the result.
 
     Args:
         results: `Results`. A run that is in there isn't run again.

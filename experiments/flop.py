@@ -98,7 +98,7 @@ class FactorizedKernel(keras.layers.Layer):
         return ops.reshape(kernel, self.kernel_shape)
 
 
-@keras.saving.register_keras_serializable(package="keras_dylora_examples")
+@keras.saving.register_keras_serializable(package="keras_dylora_experiments")
 class Flop(keras.Model):
     """A KerasHub task whose encoder is pruned while it is fine-tuned.
 

@@ -1,4 +1,4 @@
-"""What the examples compare: each method as the config of a run."""
+"""The methods that are compared: each as the config of a run."""
 
 import time
 
@@ -64,14 +64,14 @@ def full_rank_steps(steps):
 
 
 def restart(method, steps):
-    """What a method's `WarmupLinear` has beside a warm-up and a decay."""
+    """The arguments that only this method gives to `WarmupLinear`."""
     if method != "progressive":
         return {}
     return {"restart": full_rank_steps(steps), "height": RESTART}
 
 
 def described(method):
-    """What a kept run must agree in, besides the name of its method."""
+    """The fields in which a kept run must agree, besides its method's name."""
     return {
         "progressive": {
             "full_rank_share": FULL_RANK_SHARE,
@@ -83,13 +83,13 @@ def described(method):
 
 
 def finish(model, method):
-    """What a method does after the training."""
+    """Ends a training, as the method wants it."""
     if method == "lora-svd":
         kd.order_ranks(model)
 
 
 def joined(runs, metrics):
-    """One result of the runs of `lora-each`, with the metrics of all."""
+    """A result for all the runs of `lora-each`, with their metrics."""
     seconds = sum(run["seconds"] for run in runs.values())
     return {**runs[max(runs, key=int)], "seconds": seconds, "metrics": metrics}
 

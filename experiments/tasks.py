@@ -31,7 +31,7 @@ def pearson(labels, outputs):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a task is made of.
+    """A task: its sentences, metrics, head and splits.
 
     Args:
         columns: names of its one or two sentences.

@@ -1,0 +1,1 @@
+"""The paper's experiments, and more of their kind: runs, tables, figures."""
