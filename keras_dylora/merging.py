@@ -4,14 +4,19 @@ import keras
 
 from keras_dylora import _keras, ranks, training
 from keras_dylora.adaptation import as_plain
+from keras_dylora.allocation import Rank
 from keras_dylora.calls import check_constants
 from keras_dylora.config import AdapterArguments
-from keras_dylora.model import DyLoRAModel, adaptation_of, reconfigure
+from keras_dylora.model import (
+    DyLoRAModel,
+    Model,
+    adaptation_of,
+    reconfigure,
+)
 from keras_dylora.paths import layer_paths
 from keras_dylora.quantization import float_kernel
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import compile_as, new_optimizer
-from keras_dylora.types import Model, Rank
 
 
 def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:

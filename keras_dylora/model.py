@@ -4,14 +4,14 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import keras
 from keras import ops
 
 from keras_dylora import _keras, files, summary, training
 from keras_dylora.adaptation import Adaptation, as_plain
-from keras_dylora.allocation import RankAllocation
+from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.distributions import RankDistribution
 from keras_dylora.live_class import (
@@ -30,9 +30,10 @@ from keras_dylora.recompile import (
     reset_functions,
 )
 from keras_dylora.saving import NO_HDF5, check_savable, load_state, save_state
-from keras_dylora.types import Rank
 
 FORMAT_VERSION = 2  # that of files with several adapters; 1 of all others
+# What a function that changes a model in place takes, and gives back.
+Model = TypeVar("Model", bound=keras.Model)
 
 
 def adaptation_of(model: keras.Model) -> Adaptation:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from keras_dylora import files, summary
-from keras_dylora.allocation import RankAllocation
-from keras_dylora.types import Rank
+from keras_dylora import files, tables
+from keras_dylora.allocation import Rank, RankAllocation
 
 if TYPE_CHECKING:
     import pandas
@@ -246,10 +245,10 @@ class RankReport:
         return names, rows
 
     def __str__(self) -> str:
-        return summary.text(summary.table(*self._rows()))
+        return tables.text(tables.table(*self._rows()))
 
     def _repr_html_(self) -> str:
-        return summary.html(*self._rows())
+        return tables.html(*self._rows())
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """The report as a `pandas.DataFrame`, a row for each rank.

@@ -11,9 +11,9 @@ from safetensors import numpy as safetensors
 from keras_dylora import files
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
-from keras_dylora.model import DyLoRAModel
+from keras_dylora.allocation import Rank
+from keras_dylora.model import DyLoRAModel, Model
 from keras_dylora.named import DEFAULT
-from keras_dylora.types import Model, Rank
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"

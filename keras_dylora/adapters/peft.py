@@ -17,16 +17,16 @@ from keras_dylora.adapters.weights import (
     check_float,
     check_shapes,
 )
+from keras_dylora.allocation import Rank
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import matrix_shape
-from keras_dylora.model import adaptation_of
+from keras_dylora.model import Model, adaptation_of
 from keras_dylora.named import DEFAULT
 from keras_dylora.paths import layer_paths, weight_paths
 from keras_dylora.ranks import as_rank, as_ranks
 from keras_dylora.report import RankReport
 from keras_dylora.trained import trained_weights
-from keras_dylora.types import Model, Rank
 
 LAYOUTS = ("peft", "server")
 # What transformers calls the embeddings of tokens, and those of the output.

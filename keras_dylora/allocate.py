@@ -18,7 +18,8 @@ import numpy as np
 
 from keras_dylora import training
 from keras_dylora.allocation import RankAllocation
-from keras_dylora.evaluation import EvaluationData, check_compiled
+from keras_dylora.evaluation import check_compiled
+from keras_dylora.evaluation_data import EvaluationData
 from keras_dylora.layers import matrix_shape
 from keras_dylora.model import adaptation_of
 
@@ -44,20 +45,7 @@ def allocate_ranks(
     model: keras.Model,
     x: Any,
     y: Any = None,
-    *,
-    budget: Sequence[float],
-    sample_weight: Any = None,
-    batch_size: int = 32,
-    verbose: int | Literal["auto"] = "auto",
-) -> list[RankAllocation]: ...
-
-
-@overload
-def allocate_ranks(
-    model: keras.Model,
-    x: Any,
-    y: Any,
-    budget: Sequence[float],
+    budget: Sequence[float] = ...,
     sample_weight: Any = None,
     batch_size: int = 32,
     verbose: int | Literal["auto"] = "auto",
