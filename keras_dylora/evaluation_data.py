@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import training
+from keras_dylora.model import adaptation_of
 
 
 class EvaluationData:
@@ -63,7 +64,7 @@ class EvaluationData:
                 yield keras.tree.map_structure(_numpy, batch)
             return
         data = keras.tree.map_structure(_numpy, (self.x, self.y, sample_weight))
-        size = len(keras.tree.flatten(self.x)[0])
+        size = len(keras.tree.flatten(data)[0])
         order = np.random.default_rng(0).permutation(size)
         for start in range(0, size, batch_size):
             rows = order[start : start + batch_size]
@@ -80,7 +81,7 @@ class EvaluationData:
         # KerasHub's own `evaluate` would preprocess once more.
         cls = keras.Model if self.preprocessed else type(model)
         for done, b in enumerate(ranks, start=1):
-            with model.rank_scope(b):
+            with adaptation_of(model).at(b):
                 found = training.interruptible(
                     model,
                     functools.partial(cls.evaluate, model),
@@ -99,16 +100,21 @@ def _needs_targets(model, x):
 
 
 def _is_array(x):
-    """Whether `x` is arrays of examples, and no dataset."""
-    arrays = keras.tree.flatten(x)
-    return all(isinstance(v, np.ndarray) or ops.is_tensor(v) for v in arrays)
+    """Whether `x` is arrays of examples, and no dataset.
+
+    NumPy's, tensors of any backend, those of pandas, SciPy's sparse ones.
+    """
+    kinds = ("__array__", "tocoo")
+    return all(any(hasattr(v, k) for k in kinds) for v in keras.tree.flatten(x))
 
 
 def _is_empty(x):
     if hasattr(x, "cardinality"):  # a `tf.data.Dataset`
         return int(x.cardinality()) == 0
-    while isinstance(x, (dict, tuple)) and x:
-        x = next(iter(x.values() if isinstance(x, dict) else x))
+    if isinstance(x, (dict, tuple)) or _is_array(x):
+        x = next(iter(keras.tree.flatten(x)), ())
+    if hasattr(x, "shape"):
+        return x.shape[:1] == (0,)
     return hasattr(x, "__len__") and len(x) == 0
 
 
@@ -159,9 +165,9 @@ def _python_strings(x):
 def _numpy(x):
     if x is None or isinstance(x, np.ndarray):
         return x
-    if ops.is_tensor(x) or not hasattr(x, "numpy"):
-        return ops.convert_to_numpy(x)
-    return x.numpy()  # a TensorFlow tensor, whatever the backend
+    if hasattr(x, "tocoo"):  # a sparse array of SciPy
+        return x.toarray()
+    return ops.convert_to_numpy(x) if ops.is_tensor(x) else np.asarray(x)
 
 
 def _scalars(metrics):
