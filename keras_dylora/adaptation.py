@@ -8,9 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import _keras, paths
+from keras_dylora import _keras, paths, training
 from keras_dylora import ranks as rank_functions
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
+from keras_dylora.cuts import are_ordered, warn_of_cut
 from keras_dylora.distributions import RankDraw
 from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.named import NamedAdapters
@@ -145,7 +146,46 @@ class Adaptation:
         """int. Of training so far, which within `full_rank_steps` is of one."""
         begun = int(ops.convert_to_numpy(self.ranks_drawn)) > 0
         pending = begun and at_full_rank(self)
-        return self.config.rank if pending else self.config.min_rank
+        lowest = self.config.rank if pending else self.config.min_rank
+        return min(lowest, self.highest)
+
+    @property
+    def is_ordered(self):
+        """Whether a cut to any rank is a good one."""
+        return are_ordered(self._factors())
+
+    def warn_of_cut(self, *ranks):
+        """Warns where a rank, or that of a layer, is a bad cut.
+
+        To be called by all that compute or write at ranks which a user names,
+        before they do. Raises what `ranks.by_layer` does; `None` is the
+        highest.
+        """
+        training.write_back(self.model)
+        by_layer = [
+            rank_functions.by_layer(rank, self.layers, self.highest)
+            for rank in ranks
+            if rank is not None
+        ]
+        every = (b for each in by_layer for b in each.values())
+        warn_of_cut(every, self.lowest_trained, self._factors)
+
+    def _factors(self):
+        return [layer.factors() for layer in self.layers.values()]
+
+    @contextlib.contextmanager
+    def at(self, ranks):
+        """Within it, the layers compute at ranks, as `set_ranks` takes them."""
+        training.write_back(self.model)
+        before = [(x.variable, ops.copy(x.variable)) for x in self.gates]
+        try:
+            self.set_ranks(ranks)
+            with self.rank_chosen():
+                yield
+        finally:
+            training.write_back(self.model)
+            for variable, value in before:
+                variable.assign(value)
 
     @property
     def gates(self):

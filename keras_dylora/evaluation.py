@@ -8,6 +8,7 @@ import keras
 from keras_dylora import ranks as rank_functions
 from keras_dylora import summary, training
 from keras_dylora.allocation import Rank, RankAllocation
+from keras_dylora.directions import directions_of
 from keras_dylora.evaluation_data import EvaluationData
 from keras_dylora.model import adaptation_of
 from keras_dylora.report import RankReport
@@ -33,8 +34,9 @@ def evaluate_ranks(
         y: targets, as for `model.evaluate`.
         ranks: ints in `0..config.rank`, and `RankAllocation`s. Ranks below
             `min_rank`, and within `full_rank_steps` those below the maximum,
-            are reported as untrained. Defaults to `None`, all from 1 to the
-            maximum.
+            are reported as untrained; or as cuts, where the columns are in
+            order (`order_ranks`, `from_peft`). Defaults to `None`, all from 1
+            to the maximum.
         **evaluate_kwargs: further arguments of `model.evaluate`. `verbose`
             shows a progress bar over the ranks; `steps` is needed for data
             without an end.
@@ -62,9 +64,17 @@ def evaluate_ranks(
     check_compiled(model)
     data = EvaluationData(model, x, y, evaluate_kwargs)
     metrics = data.metrics(model, chosen, verbose)
-    sizes = {b: summary.parameters(model, b) for b in chosen}
     training.write_back(model)
-    return RankReport(metrics, adaptation_of(model).lowest_trained, sizes)
+    adaptation = adaptation_of(model)
+    report = RankReport(
+        metrics,
+        adaptation.lowest_trained,
+        {b: summary.parameters(model, b) for b in chosen},
+        directions=directions_of(model, metrics[chosen[0]]),
+    )
+    if "untrained" in map(report.state, chosen):
+        report.ordered = adaptation.is_ordered
+    return report
 
 
 def check_compiled(model):

@@ -53,11 +53,8 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     ```
     """
     adaptation = adaptation_of(model)
-    chosen = ranks.by_layer(
-        model.rank if rank is None else rank,
-        adaptation.layers,
-        adaptation.highest,
-    )
+    rank = model.rank if rank is None else rank
+    chosen = ranks.by_layer(rank, adaptation.layers, adaptation.highest)
     for each in _keras.submodels(model):
         cls = type(each)
         if issubclass(cls, DyLoRAModel) and "original_class" not in vars(cls):
@@ -66,6 +63,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
                 f"plain class to merge into. Received: a {cls.__name__}"
             )
     check_constants(model)
+    adaptation.warn_of_cut(rank)
     with as_plain(model, whole=True):
         config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:
@@ -138,11 +136,8 @@ def truncate(model: Model, rank: Rank) -> Model:
     training.write_back(model)
     active = {p: min(b, kept[p]) for p, b in adaptation.ranks.items()}
     layers = adaptation.layers
-    config = adaptation.config.truncated(
-        kept.values(),
-        [x.factors() for x in layers.values()],
-        adaptation.lowest_trained,
-    )
+    adaptation.warn_of_cut(rank)
+    config = adaptation.config.at_maximum(max(kept.values()))
     optimizer = new_optimizer(model)
     cut = {
         id(gate): RankGate(gate.variable.shape[0], config.scale)

@@ -214,6 +214,10 @@ class DyLoRAModel(keras.Model):
                 another model.
             TypeError: if `rank` isn't an integer.
 
+        Warns:
+            UserWarning: if the rank was neither trained nor ordered, as with
+                every function that takes a rank.
+
         Example:
 
         ```python
@@ -222,7 +226,7 @@ class DyLoRAModel(keras.Model):
         ```
         """
         adaptation = adaptation_of(self)
-        training.write_back(self)
+        adaptation.warn_of_cut(rank)
         adaptation.set_ranks(rank)
 
     def dylora_summary(
@@ -337,16 +341,9 @@ class DyLoRAModel(keras.Model):
             with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
                 yield self
             return
-        training.write_back(self)
-        before = [(x.variable, ops.copy(x.variable)) for x in adaptation.gates]
-        try:
-            self.set_rank(rank)
-            with adaptation.rank_chosen():
-                yield self
-        finally:
-            training.write_back(self)
-            for variable, value in before:
-                variable.assign(value)
+        adaptation.warn_of_cut(rank)
+        with adaptation.at(rank):
+            yield self
 
     @contextlib.contextmanager
     def draw_ranks(

@@ -12,7 +12,7 @@ from keras_dylora import files
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.allocation import Rank
-from keras_dylora.model import DyLoRAModel, Model
+from keras_dylora.model import DyLoRAModel, Model, adaptation_of
 from keras_dylora.named import DEFAULT
 
 WEIGHTS_NAME = "adapter.safetensors"
@@ -55,6 +55,7 @@ def save_adapter(
     ```
     """
     weights = AdapterWeights.of(model).cut(rank)
+    adaptation_of(model).warn_of_cut(rank)
     tensors = {name: x.copy("C") for name, x in weights.tensors().items()}
     written = files.together(WEIGHTS_NAME, CONFIG_NAME)
     with files.new_directory(directory, overwrite, written) as folder:

@@ -19,6 +19,7 @@ from keras_dylora.adapters.weights import (
 )
 from keras_dylora.allocation import Rank
 from keras_dylora.config import DyLoRAConfig
+from keras_dylora.cuts import warn_of_cut
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import matrix_shape
 from keras_dylora.model import Model, adaptation_of
@@ -145,6 +146,7 @@ def to_peft(
             )
     whole = AdapterWeights.of(model)
     cut = {name: whole.cut(b) for name, b in chosen.items()}
+    adaptation_of(model).warn_of_cut(*chosen.values())
     family = layout_of(model)
     modules = family.modules(model)
     every = weight_paths(model)
@@ -340,7 +342,8 @@ def from_peft(
     """
     weights = _read(model, directory, strict, head)
     if rank is not None:
-        weights = weights.cut(rank)
+        whole, weights = weights, weights.cut(rank)
+        warn_of_cut([rank], whole.config.min_rank, whole.layers.values)
     weights.put_on(model, whole=False, strict=strict, name=name)
     return model
 

@@ -143,6 +143,8 @@ def export_ranks(
     _check_model(model, plan)
     metrics = _check_report(report, named, plan)
     _check_packages(plan, verify)
+    if not served:
+        adaptation.warn_of_cut(*named.values())
     progress = keras.utils.Progbar(
         plan.steps + bool(verify), verbose=int(bool(verbose)), unit_name="step"
     )
