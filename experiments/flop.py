@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora.paths import layer_paths
+from keras_dylora.tree import Tree
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 # Of the Lagrangian: the weight of its quadratic part, and the rate at which
@@ -130,7 +130,7 @@ class Flop(keras.Model):
         self.warmup_steps, self.speed = max(warmup_steps, 1), speed
         layers = [
             layer
-            for layer in layer_paths(task.backbone).values()
+            for layer in Tree(task.backbone).layers.values()
             if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
         ]
         self.factorized = [FactorizedKernel(x, speed) for x in layers]

@@ -1,8 +1,8 @@
 """DyLoRA for Keras 3: fine-tune once, use at every rank."""
 
 from keras_dylora.adapters import from_peft, load_adapter, save_adapter, to_peft
+from keras_dylora.allocate import allocate_ranks
 from keras_dylora.allocation import RankAllocation
-from keras_dylora.budget import allocate_ranks
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.distributions import Categorical, Geometric, Uniform
 from keras_dylora.enable import disable_dylora, enable_dylora

@@ -291,6 +291,27 @@ def replace_value(variable, value):
         variable.assign(value)
 
 
+def metric_directions(model):
+    """What is better of the metrics of a model that was evaluated.
+
+    Yields the name in `evaluate`, the name of the class, and `"max"`, `"min"`
+    or `None`, where Keras doesn't know. Keras has this for its callbacks.
+    """
+    losses = [model._loss_tracker]
+    if model._compile_loss is not None:
+        losses += model._compile_loss.metrics
+    for metric in model.metrics:
+        parts = {metric.name: metric}
+        if metric is model._compile_metrics:
+            parts = dict(zip(metric.result(), metric.metrics, strict=False))
+        for name, part in parts.items():
+            direction = getattr(part, "_direction", None)
+            if any(part is loss for loss in losses):
+                direction = "down"
+            best = {"up": "max", "down": "min"}.get(direction)
+            yield name, type(part).__name__, best
+
+
 # Compiling.
 
 

@@ -8,9 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import _keras
+from keras_dylora import _keras, training
 from keras_dylora import ranks as rank_functions
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
+from keras_dylora.cuts import are_ordered, users_line, warn_of_cut
 from keras_dylora.distributions import RankDraw
 from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.named import NamedAdapters
@@ -104,7 +105,7 @@ class Adaptation:
     def keep_head(self, tree):
         """Copies the values of what is trained in full, where none is kept."""
         head = self.spec.head(tree).items()
-        values = {p: np.array(ops.convert_to_numpy(v)) for p, v in head}
+        values = {p: ops.copy(ops.convert_to_tensor(v)) for p, v in head}
         self.head = values | (self.head or {})
 
     def restore_head(self, tree):
@@ -140,7 +141,7 @@ class Adaptation:
                 "What is made trainable after enabling belongs to every "
                 f"adapter from then on. Received: {len(more)} weights, such as "
                 f"{more[:1]}",
-                stacklevel=4,
+                stacklevel=users_line(),
             )
 
     def configure(self, config, ranks_drawn=0, full_rank=1):
@@ -188,7 +189,46 @@ class Adaptation:
         """int. Of training so far, which within `full_rank_steps` is of one."""
         begun = int(ops.convert_to_numpy(self.ranks_drawn)) > 0
         pending = begun and at_full_rank(self)
-        return self.config.rank if pending else self.config.min_rank
+        lowest = self.config.rank if pending else self.config.min_rank
+        return min(lowest, self.max_rank)
+
+    @property
+    def is_ordered(self):
+        """Whether a cut to any rank is a good one."""
+        return are_ordered(self._factors())
+
+    def warn_of_cut(self, *ranks):
+        """Warns where a rank, or that of a layer, is a bad cut.
+
+        To be called by all that compute or write at ranks which a user names,
+        before they do. Raises what `ranks.by_layer` does; `None` is the
+        highest.
+        """
+        training.write_back(self.model)
+        by_layer = [
+            rank_functions.by_layer(rank, self.layers, self.max_rank)
+            for rank in ranks
+            if rank is not None
+        ]
+        every = (b for each in by_layer for b in each.values())
+        warn_of_cut(every, self.lowest_trained, self._factors)
+
+    def _factors(self):
+        return [layer.factors() for layer in self.layers.values()]
+
+    @contextlib.contextmanager
+    def at(self, ranks):
+        """Within it, the layers compute at ranks, as `set_ranks` takes them."""
+        training.write_back(self.model)
+        before = [(x.variable, ops.copy(x.variable)) for x in self.gates]
+        try:
+            self.set_ranks(ranks)
+            with self.rank_chosen():
+                yield
+        finally:
+            training.write_back(self.model)
+            for variable, value in before:
+                variable.assign(value)
 
     @property
     def gates(self):

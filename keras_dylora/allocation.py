@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 import keras
 
-from keras_dylora import files, summary
+from keras_dylora import files, tables
 from keras_dylora.layers import matrix_shape
 from keras_dylora.ranks import as_rank, by_layer
 
@@ -126,11 +126,11 @@ class RankAllocation(Mapping[str, int]):
 
     def __str__(self) -> str:
         names, rows = self._rows()
-        table = summary.table(names, rows, fold=True)
-        return f"{summary.text(table)}\n {self._size()}"
+        table = tables.table(names, rows, fold=True)
+        return f"{tables.text(table)}\n {self._size()}"
 
     def _repr_html_(self) -> str:
-        return f"{summary.html(*self._rows())}<p>{self._size()}</p>"
+        return f"{tables.html(*self._rows())}<p>{self._size()}</p>"
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The allocation as JSON, also written to `path` if one is given.
@@ -185,3 +185,6 @@ class RankAllocation(Mapping[str, int]):
         figure = figures.heat_map(self._grid(), self.max_rank, title)
         figure.save(path)
         return figure
+
+
+Rank = int | RankAllocation

@@ -3,9 +3,8 @@
 import dataclasses
 import math
 import numbers
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import keras
 
@@ -17,9 +16,6 @@ from keras_dylora.distributions import (
 )
 from keras_dylora.ranks import INT32_MAX, SCALINGS, Scale, as_rank
 from keras_dylora.training.objectives import OBJECTIVES
-
-if TYPE_CHECKING:
-    from keras_dylora.geometry import Factors
 
 # Names, paths or regular expressions, or a function of a path and its layer.
 Layers = str | Sequence[str] | Callable[[str, keras.Layer], bool] | None
@@ -249,30 +245,6 @@ class DyLoRAConfig:
             for b, p in enumerate(probabilities, start=self.min_rank)
             if p > 0
         }
-
-    def truncated(
-        self,
-        ranks: Collection[int],
-        adapters: "Iterable[Factors]",
-        lowest: int | None = None,
-        stacklevel: int = 3,
-    ) -> Self:
-        """The config of this run's adapters when they are cut to `ranks`.
-
-        One for each of the `Factors` that are cut, which need be trained at it
-        or in order; `lowest` is the lowest rank of their training, by default
-        the config's.
-        """
-        lowest = lowest or self.min_rank
-        rank, low = max(ranks), min(filter(None, ranks))
-        if low < lowest and not all(x.is_ordered for x in adapters):
-            warnings.warn(
-                "An adapter should be cut to a rank that it was trained at, or "
-                f"after `order_ranks`. Received: rank={low} of one that was "
-                f"trained from rank {lowest} on",
-                stacklevel=stacklevel,
-            )
-        return self.at_maximum(rank)
 
     def at_maximum(self, rank: int) -> Self:
         """The config of adapters that are cut to a maximum rank."""

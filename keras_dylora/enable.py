@@ -11,12 +11,11 @@ from keras_dylora.adaptation import Adaptation
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.live_class import to_dylora_class, to_original_class
 from keras_dylora.low_rank import LowRankAdapter
-from keras_dylora.model import DyLoRAModel, adaptation_of
+from keras_dylora.model import DyLoRAModel, Model, adaptation_of
 from keras_dylora.spec import Spec
 from keras_dylora.summary import announcement
 from keras_dylora.targets import find_targets, listing
 from keras_dylora.tree import Tree
-from keras_dylora.types import Model
 
 # What PEFT calls it, and what it is called here.
 OTHER_NAMES = {

@@ -14,6 +14,15 @@ except ImportError as error:
     ) from error
 
 
+# How the markers are filled of ranks that weren't trained, by their state.
+_HOLLOW = "hollow", {"mfc": "white"}
+_UNTRAINED = {
+    "base model": _HOLLOW,
+    "untrained": _HOLLOW,
+    "cut": ("half", {"fillstyle": "bottom", "mfcalt": "white"}),
+}
+
+
 class Figure(figure.Figure):
     """A figure that a notebook shows, as it does those of pyplot.
 
@@ -46,7 +55,7 @@ def curves(reports, metric, rank, label):
     Args:
         reports: list of a label and a `RankReport`.
         metric: str.
-        rank: the rank to mark, of the first report.
+        rank: the rank to mark, of the first report, or `None`.
         label: str. What the rank is called.
 
     Raises:
@@ -73,23 +82,25 @@ def curves(reports, metric, rank, label):
             x = [report.parameters[b] if by_size else b for b in ranks]
             y = [report.metrics[b][metric] for b in ranks]
             (line,) = axes.plot(x, y, "o-", label=title)
-            open_ = [not report.is_trained(b) for b in ranks]
-            if any(open_):
-                points = (np.asarray(v)[open_] for v in (x, y))
-                axes.plot(*points, "o", color=line.get_color(), mfc="white")
+            for b, *point in zip(ranks, x, y, strict=True):
+                if not report.is_trained(b):
+                    _, style = _UNTRAINED[report.state(b)]
+                    axes.plot(*point, "o", color=line.get_color(), **style)
     _, own = reports[0]
-    axes.plot(
-        own.parameters[rank] if by_size else rank,
-        own.metrics[rank][metric],
-        "o",
-        ms=14,
-        mfc="none",
-        mec="black",
-        label=f"chosen: rank {label}",
-    )
+    if rank is not None:
+        axes.plot(
+            own.parameters[rank] if by_size else rank,
+            own.metrics[rank][metric],
+            "o",
+            ms=14,
+            mfc="none",
+            mec="black",
+            label=f"chosen: rank {label}",
+        )
     unit = "trained parameters" if by_size else "rank"
-    hollow = any(not r.is_trained(b) for _, r in reports for b in r.ranks)
-    axes.set_xlabel(f"{unit} (hollow: untrained)" if hollow else unit)
+    states = {r.state(b) for _, r in reports for b in r.ranks}
+    notes = [f"{how}: {x}" for x, (how, _) in _UNTRAINED.items() if x in states]
+    axes.set_xlabel(f"{unit} ({', '.join(notes)})" if notes else unit)
     axes.set_ylabel(metric)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -150,7 +150,7 @@ class Factors:
         """Whether the columns are about as `ordered` puts them."""
         sides = self.down, self.up.T
         shares = np.prod([np.linalg.norm(x, axis=0) for x in sides], axis=0)
-        if not shares.any() or np.any(np.diff(shares) > 1e-3 * shares.max()):
+        if np.any(np.diff(shares) > 1e-3 * shares.max()):
             return False
         for side in sides:
             used = side[:, shares > 0]

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_dylora import _keras, ranks, torch_product
 from keras_dylora.config import AdapterArguments
+from keras_dylora.cuts import warn_of_cut
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.rank_gate import GateRow, RankGate
 
@@ -226,6 +227,8 @@ class LowRankAdapter(_Base):
                 "A layer must be built before its rank is set. "
                 f"Received: {self.name}, which isn't built"
             )
+        rank = ranks.as_rank(rank, 0, self.rank)
+        warn_of_cut([rank], self.min_rank, lambda: [self.factors()])
         self._gate.gate.set_rank(rank)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:

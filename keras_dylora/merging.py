@@ -4,14 +4,18 @@ import keras
 
 from keras_dylora import _keras, ranks, training
 from keras_dylora.adaptation import as_plain
-from keras_dylora.allocation import RankAllocation
+from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.calls import check_constants
-from keras_dylora.model import DyLoRAModel, adaptation_of, reconfigure
+from keras_dylora.model import (
+    DyLoRAModel,
+    Model,
+    adaptation_of,
+    reconfigure,
+)
 from keras_dylora.quantization import float_kernel
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import compile_as, new_optimizer
 from keras_dylora.tree import Tree
-from keras_dylora.types import Model, Rank
 
 
 def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
@@ -48,11 +52,8 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     ```
     """
     adaptation = adaptation_of(model)
-    chosen = ranks.by_layer(
-        model.rank if rank is None else rank,
-        adaptation.layers,
-        adaptation.max_rank,
-    )
+    rank = model.rank if rank is None else rank
+    chosen = ranks.by_layer(rank, adaptation.layers, adaptation.max_rank)
     for each in _keras.submodels(model):
         cls = type(each)
         if issubclass(cls, DyLoRAModel) and "original_class" not in vars(cls):
@@ -61,6 +62,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
                 f"plain class to merge into. Received: a {cls.__name__}"
             )
     check_constants(model)
+    adaptation.warn_of_cut(rank)
     tree = Tree(model)
     with as_plain(tree, whole=True):
         config = keras.saving.serialize_keras_object(model)
@@ -136,11 +138,8 @@ def truncate(model: Model, rank: Rank) -> Model:
     if not isinstance(rank, RankAllocation):
         active = {p: min(b, rank) for p, b in adaptation.ranks.items()}
     layers = adaptation.layers
-    config = adaptation.config.truncated(
-        kept.values(),
-        [x.factors() for x in layers.values()],
-        adaptation.lowest_trained,
-    )
+    adaptation.warn_of_cut(rank)
+    config = adaptation.config.at_maximum(max(kept.values()))
     spec, optimizer = adaptation.spec.with_config(config), new_optimizer(model)
     cut = {
         id(gate): RankGate(gate.variable.shape[0], config.scale)

@@ -4,14 +4,14 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import keras
 from keras import ops
 
 from keras_dylora import _keras, files, summary, training
 from keras_dylora.adaptation import Adaptation, as_plain
-from keras_dylora.allocation import RankAllocation
+from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.distributions import RankDistribution
 from keras_dylora.live_class import (
@@ -30,9 +30,10 @@ from keras_dylora.recompile import (
 )
 from keras_dylora.saving import NO_HDF5, check_savable, load_state, save_state
 from keras_dylora.tree import Tree
-from keras_dylora.types import Rank
 
 FORMAT_VERSION = 2  # that of files with several adapters; 1 of all others
+# What a function that changes a model in place takes, and gives back.
+Model = TypeVar("Model", bound=keras.Model)
 
 
 def adaptation_of(model: keras.Model) -> Adaptation:
@@ -215,6 +216,10 @@ class DyLoRAModel(keras.Model):
                 another model.
             TypeError: if `rank` isn't an integer.
 
+        Warns:
+            UserWarning: if the rank was neither trained nor ordered, as with
+                every function that takes a rank.
+
         Example:
 
         ```python
@@ -223,7 +228,7 @@ class DyLoRAModel(keras.Model):
         ```
         """
         adaptation = adaptation_of(self)
-        training.write_back(self)
+        adaptation.warn_of_cut(rank)
         adaptation.set_ranks(rank)
 
     def dylora_summary(
@@ -338,16 +343,9 @@ class DyLoRAModel(keras.Model):
             with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
                 yield self
             return
-        training.write_back(self)
-        before = [(x.variable, ops.copy(x.variable)) for x in adaptation.gates]
-        try:
-            self.set_rank(rank)
-            with adaptation.rank_chosen():
-                yield self
-        finally:
-            training.write_back(self)
-            for variable, value in before:
-                variable.assign(value)
+        adaptation.warn_of_cut(rank)
+        with adaptation.at(rank):
+            yield self
 
     @contextlib.contextmanager
     def draw_ranks(

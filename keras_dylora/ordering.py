@@ -4,8 +4,7 @@ import dataclasses
 import warnings
 
 from keras_dylora import training
-from keras_dylora.model import adaptation_of, reconfigure
-from keras_dylora.types import Model
+from keras_dylora.model import Model, adaptation_of, reconfigure
 
 
 def order_ranks(model: Model) -> Model:

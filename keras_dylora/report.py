@@ -1,5 +1,6 @@
 """RankReport: the metrics of one model at many ranks."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,30 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from keras_dylora import files, summary
-from keras_dylora.allocation import RankAllocation
-from keras_dylora.types import Rank
+from keras_dylora import files, tables
+from keras_dylora.allocation import Rank, RankAllocation
+from keras_dylora.directions import direction_of
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
-
-# Parts of the names of Keras's losses and error metrics.
-_LOWER_IS_BETTER = (
-    "loss",
-    "error",
-    "entropy",
-    "perplexity",
-    "divergence",
-    "hinge",
-    "poisson",
-    "logcosh",
-    "false_",
-    "mse",
-    "mae",
-    "mape",
-    "msle",
-)
 
 
 class RankReport:
@@ -41,9 +25,13 @@ class RankReport:
         metrics: dict of rank to dict of metric name to value. A rank is an
             int or a `RankAllocation`.
         min_rank: int. The lowest rank that was trained; ranks below it are
-            marked as untrained.
+            marked as untrained, or as cuts. Defaults to `1`.
         parameters: dict of rank to the number of parameters that it has, with
             those that are trained in full. Defaults to `None`, not known.
+        ordered: bool. Whether the columns are in order, so that a rank below
+            `min_rank` is a good cut. Defaults to `False`.
+        directions: dict of metric name to `"max"` or `"min"`, what is best.
+            Defaults to `None`: well-known names tell.
 
     Raises:
         ValueError: if there is a `RankAllocation` and `parameters` lack that
@@ -65,6 +53,8 @@ class RankReport:
         metrics: Mapping[Any, Mapping[str, float]],
         min_rank: int = 1,
         parameters: Mapping[Any, int] | None = None,
+        ordered: bool = False,
+        directions: Mapping[str, str] | None = None,
     ) -> None:
         by_rank = {_rank(b): values for b, values in metrics.items()}
         known = {_rank(b): size for b, size in (parameters or {}).items()}
@@ -82,6 +72,8 @@ class RankReport:
             )
         }
         self.min_rank = min_rank
+        self.ordered = ordered
+        self.directions = dict(directions or {})
         self.parameters: dict[Rank, int] = {
             b: known[b] for b in self.metrics if b in known
         }
@@ -97,15 +89,25 @@ class RankReport:
         names = list(next(iter(self.metrics.values())))
         return sorted(names, key=lambda name: name == "loss")
 
-    def is_trained(self, rank: Rank) -> bool:
-        """Whether a rank was trained: not the base, not below `min_rank`.
+    def state(self, rank: Rank) -> str:
+        """`"trained"`, `"cut"`, `"untrained"` or `"base model"`, of a rank.
 
-        Those of an allocation's layers, but for the ones that are at 0.
+        Of an allocation, it is that of the lowest rank above 0. A cut was not
+        trained, but the columns are in order.
         """
         ranks: list = [rank]
         if isinstance(rank, RankAllocation):
-            ranks = [b for b in rank.values() if b > 0]
-        return bool(ranks) and min(ranks) >= max(self.min_rank, 1)
+            ranks = list(rank.values())
+        low = min(filter(None, ranks), default=0)
+        if low == 0:
+            return "base model"
+        if low >= self.min_rank:
+            return "trained"
+        return "cut" if self.ordered else "untrained"
+
+    def is_trained(self, rank: Rank) -> bool:
+        """Whether a rank was trained: not the base, not below `min_rank`."""
+        return self.state(rank) == "trained"
 
     def values(self, metric: str) -> list[float]:
         """The values of one metric, in the order of `ranks`.
@@ -127,14 +129,16 @@ class RankReport:
         mode: Literal["auto", "max", "min"] = "auto",
         max_parameters: int | None = None,
     ) -> Rank:
-        """The smallest trained rank within a tolerance of the best one.
+        """The smallest rank within a tolerance of the best one.
+
+        Of those that were trained, or are cuts of columns in order.
 
         Args:
             metric: str. Name of the metric.
             tolerance: float. How much worse than the best a rank may be, in
                 the units of the metric. Defaults to `0`.
-            mode: `"max"`, `"min"` or `"auto"`. Defaults to `"auto"`, `"min"`
-                for losses and errors.
+            mode: `"max"`, `"min"` or `"auto"`. Defaults to `"auto"`, what the
+                metric itself says, or a well-known name.
             max_parameters: int. Ranks with more `parameters` are left out.
                 Defaults to `None`, none is.
 
@@ -142,9 +146,10 @@ class RankReport:
             int, or the `RankAllocation`, if that is the smallest.
 
         Raises:
-            ValueError: if the metric or the mode is unknown, the tolerance is
-                negative or above all values and 1, or no trained rank has a
-                finite value and few enough parameters.
+            ValueError: if the metric or the mode is unknown, the metric needs
+                a mode, the tolerance is negative or above all values and 1, or
+                no trained rank or cut has a finite value and few enough
+                parameters.
 
         Example:
 
@@ -162,19 +167,26 @@ class RankReport:
                 "`tolerance` must not be negative. "
                 f"Received: tolerance={tolerance!r}"
             )
+        values = dict(zip(self.ranks, self.values(metric), strict=True))
         if mode == "auto":
-            low = any(word in metric.lower() for word in _LOWER_IS_BETTER)
-            mode = "min" if low else "max"
+            found = self.directions.get(metric) or direction_of(metric)
+            if found is None:
+                raise ValueError(
+                    'Give `mode="max"` or `mode="min"` for a metric that '
+                    f"doesn't say which is better. Received: metric={metric!r}"
+                )
+            mode = found  # type: ignore[assignment]
         sign = -1 if mode == "min" else 1
         scores = {
             b: sign * value
-            for b, value in zip(self.ranks, self.values(metric), strict=True)
-            if self.is_trained(b) and math.isfinite(value)
+            for b, value in values.items()
+            if self.state(b) in ("trained", "cut") and math.isfinite(value)
         }
         if not scores:
+            found = {b: (self.state(b), value) for b, value in values.items()}
             raise ValueError(
-                f"A trained rank must have a finite {metric!r}. "
-                f"Received: {self.metrics}"
+                "A rank that was trained, or cut after `order_ranks`, must "
+                f"have a finite {metric!r}. Received: {found}"
             )
         if max_parameters is not None:
             scores = self._within(scores, max_parameters)
@@ -197,7 +209,7 @@ class RankReport:
         }
         if not few:
             raise ValueError(
-                "A trained rank must have at most `max_parameters`. Received: "
+                "A rank must have at most `max_parameters`. Received: "
                 f"max_parameters={max_parameters!r} for ranks with "
                 f"{self.parameters or 'unknown numbers of them'}"
             )
@@ -241,15 +253,14 @@ class RankReport:
         if not all(map(self.is_trained, self.ranks)):
             names.append("")
             for b, row in zip(self.ranks, rows, strict=True):
-                untrained = "base model" if b == 0 else "untrained"
-                row.append("" if self.is_trained(b) else untrained)
+                row.append("" if self.is_trained(b) else self.state(b))
         return names, rows
 
     def __str__(self) -> str:
-        return summary.text(summary.table(*self._rows()))
+        return tables.text(tables.table(*self._rows()))
 
     def _repr_html_(self) -> str:
-        return summary.html(*self._rows())
+        return tables.html(*self._rows())
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """The report as a `pandas.DataFrame`, a row for each rank.
@@ -272,6 +283,7 @@ class RankReport:
         if self.parameters:
             frame["parameters"] = [self.parameters.get(b) for b in self.ranks]
         frame["trained"] = [self.is_trained(b) for b in self.ranks]
+        frame["state"] = [self.state(b) for b in self.ranks]
         return frame
 
     def __repr__(self) -> str:
@@ -281,8 +293,9 @@ class RankReport:
         """The report as JSON, also written to `path` if one is given.
 
         Returns:
-            str: `{"min_rank": 1, "metrics": {"1": {"accuracy": …}, …},
-            "parameters": {"1": …}}`. A value that isn't finite is `null`. The
+            str: `{"min_rank": 1, "ordered": false, "directions": {"accuracy":
+            "max", …}, "metrics": {"1": {"accuracy": …}, …}, "parameters":
+            {"1": …}}`. A value that isn't finite is `null`. The
             allocations are in a list, `{"allocations": [{"ranks": {path: 2,
             …}, "metrics": {…}, "parameters": …}, …]}`.
         """
@@ -294,6 +307,8 @@ class RankReport:
         sizes = self.parameters.items()
         content = {
             "min_rank": self.min_rank,
+            "ordered": self.ordered,
+            "directions": self.directions,
             "metrics": metrics,
             "parameters": {b: n for b, n in sizes if b not in mixed},
         }
@@ -322,15 +337,15 @@ class RankReport:
     ) -> "Figure":
         """Draws a metric over the ranks and marks the chosen rank.
 
-        Untrained ranks are drawn hollow. With allocations, over the parameters
-        and they beside the ranks that are one for all.
+        Untrained ranks are drawn hollow, cuts half. With allocations, over the
+        parameters and they beside the ranks that are one for all.
 
         Args:
             path: str or path of the picture, whose ending gives the format.
                 Defaults to `None`: nothing is written.
             metric: str. Defaults to `None`, the first one.
             rank: int or `RankAllocation`. The chosen rank. Defaults to
-                `None`, `best(metric)`.
+                `None`, `best(metric)`, or none where that raises.
             others: dict of label to `RankReport` to draw beside, such as a
                 fixed-rank LoRA. Defaults to `None`.
             label: str. What this report is called. Defaults to `"DyLoRA"`.
@@ -345,8 +360,11 @@ class RankReport:
         from keras_dylora import figures
 
         metric = metric or self.metric_names[0]
-        rank = self.best(metric) if rank is None else rank
-        if rank not in self.metrics:
+        self.values(metric)  # raises if there is no such metric
+        if rank is None:
+            with contextlib.suppress(ValueError):
+                rank = self.best(metric)
+        elif rank not in self.metrics:
             raise ValueError(
                 f"`rank` must be one of {self.ranks}. Received: rank={rank!r}"
             )

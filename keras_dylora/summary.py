@@ -1,16 +1,14 @@
 """What was done to a model, in a line and in tables; its sizes by rank."""
 
-import io
 import math
-from html import escape
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from keras_dylora import _keras
 from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
 from keras_dylora.ranks import by_layer
+from keras_dylora.tables import text
 
 BYTES = 4  # of a float32; all that is trained is of those
 
@@ -97,40 +95,3 @@ def tables(model):
             adapters.add_row(f"{name}{active}", str(named.max_rank_of(name)))
         shown.insert(0, adapters)
     return text(*shown)
-
-
-def table(names, rows, fold=False):
-    """A table of text; numbers are at the right. Long first cells may fold."""
-    found = Table(box=box.SIMPLE_HEAD)
-    for i, name in enumerate(names):
-        first = fold and i == 0
-        found.add_column(
-            name,
-            justify="left" if first or not name else "right",
-            overflow="fold" if first else "ellipsis",
-        )
-    for row in rows:
-        found.add_row(*row)
-    return found
-
-
-def html(names, rows):
-    """The same for a notebook."""
-    lines = [
-        "".join(f"<{tag}>{escape(x)}</{tag}>" for x in cells)
-        for tag, cells in [("th", names), *(("td", row) for row in rows)]
-    ]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def text(*tables):
-    """Tables of `rich` as plain text."""
-    console = Console(
-        file=io.StringIO(),
-        width=200,
-        color_system=None,
-        force_jupyter=False,  # where it would display them, and give no text
-    )
-    console.print(*tables, sep="\n")
-    lines = console.file.getvalue().splitlines()
-    return "\n".join(line.rstrip() for line in lines if line.strip())

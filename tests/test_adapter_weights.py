@@ -8,6 +8,7 @@ import pytest
 
 import keras_dylora as kd
 from keras_dylora.adapters.weights import AdapterWeights
+from keras_dylora.tree import Tree
 from tests import backend
 from tests.models import (
     mlp,
@@ -26,9 +27,9 @@ def enabled(**arguments):
 
 @pytest.mark.parametrize("ranks", [3, [2, 1, 3, 1]], ids=["one", "by-layer"])
 @pytest.mark.parametrize("alpha", [16, 5], ids=["same-alpha", "other-alpha"])
-def test_cut_and_put_on(ranks, alpha):
+def test_cut_and_put_on(Tree(ranks), alpha):
     model = enabled()
-    weights = AdapterWeights.of(model)
+    weights = AdapterWeights.of(Tree(model))
     if isinstance(ranks, list):
         ranks = dict(zip(weights.layers, ranks, strict=True))
     weights = weights.cut(ranks)
@@ -36,7 +37,7 @@ def test_cut_and_put_on(ranks, alpha):
     other = kd.enable_dylora(
         randomize(roberta_classifier(), seed=5), rank=3, alpha=alpha
     )
-    weights.put_on(other, strict=False)  # the base is another one
+    weights.put_on(Tree(other), strict=False)  # the base is another one
     by_layer = ranks if isinstance(ranks, dict) else {}
     for (path, factors), a, b in zip(
         weights.layers.items(),
@@ -55,7 +56,7 @@ def test_cut_and_put_on(ranks, alpha):
 
 
 def test_tensors_and_back():
-    weights = AdapterWeights.of(enabled())
+    weights = AdapterWeights.of(Tree(enabled()))
     again = AdapterWeights.of_tensors(weights.tensors(), weights.config)
     assert again.layers.keys() == weights.layers.keys()
     assert again.trained.keys() == weights.trained.keys()
@@ -87,7 +88,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_ranks_that_are_none(case):
     ranks, error, message = WRONG[case]
-    weights = AdapterWeights.of(enabled())
+    weights = AdapterWeights.of(Tree(enabled()))
     with pytest.raises(error, match=message):
         weights.cut(ranks(list(weights.layers)))
 
@@ -124,12 +125,12 @@ DAMAGED = {
 def test_what_an_enabled_model_refuses(case):
     change, message = DAMAGED[case]
     model = enabled()
-    weights = AdapterWeights.of(model)
+    weights = AdapterWeights.of(Tree(model))
     before = backend.snapshot(model.weights)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         AdapterWeights.of_tensors(
             change(weights.tensors()), weights.config
-        ).put_on(model)
+        ).put_on(Tree(model))
     for a, b in zip(before, backend.snapshot(model.weights), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -137,11 +138,11 @@ def test_what_an_enabled_model_refuses(case):
 def test_peft_adapter_without_the_head_of_an_enabled_model(tmp_path):
     source, model = enabled(trainable_layers=()), enabled()
     head = backend.snapshot(model.get_layer("logits").weights)
-    weights = AdapterWeights.of(source)
+    weights = AdapterWeights.of(Tree(source))
     assert not weights.trained
     with pytest.raises(ValueError, match="missing: head/logits/kernel"):
-        weights.put_on(model)
-    weights.put_on(model, whole=False)
+        weights.put_on(Tree(model))
+    weights.put_on(Tree(model), whole=False)
     for a, b in zip(
         head, backend.snapshot(model.get_layer("logits").weights), strict=True
     ):
@@ -159,7 +160,7 @@ def test_of_a_hand_built_model():
     for a, b in zip(other.weights, model.weights, strict=True):
         if a.name in ("kernel", "bias"):
             a.assign(backend.to_numpy(b))
-    AdapterWeights.of(model).put_on(other)
+    AdapterWeights.of(Tree(model)).put_on(Tree(other))
     x, _ = mlp_data()
     np.testing.assert_allclose(
         other.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
@@ -186,7 +187,7 @@ def test_only_the_layers_of_the_file_are_enabled():
     model = two_of_a_name()
     for weight, value in zip(model.weights, base, strict=True):
         weight.assign(value)
-    AdapterWeights.of(source).put_on(model)
+    AdapterWeights.of(Tree(source)).put_on(Tree(model))
     assert [layer.path for layer in model.dylora_layers] == ["query"]
     assert model.dylora_config.target_layers == ["query"]
     x = np.ones((2, 4), "float32")

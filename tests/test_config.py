@@ -71,7 +71,7 @@ def test_truncated_keeps_the_ranks_that_are_left(weights, expected):
     config = kd.DyLoRAConfig(
         rank=4, min_rank=1, rank_distribution=kd.Categorical(weights)
     )
-    assert config.truncated([2], []).rank_distribution == expected
+    assert config.at_maximum(2).rank_distribution == expected
 
 
 def test_numpy_scalars_become_python_numbers():

@@ -259,6 +259,63 @@ def test_metrics_of_several_values():
     assert "val_rank2_f1_score_2" in history
 
 
+def spread(y, y_pred):
+    return keras.ops.std(y_pred, axis=-1)
+
+
+def test_metrics_tell_which_is_better():
+    model = randomize_adapters(mlp())
+    model.compile(
+        "adam",
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[
+            keras_hub.metrics.Perplexity(from_logits=True, name="ppl"),
+            "accuracy",
+            keras.losses.SparseCategoricalCrossentropy(True, name="nats"),
+            spread,
+        ],
+        weighted_metrics=["accuracy"],
+    )
+    x, _ = mlp_data()
+    y = np.arange(len(x)) % 3
+    report = kd.evaluate_ranks(model, x, y, verbose=0)
+    assert report.directions == {
+        "ppl": "min",
+        "accuracy": "max",
+        "nats": "min",
+        "weighted_accuracy": "max",
+        "loss": "min",
+    }
+    best = report.best("loss")
+    assert report.best("ppl") == report.best("nats") == best
+    with pytest.raises(ValueError, match="`mode=.*metric='spread'"):
+        report.best("spread")
+    assert report.best("spread", mode="max") in report.ranks
+    report.plot(metric="spread")
+
+
+def test_metrics_of_outputs_and_of_several_values():
+    inputs = keras.Input((10,))
+    outputs = {n: kd.DyLoRADense(3, rank=2, name=n)(inputs) for n in "ab"}
+    model = kd.DyLoRAModel(inputs, outputs)
+    model.compile(
+        "adam",
+        {"a": "mse", "b": "mae"},
+        metrics={
+            "a": [keras.metrics.F1Score(name="share"), "mse"],
+            "b": [keras.metrics.R2Score(name="fit"), spread],
+        },
+    )
+    x, _ = mlp_data()
+    y = np.eye(3, dtype="float32")[np.arange(len(x)) % 3]
+    report = kd.evaluate_ranks(model, x, {"a": y, "b": y}, verbose=0)
+    assert report.directions == {
+        **dict.fromkeys(["a_share_0", "a_share_1", "a_share_2"], "max"),
+        **dict.fromkeys(["a_loss", "a_mse", "b_loss", "loss"], "min"),
+        "b_fit": "max",
+    }
+
+
 def endless():
     import tensorflow as tf
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora.paths import without_adapters
+from keras_dylora.tree import Tree
 from tests import backend
 from tests.models import allocation, randomize, randomize_adapters
 from tests.test_export import (
@@ -43,7 +43,7 @@ def with_adapters(model, tmp_path):
 
 
 def head(model):
-    return without_adapters(model.trainable_variables, model.dylora_layers)
+    return [v for v in Tree(model).base_weights.values() if v.trainable]
 
 
 def _move_head(model, by):

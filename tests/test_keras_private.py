@@ -15,7 +15,13 @@ import pytest
 import keras_dylora as kd
 from keras_dylora import _keras
 from tests import backend
-from tests.models import labels, mlp, roberta_classifier, tokens
+from tests.models import (
+    classification_loss,
+    labels,
+    mlp,
+    roberta_classifier,
+    tokens,
+)
 
 
 def dense():
@@ -63,6 +69,16 @@ def forget():
     _keras.forget(layer, "late", "seed", "no_such_name")
     assert len(layer.variables) == before
     assert not hasattr(layer, "late") and not hasattr(layer, "seed")
+
+
+def metric_directions():
+    model = roberta_classifier(num_layers=1)
+    model.compile("sgd", classification_loss(), metrics=["accuracy"])
+    model.evaluate(tokens(), labels(), verbose=0)
+    assert list(_keras.metric_directions(model)) == [
+        ("loss", "Mean", "min"),
+        ("accuracy", "SparseCategoricalAccuracy", "max"),
+    ]
 
 
 def track_for_torch():
@@ -299,6 +315,7 @@ BREAKS = {
     set_class: "enable_dylora and disable_dylora, in place",
     unlocked: "adapters of layers that are built",
     forget: "disable_dylora and truncate: variables stay behind",
+    metric_directions: "reports: the best rank may be the worst",
     track_for_torch: "torch: zero_grad and to() miss the adapters",
     sublayers: "paths of layers, and so every file",
     submodels: "functions of a backbone are those of before",

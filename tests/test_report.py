@@ -60,14 +60,60 @@ def test_json(tmp_path):
     assert saved["min_rank"] == 1
 
 
+CUT = {"min_rank": 3, "ordered": True}
+
+
+def test_cuts():
+    metrics = {b: {"accuracy": v} for b, v in ACCURACY.items()}
+    cut = kd.RankReport(metrics, **CUT)
+    assert cut.best("accuracy", tolerance=1) == 1 and not cut.is_trained(2)
+    assert [("cut" in line) for line in str(cut).splitlines()[2:]] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert cut._repr_html_().count("<td>cut</td>") == 2
+    states = ["cut", "cut", "trained", "trained"]
+    assert cut.to_dataframe()["state"].tolist() == states
+    again = kd.RankReport(**json.loads(cut.to_json()))
+    assert [again.state(b) for b in again.ranks] == states
+    (axes,) = cut.plot(others={"LoRA": report(min_rank=3)}).axes
+    assert axes.get_xlabel() == "rank (hollow: untrained, half: cut)"
+
+
+def test_only_untrained_ranks():
+    untrained = kd.RankReport({2: {"loss": 0.5}}, min_rank=4)
+    with pytest.raises(ValueError, match=r"finite 'loss'.*2: \('untrained'"):
+        untrained.best("loss")
+    untrained.plot()
+
+
 @pytest.mark.parametrize(
     ("metric", "best"),
-    [("sparse_categorical_crossentropy", 1), ("mape", 1), ("accuracy", 2)],
+    [
+        ("sparse_categorical_crossentropy", 1),
+        ("mape", 1),
+        ("accuracy", 2),
+        ("out_accuracy", 2),
+        ("val_loss", 1),
+        ("f1_score_0", 2),
+        ("false_positives", 1),
+    ],
 )
 def test_the_best_by_the_name_of_the_metric(metric, best):
     assert kd.RankReport({1: {metric: 0.5}, 2: {metric: 0.7}}).best(metric) == (
         best
     )
+
+
+@pytest.mark.parametrize("metric", ["ppl", "brier_score", "accuracy_loss"])
+def test_a_name_that_says_nothing_needs_a_mode(metric):
+    unknown = report(name=metric)
+    with pytest.raises(ValueError, match=f'`mode="max"`.*metric={metric!r}'):
+        unknown.best(metric)
+    assert unknown.best(metric, mode="min") == 1
+    labels = [x.get_text() for x in unknown.plot().axes[0].get_legend().texts]
+    assert labels == ["DyLoRA"]
+    told = kd.RankReport(unknown.metrics, directions={metric: "min"})
+    assert kd.RankReport(**json.loads(told.to_json())).best(metric) == 1
 
 
 def test_plot_beside_a_report_of_untrained_ranks():
@@ -167,7 +213,9 @@ def test_notebook():
 
 def test_data_frame():
     frame = report(min_rank=2, parameters=SIZES).to_dataframe()
-    assert list(frame) == ["accuracy", "loss", "parameters", "trained"]
+    assert list(frame) == [
+        "accuracy", "loss", "parameters", "trained", "state",
+    ]  # fmt: skip
     assert frame.index.name == "rank"
     assert (
         frame.loc[3, "accuracy"] == 0.85 and frame.loc[3, "parameters"] == 220

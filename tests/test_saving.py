@@ -511,9 +511,9 @@ def test_an_interrupted_replacement_keeps_the_old(tmp_path, monkeypatch):
 def test_cutting_below_the_lowest_trained_rank_is_warned_of(tmp_path):
     model = kd.enable_dylora(gpt2(), rank=4, min_rank=3)
     kd.save_adapter(model, tmp_path / "a", rank=3)
-    with pytest.warns(UserWarning, match="rank=2 of one .* from rank 3 on"):
+    with pytest.warns(UserWarning, match="rank=2 of .* from rank 3 on"):
         kd.save_adapter(model, tmp_path / "b", rank=2)
-    with pytest.warns(UserWarning, match="rank=1 of one .* from rank 3 on"):
+    with pytest.warns(UserWarning, match="rank=1 of .* from rank 3 on"):
         kd.truncate(model, 1)
 
 

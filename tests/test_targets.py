@@ -163,7 +163,8 @@ def test_a_head_on_a_backbone_is_trained(around):
     head = model.layers[-1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kd.enable_dylora(model, rank=2)
+        known = {"backbone": backbone} if around is headed else {}
+        kd.enable_dylora(model, rank=2, **known)
     others = {id(v) for v in model.trainable_variables} - {
         id(v) for x in model.dylora_layers for v in (x.down, x.up)
     }

@@ -11,10 +11,10 @@ from safetensors import numpy as safetensors
 from keras_dylora import files
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
-from keras_dylora.model import DyLoRAModel
+from keras_dylora.allocation import Rank
+from keras_dylora.model import DyLoRAModel, Model, adaptation_of
 from keras_dylora.named import DEFAULT
 from keras_dylora.tree import Tree
-from keras_dylora.types import Model, Rank
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -56,6 +56,7 @@ def save_adapter(
     ```
     """
     weights = AdapterWeights.of(Tree(model)).cut(rank)
+    adaptation_of(model).warn_of_cut(rank)
     tensors = {name: x.copy("C") for name, x in weights.tensors().items()}
     written = files.together(WEIGHTS_NAME, CONFIG_NAME)
     with files.new_directory(directory, overwrite, written) as folder:

@@ -17,15 +17,16 @@ from keras_dylora.adapters.weights import (
     check_float,
     check_shapes,
 )
+from keras_dylora.allocation import Rank
 from keras_dylora.config import DyLoRAConfig
+from keras_dylora.cuts import warn_of_cut
 from keras_dylora.geometry import Factors, float32_array
 from keras_dylora.layers import matrix_shape
-from keras_dylora.model import adaptation_of
+from keras_dylora.model import Model, adaptation_of
 from keras_dylora.named import DEFAULT
 from keras_dylora.ranks import as_rank, as_ranks
 from keras_dylora.report import RankReport
 from keras_dylora.tree import Tree
-from keras_dylora.types import Model, Rank
 
 LAYOUTS = ("peft", "server")
 # What transformers calls the embeddings of tokens, and those of the output.
@@ -145,6 +146,7 @@ def to_peft(
     tree = Tree(model)
     whole = AdapterWeights.of(tree)
     cut = {name: whole.cut(b) for name, b in chosen.items()}
+    adaptation_of(model).warn_of_cut(*chosen.values())
     family = layout_of(model)
     modules = family.modules(tree)
     every = tree.weights
@@ -341,7 +343,8 @@ def from_peft(
     tree = Tree(model)
     weights = _read(tree, directory, strict, head)
     if rank is not None:
-        weights = weights.cut(rank)
+        whole, weights = weights, weights.cut(rank)
+        warn_of_cut([rank], whole.config.min_rank, whole.layers.values)
     weights.put_on(tree, whole=False, strict=strict, name=name)
     return model
 

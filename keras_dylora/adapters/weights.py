@@ -26,15 +26,13 @@ class AdapterWeights:
 
     Each layer has a rank and a scale of its own; the config's rank is the
     highest. Moving averages beside what was trained are with it. The identity
-    of the model that they are of may be unknown, in an old file, and the lowest
-    rank of training, which the config's tells then.
+    of the model that they are of may be unknown, in an old file.
     """
 
     layers: dict[str, Factors]
     trained: dict[str, np.ndarray]
     config: DyLoRAConfig
     identity: Identity | None = None
-    lowest: int | None = None
 
     @classmethod
     def of(cls, tree):
@@ -50,14 +48,12 @@ class AdapterWeights:
             {p: float32_array(v) for p, v in trained.items()},
             config,
             Identity.of(tree, trained),
-            adaptation.lowest_trained,
         )
 
     def cut(self, ranks):
         """The same at a rank, by default the highest, or at one for each path.
 
-        Really smaller. Raises what `ranks.by_layer` does. To be called by what
-        the user calls, to which a warning points.
+        Really smaller. Raises what `ranks.by_layer` does.
         """
         ranks = rank_functions.by_layer(
             self.config.rank if ranks is None else ranks,
@@ -71,12 +67,7 @@ class AdapterWeights:
                 path: factors.cut(ranks[path], self.config.scale)
                 for path, factors in self.layers.items()
             },
-            config=self.config.truncated(
-                ranks.values(),
-                self.layers.values(),
-                self.lowest,
-                stacklevel=4,
-            ),
+            config=self.config.at_maximum(max(ranks.values())),
         )
 
     def placed(self, tree, whole=True, strict=True, name=DEFAULT):
@@ -196,10 +187,10 @@ class AdapterWeights:
             layer.up.assign(padded.up * np.float32(padded.scale / scale))
         adaptation.named.limit = None
         if rank < config.rank:
-            model.set_rank(rank)
+            adaptation.set_ranks(rank)
             adaptation.named.limit = rank
         if len(set(self.ranks.values())) > 1:
-            model.set_rank(self.ranks)
+            adaptation.set_ranks(self.ranks)
         weights = tree.weights
         for path, value in self.trained.items():
             weights[path].assign(value)

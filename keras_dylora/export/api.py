@@ -9,13 +9,12 @@ import keras
 
 from keras_dylora import files, summary
 from keras_dylora import ranks as ranks_module
-from keras_dylora.allocation import RankAllocation
+from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.export import by_tensorflow, manifest
 from keras_dylora.export.plan import Inputs, Plan, Served, ServedAdapter
 from keras_dylora.export.verify import verify as verify_artifact
 from keras_dylora.model import adaptation_of
 from keras_dylora.report import RankReport
-from keras_dylora.types import Rank
 
 LAYOUTS = ("shared", "merged")
 FORMATS = ("saved_model", "onnx", "litert")
@@ -144,6 +143,8 @@ def export_ranks(
     _check_model(model, plan)
     metrics = _check_report(report, named, plan)
     _check_packages(plan, verify)
+    if not served:
+        adaptation.warn_of_cut(*named.values())
     progress = keras.utils.Progbar(
         plan.steps + bool(verify), verbose=int(bool(verbose)), unit_name="step"
     )

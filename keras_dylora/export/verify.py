@@ -230,7 +230,7 @@ def _live(model, plan, name, tensors, adapter, served):
     tensors = {k: ops.convert_to_tensor(v) for k, v in tensors.items()}
     if adapter is not None:
         model.set_adapter(adapter)
-    with model.rank_scope(served.ranks(model._dylora.layers)):
+    with model._dylora.at(served.ranks(model._dylora.layers)):
         if name == "generate":
             outputs = model.make_generate_function()(
                 tensors, stop_token_ids=None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora.paths import layer_paths
+from keras_dylora.tree import Tree
 from tests import backend
 from tests.families.zoo import CONVOLUTIONS, FAMILIES
 from tests.models import randomize_adapters
@@ -24,7 +24,7 @@ ADAPTABLE = sorted(set(FAMILIES) - CONVOLUTIONS)
 
 
 def adapted(model):
-    paths = [path for path, x in layer_paths(model).items()
+    paths = [path for path, x in Tree(model).layers.items()
              if x in model.dylora_layers]  # fmt: skip
     shown = [re.sub(r"\d+", "N", re.sub(r"_\d+(?=/|$)", "", p)) for p in paths]
     return dict(collections.Counter(shown))

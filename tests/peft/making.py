@@ -5,7 +5,7 @@ import transformers
 
 from keras_dylora.adapters.families import layout_of
 from keras_dylora.layers import geometry
-from keras_dylora.paths import layer_paths, weight_paths
+from keras_dylora.tree import Tree
 from tests.models import VOCABULARY
 from tests.peft.twins import with_head
 
@@ -75,9 +75,9 @@ def by_hand(cls, backbone, names, **sizes):
         head = {"num_classes": 3} if cls.endswith("Classifier") else {}
         model = getattr(HUB, cls)(body, **head) if cls != backbone else body
         values = {k: x.detach().numpy() for k, x in twin.named_parameters()}
-        layers, layout = layer_paths(model), layout_of(model)
-        for module, paths in layout.modules(model).items():
-            ours = [layers[path] for path in paths]
+        tree, layout = Tree(model), layout_of(model)
+        for module, paths in layout.modules(tree).items():
+            ours = [tree.layers[path] for path in paths]
             columns = layout.columns(ours)
             for layer, places in zip(ours, columns, strict=True):
                 matrix = values[f"{module}.weight"].T[:, places]
@@ -85,7 +85,7 @@ def by_hand(cls, backbone, names, **sizes):
                 if layer.bias is not None:
                     bias = values[f"{module}.bias"][places]
                     layer.bias.assign(bias.reshape(layer.bias.shape))
-        weights = weight_paths(model)
+        weights = tree.weights
         pairs = names(weights) if callable(names) else names
         for name, theirs in pairs.items():
             for i in range(2) if "{}" in name else [0]:

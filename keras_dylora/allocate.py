@@ -9,7 +9,6 @@ down; at the end they are rounded.
 
 import itertools
 import numbers
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -18,7 +17,8 @@ import numpy as np
 
 from keras_dylora import training
 from keras_dylora.allocation import RankAllocation
-from keras_dylora.evaluation import EvaluationData, check_compiled
+from keras_dylora.evaluation import check_compiled
+from keras_dylora.evaluation_data import EvaluationData
 from keras_dylora.layers import matrix_shape
 from keras_dylora.model import adaptation_of
 
@@ -44,20 +44,7 @@ def allocate_ranks(
     model: keras.Model,
     x: Any,
     y: Any = None,
-    *,
-    budget: Sequence[float],
-    sample_weight: Any = None,
-    batch_size: int = 32,
-    verbose: int | Literal["auto"] = "auto",
-) -> list[RankAllocation]: ...
-
-
-@overload
-def allocate_ranks(
-    model: keras.Model,
-    x: Any,
-    y: Any,
-    budget: Sequence[float],
+    budget: Sequence[float] = ...,
     sample_weight: Any = None,
     batch_size: int = 32,
     verbose: int | Literal["auto"] = "auto",
@@ -120,7 +107,7 @@ def allocate_ranks(
     check_compiled(model)
     search = _Search(model)
     sizes = search.sizes(budget)
-    _warn_unless_nested(adaptation)
+    adaptation.warn_of_cut(1)
     steps = STEPS * len(sizes)
     batches = _batches(model, x, y, sample_weight, batch_size, steps)
     bar = keras.utils.Progbar(steps, verbose=int(verbose != 0))
@@ -252,16 +239,3 @@ def _batches(model, x, y, sample_weight, batch_size, steps):
         kwargs["sample_weight"] = sample_weight
     data = EvaluationData(model, x, y, kwargs)
     return itertools.cycle(itertools.islice(data.batches(batch_size), steps))
-
-
-def _warn_unless_nested(adaptation):
-    lowest = adaptation.lowest_trained
-    if lowest > 1 and not all(
-        layer.factors().is_ordered for layer in adaptation.layers.values()
-    ):
-        warnings.warn(
-            "Ranks can be chosen of a model that was trained at all of them, "
-            "or after `order_ranks`. Received: a model that was trained from "
-            f"rank {lowest} on",
-            stacklevel=3,
-        )

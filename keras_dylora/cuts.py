@@ -1,0 +1,41 @@
+"""Cuts: which are good, and the one warning of those that aren't."""
+
+import sys
+import warnings
+
+
+def are_ordered(adapters):
+    """Whether cuts of these `Factors` are good: their columns are in order.
+
+    One at least must be trained; those that aren't are zero at every rank.
+    """
+    used = [x for x in adapters if x.up.any()]
+    return bool(used) and all(x.is_ordered for x in used)
+
+
+def warn_of_cut(ranks, lowest, adapters):
+    """Warns where a rank was neither trained nor is a good cut.
+
+    Args:
+        ranks: iterable of int; 0 needs no training.
+        lowest: int. The lowest rank that was trained.
+        adapters: function that gives the `Factors`, called if need be.
+    """
+    low = min(filter(None, ranks), default=lowest)
+    if low < lowest and not are_ordered(adapters()):
+        warnings.warn(
+            "Adapters are of use at a rank that they were trained at, or "
+            f"after `order_ranks`. Received: rank={low} of adapters that were "
+            f"trained from rank {lowest} on",
+            stacklevel=users_line(),
+        )
+
+
+def users_line():
+    """The `stacklevel` of the first line that isn't ours or Keras's."""
+    frame, level = sys._getframe(1), 1
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "keras_dylora", "keras", "keras_hub", "contextlib",
+    ):  # fmt: skip
+        frame, level = frame.f_back, level + 1
+    return level
