@@ -17,6 +17,7 @@ from keras_dylora.layers import ADAPTED_CLASSES
 from keras_dylora.named import NamedAdapters
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import uncompiled
+from keras_dylora.saving import with_whole_configs
 from keras_dylora.spec import Spec
 from keras_dylora.training.full_rank import at_full_rank
 from keras_dylora.training.objectives import OBJECTIVES
@@ -448,6 +449,7 @@ def as_plain(tree, whole=False):
             _as_float(layers),
             uncompiled(model),
             as_original(instances),
+            with_whole_configs(model),
         ):
             restore(adaptation.before)
             yield

@@ -1,5 +1,7 @@
 """merge and truncate: one rank made a plain model, or the new maximum."""
 
+import itertools
+
 import keras
 
 from keras_dylora import _keras, ranks, training
@@ -73,21 +75,24 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     _keras.settle_dtype_policies(merged)
     # By position: Keras numbers unnamed layers anew.
     here, there = (list(x.layers.values()) for x in (tree, Tree(merged)))
-    if len(here) != len(there):
+    by_id = {id(x): chosen[path] for path, x in adaptation.layers.items()}
+    pairs = zip(here, there, strict=False)
+    adapted = [(layer, target) for layer, target in pairs if id(layer) in by_id]
+    sources = _other_weights(model, [layer for layer, _ in adapted])
+    targets = _other_weights(merged, [target for _, target in adapted])
+    shapes = [[tuple(w.shape) for w in x] for x in (sources, targets)]
+    differ = [x for x in itertools.zip_longest(*shapes) if x[0] != x[1]]
+    if len(here) != len(there) or differ:
         raise ValueError(
             "The config of a model must give the same layers again. Received: "
-            f"{model.name} with {len(here)} layers, {len(there)} once rebuilt"
+            f"{model.name} with {len(here)} layers, {len(there)} once rebuilt; "
+            f"shapes of weights before and after {differ[:3]}"
         )
-    by_id = {id(x): chosen[path] for path, x in adaptation.layers.items()}
-    pairs = zip(here, there, strict=True)
-    adapted = [(layer, target) for layer, target in pairs if id(layer) in by_id]
     for layer, target in adapted:
         update = layer.delta_kernel(by_id[id(layer)])
         target.kernel.assign(float_kernel(layer) + update)
         if layer.bias is not None:
             target.bias.assign(_keras.value_for_another(layer.bias))
-    sources = _other_weights(model, [layer for layer, _ in adapted])
-    targets = _other_weights(merged, [target for _, target in adapted])
     for target, source in zip(targets, sources, strict=True):
         target.assign(_keras.value_for_another(source))
     if model.compiled:

@@ -1,5 +1,9 @@
 """What a file of an enabled model has beside Keras's own."""
 
+import contextlib
+import functools
+import inspect
+
 import keras
 
 from keras_dylora import _keras
@@ -15,9 +19,7 @@ NO_HDF5 = (
 def check_savable(tree):
     """Raises a `ValueError` if a file of an enabled model couldn't be loaded.
 
-    With Keras's own LoRA beside, with values in the place of weights, or where
-    a class of KerasHub's doesn't say in its config how it was made (Llama 3's
-    `tie_word_embeddings`, 0.32).
+    With Keras's own LoRA beside, or with values in the place of weights.
     """
     check_constants(tree.model)
     lora = [
@@ -28,17 +30,36 @@ def check_savable(tree):
             "A model that is enabled can't be saved with Keras's own LoRA in "
             f"it. Received: LoRA at {lora}"
         )
-    for each in tree.every.values():
-        if not isinstance(each, keras.Model):
-            continue
-        cls = getattr(type(each), "original_class", type(each))
-        tied = "tie_word_embeddings"
-        if getattr(each, tied, False) and tied not in cls.get_config(each):
-            raise ValueError(
-                f"{cls.__name__} forgets `{tied}` in its config, so that its "
-                "file couldn't be loaded. Use `save_adapter`, or untied "
-                f"embeddings. Received: {each.name} with {tied}=True"
-            )
+
+
+@contextlib.contextmanager
+def with_whole_configs(model):
+    """Within it, the config of a KerasHub model names all its arguments.
+
+    Some classes forget one (0.32: Llama's `tie_word_embeddings`, the
+    `head_dtype` of image classifiers), so that a copy would have other weights.
+    """
+    named = [x for x in _keras.submodels(model) if hasattr(x, "save_to_preset")]
+    for each in named:
+        config = functools.partial(_whole_config, each, each.get_config)
+        each.__dict__["get_config"] = config
+    try:
+        yield
+    finally:
+        for each in named:
+            del each.__dict__["get_config"]
+
+
+def _whole_config(model, get_config):
+    config = get_config()
+    held = vars(model)
+    if hasattr(model, "output_dense"):
+        held = {"head_dtype": model.output_dense.dtype_policy, **held}
+    kinds = bool, int, float, str, list, tuple, keras.DTypePolicy
+    for name in inspect.signature(type(model).__init__).parameters:
+        if name not in config and isinstance(held.get(name), kinds):
+            config[name] = keras.saving.serialize_keras_object(held[name])
+    return config
 
 
 # In a file, a model's own weights have numbers. The next are of the place in

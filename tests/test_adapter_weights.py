@@ -27,7 +27,7 @@ def enabled(**arguments):
 
 @pytest.mark.parametrize("ranks", [3, [2, 1, 3, 1]], ids=["one", "by-layer"])
 @pytest.mark.parametrize("alpha", [16, 5], ids=["same-alpha", "other-alpha"])
-def test_cut_and_put_on(Tree(ranks), alpha):
+def test_cut_and_put_on(ranks, alpha):
     model = enabled()
     weights = AdapterWeights.of(Tree(model))
     if isinstance(ranks, list):

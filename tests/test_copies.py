@@ -6,7 +6,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
-from tests.models import enabled, tokens
+from tests.models import enabled, randomize, randomize_adapters, tokens
 
 
 def by_state_tree(model, set_rank):
@@ -88,14 +88,53 @@ def test_a_model_that_computes_with_values_of_weights_isnt_copied(tmp_path):
     kd.save_adapter(model, tmp_path / "adapter")
 
 
-def test_a_model_whose_config_forgets_its_tie_isnt_saved(tmp_path):
+TIED = {
+    "llama": ("LlamaBackbone", "LlamaCausalLM"),
+    "llama3": ("Llama3Backbone", "Llama3CausalLM"),
+}
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_copies_are_tied_where_the_config_forgets_the_tie(family, tmp_path):
     hub = pytest.importorskip("keras_hub")
-    backbone = hub.models.Llama3Backbone(
+    backbone, task = (getattr(hub.models, name) for name in TIED[family])
+    backbone = backbone(
         vocabulary_size=8, num_layers=1, num_query_heads=2, hidden_dim=8,
         intermediate_dim=8, num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
-    model = hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    model = randomize(task(backbone, preprocessor=None))
     kd.enable_dylora(model, rank=2, verbose=0)
-    with pytest.raises(ValueError, match="forgets `tie_word_embeddings`"):
-        model.save(tmp_path / "model.keras")
-    assert not list(tmp_path.iterdir())
+    randomize_adapters(model)
+    x = {
+        "token_ids": np.array([[1, 2, 3, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0]]),
+    }
+    expected = backend.to_numpy(model(x))
+    model.save(tmp_path / "model.keras")
+    for copy in (
+        kd.merge(model),
+        keras.saving.load_model(tmp_path / "model.keras"),
+    ):
+        assert len(copy.weights) <= len(model.weights)
+        np.testing.assert_allclose(
+            backend.to_numpy(copy(x)), expected, atol=1e-5
+        )
+
+
+def test_copies_have_the_dtype_of_an_image_head(tmp_path):
+    hub = pytest.importorskip("keras_hub")
+    backbone = hub.models.ViTBackbone(
+        image_shape=(16, 16, 3), patch_size=8, num_layers=1, num_heads=2,
+        hidden_dim=8, mlp_dim=16, dtype="bfloat16",
+    )  # fmt: skip
+    model = hub.models.ViTImageClassifier(
+        backbone, 3, preprocessor=None, head_dtype="float32"
+    )
+    kd.enable_dylora(model, rank=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    for copy in (
+        kd.merge(model),
+        keras.saving.load_model(tmp_path / "model.keras"),
+    ):
+        assert copy.output_dense.kernel.dtype == "float32"
+        assert copy.backbone.dtype_policy.name == "bfloat16"

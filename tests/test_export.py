@@ -19,7 +19,8 @@ import pytest
 import keras_dylora as kd
 from keras_dylora.export import export_ranks
 from keras_dylora.export.by_tensorflow import custom_modules
-from keras_dylora.export.plan import Inputs
+from keras_dylora.export.plan import Inputs, Plan, Served
+from keras_dylora.export.verify import verify
 from keras_dylora.files import sha256
 from tests import backend
 from tests.models import (
@@ -423,6 +424,15 @@ class Native(keras.layers.Layer):
         raise NotImplementedError("written for another backend")
 
 @keras.saving.register_keras_serializable("test")
+class Table(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table = keras.ops.arange(600, dtype="float32")
+
+    def call(self, x):
+        return x + self.table[3:9]
+
+@keras.saving.register_keras_serializable("test")
 class Custom(kd.DyLoRAModel):
     def __init__(self, layer=None, **kwargs):
         super().__init__(**kwargs)
@@ -694,6 +704,33 @@ def test_portable_formats(tmp_path, format, file):
     manifest = json.loads((path / "manifest.json").read_text())
     assert list(manifest["files"]) == [f"rank_1/{file}", f"rank_4/{file}"]
     assert max(manifest["largest_difference"].values()) <= 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("format", ["onnx", "litert"])
+def test_a_tensor_that_a_layer_holds_is_no_input(tmp_path, custom, format):
+    path = tmp_path / "artifact"
+    export_ranks(
+        custom_model(custom, custom.Table()),
+        path,
+        ranks=[2],
+        layout="merged",
+        format=format,
+        verbose=False,
+    )
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert max(manifest["largest_difference"].values()) <= 1e-5
+
+
+def test_artifact_that_cannot_run_is_told_for_what_it_is(tmp_path):
+    model = mlp()
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "model.onnx").write_bytes(b"no model")
+    ranks = (Served("two", 2, 2),)
+    inputs = Inputs.of(model)
+    plan = Plan(ranks, "merged", "onnx", None, inputs, False, False)
+    with pytest.raises(RuntimeError, match="'onnx' must run on .* inputs"):
+        verify(model, tmp_path, plan)
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):

@@ -40,6 +40,11 @@ def _to_onnx(source, target, plan):
     import tf2onnx
 
     artifact = tf.saved_model.load(str(source))
+    serve = artifact.signatures["serve"]
+    held = [
+        x if x.dtype == tf.resource else x.numpy()
+        for x in serve.captured_inputs
+    ]
     specs = [
         tf.TensorSpec(x.shape, x.dtype, name=x.name) for x in plan.inputs.specs
     ]
@@ -47,8 +52,10 @@ def _to_onnx(source, target, plan):
     @tf.function(input_signature=specs, autograph=False)
     def function(*tensors):
         names = [spec.name for spec in specs]
-        inputs = dict(zip(names, tensors, strict=True))
-        return artifact.signatures["serve"](**inputs)
+        # tf2onnx makes inputs of tensors that a function holds, as of a table
+        # of positions.
+        serve.set_external_captures([tf.convert_to_tensor(x) for x in held])
+        return serve(**dict(zip(names, tensors, strict=True)))
 
     tf2onnx.convert.from_function(
         function,

@@ -121,9 +121,11 @@ def _run(calls, plan):
             # -P: this folder's modules must not hide others of their name.
             process.run(["-P", str(script), str(temporary)], temporary)
         except process.ChildError as error:
+            rule = f"of format {plan.format!r} must run on the model's inputs"
+            if error.kind == "ModuleNotFoundError":
+                rule = f"must run without {request['blocked']}"
             raise RuntimeError(
-                "The artifact must run in a process without keras_dylora; "
-                f"nothing was written. Received: {error}"
+                f"The artifact {rule}; nothing was written. Received: {error}"
             ) from error
         for i in range(len(calls)):
             with np.load(temporary / f"{i}.outputs.npz") as file:
