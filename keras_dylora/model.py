@@ -74,8 +74,9 @@ class DyLoRAModel(keras.Model):
 
     Each training step draws a rank `b`, runs Keras's own step with the first
     `b` columns and rows of every adapter (Algorithm 1), and logs it as
-    `rank`. In frozen mode nothing but column and row `b` of the adapters, and
-    the layers that are trained in full, may change (Eq. 10).
+    `rank`, or as `drawn_rank` beside a metric called `rank`. In frozen mode
+    nothing but column and row `b` of the adapters, and the layers that are
+    trained in full, may change (Eq. 10).
 
     `enable_dylora` turns an existing model into one. A model that is built
     from `DyLoRADense` and `DyLoRAEinsumDense` layers, functional or

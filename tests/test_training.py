@@ -213,6 +213,29 @@ def test_fit_logs_the_drawn_ranks_and_keeps_the_inference_rank(frozen):
     np.testing.assert_allclose(history.history["val_loss"][-1], loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "outputs, mine, drawn",
+    [(["out"], "rank", "drawn_rank"), (["rank", "b"], "rank_rank", "rank")],
+    ids=["one output", "two outputs"],
+)
+def test_a_metric_called_rank_keeps_its_name(outputs, mine, drawn):
+    def rank(y_true, y_pred):
+        return keras.ops.zeros_like(y_pred[:, 0]) - 1
+
+    trunk, (x, y) = mlp(), mlp_data(16)
+    model = kd.DyLoRAModel(trunk.input, dict.fromkeys(outputs, trunk.output))
+    model.compile("sgd", "mse", metrics={name: [rank] for name in outputs})
+    seen = []
+    record = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(dict(logs))
+    )
+    y = dict.fromkeys(outputs, y)
+    history = model.fit(x, y, verbose=0, callbacks=[record]).history
+    expected = int(model._dylora.draw(keras.ops.convert_to_tensor(0)))
+    for logs in (seen[0], {name: v[0] for name, v in history.items()}):
+        assert (int(logs[mine]), int(logs[drawn])) == (-1, expected)
+
+
 def test_the_seed_decides_the_sequence():
     draws = [
         [

@@ -28,7 +28,7 @@ def train_step(model, keras_step, data):
             gate.assign(value)
     if model._dylora.config.frozen:
         step.hold(model, masked, before, iterations)
-    return {**logs, **drawn}
+    return step.logged(logs, drawn)
 
 
 def restore_rank_on_error(model, function):

@@ -34,7 +34,7 @@ def train_step(model, keras_step, state, data):
             gate.assign(value)
         if model._dylora.config.frozen:
             step.hold(model, masked, before, iterations)
-    return {**logs, **drawn}, (*_values(scope, model), state[3])
+    return step.logged(logs, drawn), (*_values(scope, model), state[3])
 
 
 def _lists(model):

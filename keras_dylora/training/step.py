@@ -66,6 +66,16 @@ def drawn(model, x, state=None):
     return gate, [scope.get_current_value(v) for v in variables]
 
 
+def logged(logs, drawn):
+    """Logs of Keras's step with those of `begin`, none of which is lost.
+
+    A metric of the user's may be called `rank`; the drawn one is `drawn_rank`
+    then.
+    """
+    free = {f"drawn_{k}" if k in logs else k: v for k, v in drawn.items()}
+    return {**logs, **free}
+
+
 @contextlib.contextmanager
 def training(model, gates):
     """Within it, `model.compute_loss` is the objective's.
