@@ -291,8 +291,11 @@ def replace_value(variable, value):
     """
     if keras.backend.backend() == "torch":
         parameter = variable.value
-        value = ops.convert_to_tensor(value, variable.dtype)
-        parameter.data = value.detach().to(parameter.device)
+        value = ops.convert_to_tensor(value, variable.dtype).detach()
+        if value.is_inference() and not parameter.is_inference():
+            variable.assign(value)  # to be trained
+        else:
+            parameter.data = value.to(parameter.device)
     else:
         variable.assign(value)
 
