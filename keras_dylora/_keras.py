@@ -25,6 +25,17 @@ def set_class(instance, cls):
     object.__setattr__(instance, "__class__", cls)
 
 
+def stand_in(layer, cls, **attributes):
+    """An object of a class that shares all of a built layer but attributes.
+
+    To call a method of it as if the layer had other ones: those of the layer
+    itself are shared by the threads that call it. Nothing is to be set on it.
+    """
+    other = object.__new__(cls)
+    other.__dict__.update(layer.__dict__, **attributes)
+    return other
+
+
 @contextlib.contextmanager
 def unlocked(layer):
     """Lets a built layer take new variables, under its own path.
@@ -285,8 +296,11 @@ def replace_value(variable, value):
     """
     if keras.backend.backend() == "torch":
         parameter = variable.value
-        value = ops.convert_to_tensor(value, variable.dtype)
-        parameter.data = value.detach().to(parameter.device)
+        value = ops.convert_to_tensor(value, variable.dtype).detach()
+        if value.is_inference() and not parameter.is_inference():
+            variable.assign(value)  # to be trained
+        else:
+            parameter.data = value.to(parameter.device)
     else:
         variable.assign(value)
 

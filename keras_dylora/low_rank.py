@@ -236,34 +236,26 @@ class LowRankAdapter(_Base):
         if torch_product.ON_TORCH:
             base = torch_product.base(self, inputs)
         if base is None:
-            return self._call_adapted(super().call, inputs, training)
+            return self._call_adapted("call", inputs, training)
         outputs, rows, kept = base
         bottleneck, up = self._bottleneck(rows, kept, training)
         outputs = torch_product.add_product(self, outputs, bottleneck, up, kept)
-        return outputs if self._is_linear else self.activation(outputs)
+        return self._activated(outputs)
 
     def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
-        return self._call_adapted(super().quantized_call, inputs, training)
+        return self._call_adapted("quantized_call", inputs, training)
 
-    def _call_adapted(self, base_call, inputs, training):
+    def _call_adapted(self, method, inputs, training):
         rows, kept = self._geometry.rows(inputs)
         rows = ops.cast(rows, self.compute_dtype)
         bottleneck, up = self._bottleneck(rows, kept, training)
         update = self._geometry.back(bottleneck @ up, kept)
-        if self._is_linear:
-            return base_call(inputs) + update
-        # The adapter is added before the activation, which the base layer's
-        # call would apply.
-        activation, self.activation = self.activation, None
-        try:
-            outputs = base_call(inputs)
-        finally:
-            self.activation = activation
-        return activation(outputs + update)
+        # The adapter is added before the activation.
+        base = _keras.stand_in(self, self.original_class, activation=None)
+        return self._activated(getattr(base, method)(inputs) + update)
 
-    @property
-    def _is_linear(self):
-        return self.activation in (None, keras.activations.linear)
+    def _activated(self, outputs):
+        return self.activation(outputs) if self.activation else outputs
 
     def _bottleneck(self, rows, kept, training):
         """`(rows @ down) * gate`, and `up`, with which it is multiplied.

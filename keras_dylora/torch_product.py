@@ -61,8 +61,7 @@ class GateRows:
     """
 
     def __init__(self):
-        self._value = self._state = None
-        self._rows = {}  # by name
+        self._kept = None, None, {}  # the value, its state, rows by name
 
     def row(self, variable, index, dtype):
         def cast_row(value):
@@ -75,12 +74,16 @@ class GateRows:
 
     def _row(self, variable, index, name, function):
         value = variable.value
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or value.is_inference():
             return function(value[index])
         # `_version` counts what is assigned; another place is another device.
         state = value.data_ptr(), value._version
-        if self._value is not value or self._state != state:
-            self._value, self._state, self._rows = value, state, {}
-        if name not in self._rows:
-            self._rows[name] = function(value.detach()).unbind()
-        return self._rows[name][index]
+        *kept, rows = self._kept
+        if kept[0] is not value or kept[1] != state:
+            rows = {}
+            self._kept = value, state, rows  # at once, as threads share it
+        if name not in rows:
+            # Training reads what a call in inference mode has made.
+            with torch.inference_mode(False):
+                rows[name] = function(value.detach()).unbind()
+        return rows[name][index]

@@ -47,6 +47,20 @@ def set_class():
     assert layer(np.ones((1, 2))).shape == (1, 3)
 
 
+def stand_in():
+    layer = keras.layers.Dense(3, "relu", bias_initializer="ones")
+    layer.build((None, 2))
+    for mode, method in ((None, "call"), ("int8", "quantized_call")):
+        if mode:
+            layer.quantize(mode)
+        other = _keras.stand_in(layer, keras.layers.Dense, activation=None)
+        x = keras.ops.convert_to_tensor(-9 * np.eye(2, dtype="float32"))
+        outputs = backend.to_numpy(getattr(other, method)(x))
+        assert (outputs < 0).any()
+        expected = np.maximum(outputs, 0)
+        np.testing.assert_allclose(backend.to_numpy(layer(x)), expected)
+
+
 def unlocked():
     layer = dense()
     with pytest.raises(ValueError):
@@ -313,6 +327,7 @@ def public_optimizers():
 # What each is for, and so what breaks.
 BREAKS = {
     set_class: "enable_dylora and disable_dylora, in place",
+    stand_in: "the adapter of a layer is added behind its activation",
     unlocked: "adapters of layers that are built",
     forget: "disable_dylora and truncate: variables stay behind",
     metric_directions: "reports: the best rank may be the worst",

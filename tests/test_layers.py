@@ -1,5 +1,7 @@
 """The layers, against their formula in NumPy."""
 
+import concurrent.futures
+
 import keras
 import numpy as np
 import pytest
@@ -96,6 +98,65 @@ def test_einsum_with_axes_in_another_order(equation, output_shape):
     layer.build((2, 3, 6))
     x = np.random.default_rng(1).normal(size=(2, 3, 6)).astype("float32")
     assert_merged_alike(randomize(layer), x)
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"], ids=str)
+@pytest.mark.parametrize("equation", [None, "abc,cd->adb"], ids=str)
+def test_threads_share_a_layer(equation, mode):
+    """On each backend, where it isn't a product of matrices for torch too."""
+    options = {"activation": "relu", "rank": 2}
+    if equation:
+        layer = kd.DyLoRAEinsumDense(equation, (16, 8), **options)
+    else:
+        layer = kd.DyLoRADense(16, **options)
+    layer.build((4, 8, 256))
+    randomize(layer)
+    inputs = keras.Input((8, 256))
+    model = kd.DyLoRAModel(inputs, layer(inputs))
+    if mode:
+        model.quantize(mode)
+    x = np.random.default_rng(1).normal(size=(4, 8, 256)).astype("float32")
+    expected = backend.to_numpy(layer(x))
+    assert (expected == 0).any()
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        outputs = threads.map(lambda _: backend.to_numpy(layer(x)), range(80))
+        for output in outputs:
+            np.testing.assert_array_equal(output, expected)
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="has inference tensors")
+@pytest.mark.parametrize("context", ["inference_mode", "no_grad"])
+def test_trains_after_a_call_without_gradients(context):
+    import torch
+
+    layer = kd.DyLoRADense(3, rank=2, min_rank=2)
+    model = keras.Sequential([keras.Input((10,)), layer])
+    model.compile("sgd", "mse")
+    x, y = mlp_data(8)
+    model.fit(x, y, verbose=0)
+    with getattr(torch, context)():
+        layer.set_rank(1)
+        layer.set_rank(2)
+        model(x)
+    before = backend.to_numpy(layer.up)
+    model.fit(x, y, verbose=0)
+    assert (backend.to_numpy(layer.up) != before).all()
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="has inference tensors")
+def test_what_is_made_in_inference_mode_computes():
+    import torch
+
+    with torch.inference_mode():
+        layer = kd.DyLoRADense(3, rank=2, alpha=6)
+        layer.build((None, 10))
+        randomize(layer)
+        x, _ = mlp_data(8)
+        kernel = backend.to_numpy(layer.kernel) + delta(layer, 2)
+        expected = x @ kernel + backend.to_numpy(layer.bias)
+        np.testing.assert_allclose(
+            backend.to_numpy(layer(x)), expected, rtol=2e-5, atol=2e-5
+        )
 
 
 def _trailing(shape, size):

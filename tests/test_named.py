@@ -15,6 +15,7 @@ from tests.models import (
     classification_loss,
     labels,
     mlp,
+    mlp_data,
     randomize,
     randomize_adapters,
     roberta_classifier,
@@ -365,3 +366,20 @@ def test_what_cannot_be_loaded(tmp_path):
     assert model.adapter_names == ["default", "good"]
     model.set_adapter("default")
     np.testing.assert_array_equal(outputs(model), before)
+
+
+@pytest.mark.skipif(backend.NAME != "torch", reason="has inference tensors")
+def test_changed_in_inference_mode():
+    import torch
+
+    model = mlp()
+    model.compile("adam", "mse")
+    x, y = mlp_data()
+    with torch.inference_mode():
+        model.add_adapter("other")
+        model(x)
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        model.fit(x, y, verbose=0)
+        with torch.inference_mode():
+            model(x)
