@@ -47,6 +47,8 @@ class Adaptation:
         # What `undo` and `as_plain` make trainable again. None of a hand-built
         # model's business.
         self.before = flags(tree) if self.upgraded else []
+        # Whether flags may still take something out of the spec.
+        self.open = not self.upgraded
         # What is trained in full had these values before, by path.
         self.head = None
         self.named = NamedAdapters(self)
@@ -123,13 +125,12 @@ class Adaptation:
     def settle(self, tree):
         """Takes into the `Spec` what the user has made trainable since.
 
-        Of a hand-built model with one adapter, the flags are all there is to
-        say what is trained. Whatever joins several adapters, each has its own.
+        Of a hand-built model that isn't trained yet, flags are all there is to
+        say what will be. Whatever joins several adapters, each has its own.
         """
         if not self.model.trainable:  # the flags say nothing of the rest
             return
-        alone = not self.upgraded and len(self.named.names) == 1
-        spec = Spec.of_flags(tree) if alone else self.spec.joined(tree)
+        spec = Spec.of_flags(tree) if self.open else self.spec.joined(tree)
         if spec == self.spec:
             return
         more = [p for p in spec.full(tree) if p not in self.spec.full(tree)]
@@ -353,6 +354,7 @@ class Adaptation:
             paths = [every[i] for i in places] if places else tree.adapted
             spec = Spec(dict.fromkeys(paths, AdapterArguments.of(dylora)), {})
         adaptation = cls(tree, dylora, spec)
+        adaptation.open = False
         adaptation.apply(tree)
         weights = list(zip(tree.model.weights, trainable, strict=True))
         if "spec" not in config:  # what is trained is what the flags say

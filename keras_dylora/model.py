@@ -433,6 +433,7 @@ class DyLoRAModel(keras.Model):
         """Makes what a step needs beside the layers, once they are built."""
         self._prepare()
         self._dylora.settle(Tree(self))
+        self._dylora.open = False
         self._dylora.named.limit = None  # all columns are trained
         if self.optimizer is None:
             return

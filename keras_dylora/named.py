@@ -84,6 +84,7 @@ class NamedAdapters:
         """Makes a fresh one live, with the head of the one that was."""
         self.check_free(name)
         self.adaptation.settle(tree)
+        self.adaptation.open = False
         values = {p: _copy(v) for p, v in self._own(tree).items()}
         for path, layer in self.adaptation.layers.items():
             for side in ("down", "up"):
