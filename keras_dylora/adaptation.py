@@ -189,9 +189,9 @@ class Adaptation:
     @property
     def lowest_trained(self):
         """int. Of training so far, which within `full_rank_steps` is of one."""
-        begun = int(ops.convert_to_numpy(self.ranks_drawn)) > 0
-        pending = begun and at_full_rank(self)
-        lowest = self.config.rank if pending else self.config.min_rank
+        # The place last: to read it waits for the device.
+        begun = at_full_rank(self) and ops.convert_to_numpy(self.ranks_drawn)
+        lowest = self.config.rank if begun else self.config.min_rank
         return min(lowest, self.max_rank)
 
     @property

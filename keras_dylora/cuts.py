@@ -14,12 +14,9 @@ def are_ordered(adapters):
 
 
 def warn_of_cut(ranks, lowest, adapters):
-    """Warns where a rank was neither trained nor is a good cut.
+    """Warns where a rank is below the lowest trained one, and no good cut.
 
-    Args:
-        ranks: iterable of int; 0 needs no training.
-        lowest: int. The lowest rank that was trained.
-        adapters: function that gives the `Factors`, called if need be.
+    `adapters` is a function that gives the `Factors`, called if need be.
     """
     low = min(filter(None, ranks), default=lowest)
     if low < lowest and not are_ordered(adapters()):

@@ -344,7 +344,9 @@ class DyLoRAModel(keras.Model):
             with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
                 yield self
             return
-        adaptation.warn_of_cut(rank)
+        # A graph of TensorFlow has no values to look at.
+        with contextlib.suppress(NotImplementedError):
+            adaptation.warn_of_cut(rank)
         with adaptation.at(rank):
             yield self
 

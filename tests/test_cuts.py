@@ -7,6 +7,7 @@ import pytest
 
 import keras_dylora as kd
 from keras_dylora.low_rank import LowRankAdapter
+from tests import backend
 from tests.models import (
     allocation,
     gpt2,
@@ -110,6 +111,25 @@ def test_what_is_trained_at_every_rank_is_not_looked_at(monkeypatch):
         pass
 
 
+@pytest.mark.skipif(backend.NAME != "tensorflow", reason="its graphs")
+@pytest.mark.parametrize("options", [{}, {"full_rank_steps": 5}])
+def test_a_scope_in_a_graph(options):
+    import tensorflow as tf
+
+    rank = 1 if options else RANK
+    model = randomize_adapters(mlp(min_rank=rank, options=options))
+    x, _ = mlp_data()
+
+    @tf.function
+    def low(x):
+        with model.rank_scope(1):
+            return model(x)
+
+    found = low(x)
+    with model._dylora.at(1):
+        np.testing.assert_allclose(found, model(x), atol=1e-5)
+
+
 def reported(model, ranks=None):
     model.compile("adam", "mse")
     return kd.evaluate_ranks(model, *mlp_data(), ranks, verbose=0)
@@ -151,7 +171,7 @@ def test_a_named_adapter_of_a_lower_rank(tmp_path):
     kd.save_adapter(randomize_adapters(source), tmp_path / "small")
     model = lora()
     with warnings.catch_warnings(action="error", category=UserWarning):
-        kd.load_adapter(model, tmp_path / "small", name="small")
+        kd.load_adapter(model, tmp_path / "small", name="small", strict=False)
         model.set_rank(2)
     model.compile("adam", "sparse_categorical_crossentropy")
     y = tokens()["token_ids"]
