@@ -287,7 +287,10 @@ class Machine(RuleBasedStateMachine):
     def allocation(self, ranks):
         return kd.RankAllocation.of(
             self.model,
-            {self.paths[name]: b for name, b in zip(ADAPTED, ranks)},
+            {
+                self.paths[name]: b
+                for name, b in zip(ADAPTED, ranks, strict=True)
+            },
         )
 
     @property
@@ -592,7 +595,7 @@ class Machine(RuleBasedStateMachine):
     def set_allocation(self, ranks):
         ranks = [min(b, self.highest) for b in ranks]
         self.model.set_rank(self.allocation(ranks))
-        self.live.ranks = dict(zip(ADAPTED, ranks))
+        self.live.ranks = dict(zip(ADAPTED, ranks, strict=True))
 
     @precondition(lambda self: self.enabled)
     @rule(
@@ -602,7 +605,7 @@ class Machine(RuleBasedStateMachine):
     def truncate(self, rank):
         most = self.arguments.rank
         kept = rank if isinstance(rank, tuple) else (rank, rank)
-        kept = {x: min(b, most) for x, b in zip(ADAPTED, kept)}
+        kept = {x: min(b, most) for x, b in zip(ADAPTED, kept, strict=True)}
         given, ranks = min(rank, most) if isinstance(rank, int) else None, kept
         if given is None:
             given = self.allocation(kept.values())
@@ -706,7 +709,7 @@ class Machine(RuleBasedStateMachine):
         if isinstance(rank, tuple):
             ranks = [min(b, high) for b in rank]
             given, rank = self.allocation(ranks), max(ranks)
-            each = dict(zip(ADAPTED, ranks))
+            each = dict(zip(ADAPTED, ranks, strict=True))
         else:
             rank = high if rank is None else min(rank, high)
             given, each = rank, dict.fromkeys(ADAPTED, rank)
