@@ -8,6 +8,7 @@ raises must have changed nothing.
 
 import copy
 import dataclasses
+import functools
 import shutil
 import tempfile
 import warnings
@@ -33,7 +34,7 @@ ADAPTED = ("first", "second")
 TRAINED = ("statistics", "out")
 # Of a normalization, what no gradient trains.
 STATISTICS = ("moving_mean", "moving_variance")
-STEPS = 3
+STEPS = 2  # the rows of a fresh adapter move first, then its columns
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 6)).astype("float32")
 Y = RNG.normal(size=(4, 2)).astype("float32")
@@ -235,7 +236,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.mkdtemp()
         self.adapter_file = self.weights_file = None
-        self.seed = 0
+        self.seed, self.seen, self.state = 0, None, None
 
     # The account.
 
@@ -312,8 +313,11 @@ class Machine(RuleBasedStateMachine):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=atol * scale)
 
     def check_ranks(self):
-        """Computes at every rank what it should."""
-        for b in range(self.highest + 1):
+        """Is as the account says, and computes so at every rank."""
+        self.is_as_the_account_says()
+        for b in range(1, self.highest + 1):
+            if set(self.live.ranks.values()) == {b}:
+                continue
             with self.model.rank_scope(b):
                 found = backend.to_numpy(self.model(X))
             self.assert_outputs(found, self.computed(b))
@@ -342,17 +346,18 @@ class Machine(RuleBasedStateMachine):
         """Makes each adapter the active one, and goes back."""
         before = self.active
         for name in [*self.adapters, before]:
-            if not self.attempt(lambda: self.model.set_adapter(name), False):
+            change = functools.partial(self.model.set_adapter, name)
+            if not self.attempt(change, False):
                 return
             self.active = name
-            self.is_as_the_account_says()
+            self.check_values()
 
     # The beginning and the end.
 
     @initialize(
         kind=st.sampled_from(list(KINDS)),
         norm=st.booleans(),
-        rank=st.integers(2, 4),
+        rank=st.sampled_from([3, 2]),
         low=st.booleans(),
         scaling=st.sampled_from(["rank", "constant"]),
         dropout=st.sampled_from([0.5, 0.0]),
@@ -460,7 +465,11 @@ class Machine(RuleBasedStateMachine):
         assert dict(rank) == {
             self.paths[name]: b for name, b in self.live.ranks.items()
         }
-        self.assert_outputs(backend.to_numpy(model(X)), self.computed())
+        # Most of the time is that of calls.
+        state = self.computed()
+        if self.seen is not model or not np.array_equal(state, self.state):
+            self.assert_outputs(backend.to_numpy(model(X)), state)
+        self.seen, self.state = model, state
 
     def check_flags(self):
         model, weights = self.model, weights_of(self.model)
@@ -624,7 +633,6 @@ class Machine(RuleBasedStateMachine):
             values[down] = values[down][:, :rank] * (np.arange(rank) < b)
             values[up] = values[up][:rank] * (np.arange(rank) < b)[:, None]
         self.assert_outputs(self.computed(kept), wanted)
-        self.is_as_the_account_says()
         self.check_ranks()
 
     @precondition(lambda self: self.enabled)
@@ -641,7 +649,6 @@ class Machine(RuleBasedStateMachine):
             for key in (f"{name}/down", f"{name}/up"):
                 self.live.values[key] = found[key]
         self.assert_outputs(self.computed(self.highest), wanted)
-        self.is_as_the_account_says()
         self.check_ranks()
 
     @precondition(lambda self: self.enabled)
@@ -672,7 +679,6 @@ class Machine(RuleBasedStateMachine):
         ranks = dict.fromkeys(ADAPTED, self.arguments.rank)
         self.adapters[name] = Adapter(fresh, ranks)
         self.active = name
-        self.is_as_the_account_says()
         self.check_ranks()
 
     @precondition(lambda self: self.enabled)
@@ -766,7 +772,6 @@ class Machine(RuleBasedStateMachine):
         self.adapters[name] = Adapter(values, dict(ranks), limit)
         self.active = name
         self.assert_outputs(self.computed(saved["ranks"]), saved["outputs"])
-        self.is_as_the_account_says()
         self.check_ranks()
 
     @precondition(lambda self: self.adapter_file and not self.by_hand)
@@ -787,7 +792,6 @@ class Machine(RuleBasedStateMachine):
         if not self.attempt(lambda: self.model.save(path), False):
             return
         self.model = keras.saving.load_model(path)
-        self.is_as_the_account_says()
         self.check_ranks()
         self.visit()
 
@@ -819,19 +823,15 @@ class Machine(RuleBasedStateMachine):
         else:  # the one of the file may take the place of the live one
             assert len(adapters) == 1
             self.adapters[self.active] = adapters[active]
-        self.is_as_the_account_says()
         self.check_ranks()
         self.visit()
 
     # The base.
 
-    @precondition(lambda self: self.enabled)
+    @precondition(lambda self: self.enabled and not self.quantized)
     @rule()
     def quantize(self):
-        if not self.attempt(
-            lambda: self.model.quantize("int8"),
-            None if self.quantized else False,
-        ):
+        if not self.attempt(lambda: self.model.quantize("int8"), False):
             return
         found = read(self.model)
         self.base = {k: v for k, v in self.base.items() if k in self.own}
@@ -878,7 +878,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.enabled)
     @rule(
-        rank=st.integers(2, 4),
+        rank=st.sampled_from([3, 2]),
         low=st.booleans(),
         scaling=st.sampled_from(["rank", "constant"]),
         dropout=st.sampled_from([0.5, 0.0]),
@@ -917,7 +917,7 @@ def run(sequences):
             Machine,
             settings=settings(
                 max_examples=sequences,
-                stateful_step_count=12,
+                stateful_step_count=10,
                 deadline=None,
                 derandomize=True,
                 suppress_health_check=list(HealthCheck),
