@@ -336,6 +336,7 @@ class Machine(RuleBasedStateMachine):
             late = self.joined and "trainable" in str(error)
             if refused is False and not stale and not late:
                 raise
+            self.seen = None
             self.is_as_the_account_says()
             self.visit()
             return False
