@@ -78,7 +78,8 @@ class Identity:
             self.layers, here, strict=True
         ):
             paths[path] = mine
-            if (_unnumbered(path), cls) != (_unnumbered(mine), my_class):
+            # Keras leaves out what is above a layer in a model from a file.
+            if (_name(path), cls) != (_name(mine), my_class):
                 raise ValueError(
                     "An adapter must be loaded into a model of the same "
                     f"layers, in the same order. Received: {path!r}, a {cls}, "
@@ -139,5 +140,6 @@ def _first(weight):
     return float32_array(first).reshape(-1)[:ENTRIES].tolist()
 
 
-def _unnumbered(path):
-    return re.sub(r"_\d+(?=/|$)", "", path)
+def _name(path):
+    """The name of a layer, without the number that Keras may give it."""
+    return re.sub(r"_\d+$", "", path.rpartition("/")[2])
