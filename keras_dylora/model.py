@@ -396,6 +396,8 @@ class DyLoRAModel(keras.Model):
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         fit = super().fit
+        if hasattr(self, "_dylora"):
+            self._dylora.warn_of_frozen()
         if self._full_rank_steps:
             order = training.OrderAfterFullRank(training.write_back)
             args, kwargs = training.with_callback(fit, args, kwargs, order)
