@@ -391,7 +391,7 @@ class DyLoRAModel(keras.Model):
             )
         adaptation.named.limit = None  # all columns are trained
         gate, state = training.drawn(self, x, state)
-        with adaptation.overridden(gate):
+        with adaptation.rank_chosen(), adaptation.overridden(gate):
             yield state
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
