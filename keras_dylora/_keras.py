@@ -219,6 +219,23 @@ def override_losses(model, losses):
         model._losses_override = before
 
 
+def put_back(model, state):
+    """Has the variables hold the state that a function of JAX was given.
+
+    Keras takes it out of them for the time of a `fit`, and writes back what a
+    batch before has left: after a function that fails, nothing or too old.
+    """
+    names = ["trainable", "non_trainable", "optimizer", "metrics"]
+    if len(state) == 3:
+        names.remove("optimizer")
+    model._jax_state = {
+        f"{name}_variables": values
+        for name, values in zip(names, state, strict=False)
+    }
+    model._jax_state_synced = False
+    model.jax_state_sync()
+
+
 ACCUMULATOR = "gradient_accumulator"
 
 

@@ -287,6 +287,22 @@ class Adaptation:
                 row = self.layers[path]._gate
                 row.gate.read.add(row.index)
 
+    def warn_of_frozen(self):
+        """Warns of adapters that are frozen in a model that trains."""
+        frozen = [
+            path
+            for path, layer in self.layers.items()
+            if not (layer.down.trainable and layer.up.trainable)
+        ]
+        if frozen and self.model.trainable_variables:
+            warnings.warn(
+                "Adapters that are frozen aren't trained: a layer's "
+                "`trainable` is its adapter's too, and the base is frozen "
+                "anyway. Set `model.trainable` to False and to True, and "
+                f"compile again. Received: frozen adapters {frozen}",
+                stacklevel=3,
+            )
+
     def _by_gate(self, values):
         """Dict of gate to dict of row to the value of its layer."""
         found = {}

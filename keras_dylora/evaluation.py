@@ -109,8 +109,9 @@ class RankEvaluation(keras.callbacks.Callback):
 
     They go into the logs as `val_rank4_accuracy`, …, and so into `History`
     and every callback that comes later in the list, such as `CSVLogger`,
-    `TensorBoard` or `EarlyStopping`. `CSVLogger` has the columns of the first
-    epoch, so it needs `every=1`.
+    `TensorBoard` or `EarlyStopping`. Callbacks that monitor such a name need
+    `mode`, as Keras knows no metric by it. `CSVLogger` has the columns of the
+    first epoch, so it needs `every=1`; so does `EarlyStopping`.
 
     Args:
         data: `(x, y)`, `(x, y, sample_weight)` or a dataset, as
@@ -134,7 +135,10 @@ class RankEvaluation(keras.callbacks.Callback):
     history = clf.fit(
         texts,
         labels,
-        callbacks=[keras_dylora.RankEvaluation((val_texts, val_labels))],
+        callbacks=[
+            keras_dylora.RankEvaluation((val_texts, val_labels)),
+            keras.callbacks.EarlyStopping("val_rank2_accuracy", mode="max"),
+        ],
     )
     history.history["val_rank1_accuracy"]
     ```

@@ -287,8 +287,9 @@ class LowRankAdapter(_Base):
     def _gate_of_examples(self, gate, kept):
         """A gate `(batch, rank)`, to be multiplied by `(*kept, rank)`.
 
-        An input may have more rows than there are examples: beam search folds
-        its beams into the batch.
+        An input may have more rows than there are examples, those of each
+        together: beam search folds its beams into the batch, other models
+        their windows or tokens.
         """
         size, rows = ops.shape(gate)[0], kept[0]
         if isinstance(size, int) and isinstance(rows, int):
@@ -302,6 +303,8 @@ class LowRankAdapter(_Base):
                     f"{self.path} for {size} examples"
                 )
             copies = rows // size
+            if copies > 1:
+                self._gate.warn_of_rows(self.path, kept, size)
         else:
             copies = rows // ops.maximum(size, 1)
         if not isinstance(copies, int) or copies > 1:

@@ -393,11 +393,13 @@ class DyLoRAModel(keras.Model):
             )
         adaptation.named.limit = None  # all columns are trained
         gate, state = training.drawn(self, x, state)
-        with adaptation.overridden(gate):
+        with adaptation.rank_chosen(), adaptation.overridden(gate):
             yield state
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         fit = super().fit
+        if hasattr(self, "_dylora"):
+            self._dylora.warn_of_frozen()
         if self._full_rank_steps:
             order = training.OrderAfterFullRank(training.write_back)
             args, kwargs = training.with_callback(fit, args, kwargs, order)
@@ -424,12 +426,27 @@ class DyLoRAModel(keras.Model):
         layers = Tree(self).adapted.values()
         if layers and all(layer.built for layer in layers):
             self.start_training()
-        before = self.train_function
-        function = super().make_train_function(force)
-        if self.train_function is not before:
-            function = training.restore_rank_on_error(self, self.train_function)
-            self.train_function = function
-        return function
+        return self._restoring("train", super().make_train_function, force)
+
+    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
+        return self._restoring("test", super().make_test_function, force)
+
+    def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
+        return self._restoring("predict", super().make_predict_function, force)
+
+    def _restoring(self, kind, make, force):
+        """A function that Keras makes, or one that leaves no trace of failure.
+
+        If it is new; `kind` is what it does.
+        """
+        name = f"{kind}_function"
+        before = getattr(self, name)
+        make(force)
+        made = getattr(self, name)
+        if made is not before:
+            made = training.restore_on_error(self, kind, made)
+            setattr(self, name, made)
+        return made
 
     def start_training(self) -> None:
         """Makes what a step needs beside the layers, once they are built."""

@@ -23,6 +23,7 @@ class RankGate:
         self.scale = scale
         self.override = {}  # by row, what layers read in place of it
         self.chosen = False  # whether a step or a `rank_scope` set the rank
+        self.folds = False  # whether a step had more rows than examples
         self.read = set()  # the rows that a call has read
         self.variable = keras.Variable(
             # Callable, as a layer may be built while JAX traces.
@@ -116,6 +117,20 @@ class GateRow:
             "`model.draw_ranks` does. A model around an enabled one doesn't: "
             "use `disable_dylora`, then enable the outer model. Received: "
             f"a training call of {path}, which trains at its active rank alone",
+            stacklevel=2,
+        )
+
+    def warn_of_rows(self, path, axes, examples):
+        """Warns once if a step has more rows than examples, maybe mixed."""
+        if not self.gate.chosen or self.gate.folds:
+            return
+        self.gate.folds = True
+        warnings.warn(
+            "With a rank for each example, more rows than examples are taken "
+            "as windows or tokens: all rows of the first example, then of the "
+            "second. If they are batches one after another, as chosen and "
+            "rejected texts, use `draw='step'`. Received: an input of axes "
+            f"{tuple(axes)} of {path} for {examples} examples",
             stacklevel=2,
         )
 

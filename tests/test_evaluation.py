@@ -144,6 +144,25 @@ def test_callback_logs_every_rank(tmp_path):
         assert "val_rank4_mae" in next(csv.reader(file))
 
 
+def test_callbacks_that_watch_a_rank(tmp_path):
+    model, (x, y) = compiled(), mlp_data()
+    stop = keras.callbacks.EarlyStopping(
+        "val_rank2_mae", mode="max", restore_best_weights=True
+    )
+    best = keras.callbacks.ModelCheckpoint(
+        tmp_path / "best.keras", "val_rank2_mae", mode="max",
+        save_best_only=True,
+    )  # fmt: skip
+    ranks = kd.RankEvaluation((x, y), ranks=[2])
+    history = model.fit(
+        x, y, epochs=3, verbose=0, callbacks=[ranks, stop, best]
+    ).history["val_rank2_mae"]
+    assert len(history) == 2  # the error fell, so it stopped
+    for found in (model, keras.saving.load_model(tmp_path / "best.keras")):
+        report = kd.evaluate_ranks(found, x, y, [2], verbose=0)
+        assert report.metrics[2]["mae"] == pytest.approx(history[0], rel=1e-5)
+
+
 @pytest.mark.long
 def test_callback_of_two_models_prepares_for_each():
     data = np.array(TEXTS), labels(4)

@@ -205,6 +205,26 @@ def override_losses():
     assert model.losses == []
 
 
+def put_back():
+    if backend.NAME != "jax":
+        return
+    model = compiled()
+    model.train_on_batch(tokens(), np.zeros((32, 2)))
+    for kept in ((0, 1, 2, 3), (0, 1, 3), (0, 1)):
+        groups = [
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        ]
+        groups = [groups[i] for i in kept]
+        state = tuple([v.value for v in group] for group in groups)
+        for v in sum(groups, []):
+            v._value = None  # as Keras does for the time of a `fit`
+        _keras.put_back(model, state)
+        assert [[v.value for v in group] for group in groups] == list(state)
+
+
 def optimizer_slots():
     model = mlp()
     optimizer = keras.optimizers.AdamW(0.1, gradient_accumulation_steps=2)
@@ -344,6 +364,7 @@ BREAKS = {
     uncover_quantize: "quantize: the method of the class before",
     settle_dtype_policies: "quantized presets can't be saved again",
     override_losses: "JAX: what layers add to a summed loss",
+    put_back: "JAX: a `fit` or `predict` that fails loses the model",
     optimizer_slots: "frozen mode holds no momentum",
     slot_prefix: "order_ranks forgets the momentum",
     keeps_own_state: "JAX's step, torch's devices, TensorFlow's own formats",

@@ -1,5 +1,7 @@
 """A rank for each example of a batch."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,13 @@ import pytest
 import keras_dylora as kd
 from tests import backend
 from tests.linear import ALPHA, RANK, batches, gates_of, linear, outputs_at
-from tests.models import classification_loss, labels, roberta_classifier, tokens
+from tests.models import (
+    classification_loss,
+    labels,
+    randomize,
+    roberta_classifier,
+    tokens,
+)
 from tests.test_ranks import oracle_for_examples
 
 not_on_torch = pytest.mark.skipif(
@@ -116,3 +124,62 @@ def test_layers_must_keep_the_examples():
     x, _ = batches(8)
     with pytest.raises(ValueError, match="adapted layer must have.*for 8 exam"):
         model.train_on_batch(x, np.zeros((8, 5), "float32"))
+
+
+class Preferences(kd.DyLoRAModel):
+    """The margin of texts that are chosen and the same ones as rejected."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, *args, **kwargs):
+        both = self(keras.ops.concatenate([x, x]))
+        chosen, rejected = keras.ops.split(both, 2)
+        return keras.ops.max(keras.ops.abs(chosen - rejected))
+
+
+def in_windows(inputs):
+    """Two rows of each example, one after the other."""
+    return keras.ops.reshape(inputs, (-1, 5))
+
+
+FOLDS = {
+    "concatenated": (Preferences, lambda inputs: inputs, (5,)),
+    "windows": (kd.DyLoRAModel, in_windows, (2, 5)),
+}
+MORE_ROWS = "more rows than examples.*draw='step'.*for 8 examples"
+
+
+def folding(fold, draw):
+    cls, folded, shape = FOLDS[fold]
+    inputs = keras.Input(shape)
+    layer = kd.DyLoRADense(3, rank=RANK, alpha=ALPHA)
+    outputs = layer(folded(inputs))
+    if fold == "windows":
+        outputs = keras.ops.reshape(outputs, (-1, 6))
+    model = randomize(cls(inputs, outputs, seed=3, draw=draw))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x = np.random.default_rng(0).normal(size=(8, *shape)).astype("float32")
+    return model, x, np.zeros((8, *outputs.shape[1:]), "float32")
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_more_rows_than_examples_are_told_once(fold):
+    model, x, y = folding(fold, "example")
+    with pytest.warns(UserWarning, match=MORE_ROWS) as caught:
+        for _ in range(2):
+            model.train_on_batch(x, y)
+    assert sum("more rows" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_more_rows_than_examples_at_one_rank(fold):
+    model, x, y = folding(fold, "step")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*more rows than")
+        logs = model.train_on_batch(x, y, return_dict=True)
+    if fold == "concatenated":
+        assert float(logs["loss"]) == 0  # chosen and rejected are the same
+
+
+def test_more_rows_than_examples_in_a_loop_of_your_own():
+    model, x, _ = folding("concatenated", "example")
+    with pytest.warns(UserWarning, match=MORE_ROWS), model.draw_ranks(x):
+        model(np.concatenate([x, x]), training=True)

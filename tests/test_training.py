@@ -1,5 +1,7 @@
 """The training step: ranks, frozen columns, seeds, compilations."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -234,6 +236,40 @@ def test_a_metric_called_rank_keeps_its_name(outputs, mine, drawn):
     expected = int(model._dylora.draw(keras.ops.convert_to_tensor(0)))
     for logs in (seen[0], {name: v[0] for name, v in history.items()}):
         assert (int(logs[mine]), int(logs[drawn])) == (-1, expected)
+
+
+@pytest.mark.parametrize(
+    "part, frozen",
+    [
+        (lambda backbone: backbone, 4),
+        (lambda backbone: backbone.get_layer("transformer_layer_1"), 2),
+    ],
+    ids=["backbone", "layer"],
+)
+def test_frozen_adapters_are_told(part, frozen):
+    model = kd.enable_dylora(roberta_classifier(), rank=2)
+    part(model.backbone).trainable = False
+    model.compile("sgd", classification_loss())
+    x, y = tokens(8), labels(8)
+    with pytest.warns(UserWarning, match="Adapters that are frozen") as caught:
+        model.fit(x, y, verbose=0)
+    told = [w for w in caught if "are frozen" in str(w.message)]
+    assert len(told) == 1 and told[0].filename == __file__
+    paths = str(told[0].message).split("Received:")[1]
+    assert paths.count("query") + paths.count("value") == frozen
+    # The way out that it tells.
+    model.trainable = False
+    model.trainable = True
+    model.compile("sgd", classification_loss())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Adapters that are frozen")
+        model.fit(x, y, verbose=0)
+        for layer in model.dylora_layers:
+            assert backend.to_numpy(layer.up).any()
+        # A model that trains nothing was frozen on purpose.
+        model.trainable = False
+        model.compile("sgd", classification_loss())
+        model.fit(x, y, verbose=0)
 
 
 def test_the_seed_decides_the_sequence():

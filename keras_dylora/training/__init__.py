@@ -25,7 +25,7 @@ match keras.backend.backend():
         )
 
 forward = skin.forward
-restore_rank_on_error = skin.restore_rank_on_error
+restore_on_error = skin.restore_on_error
 tracing = skin.tracing
 train_step = skin.train_step
 write_back = skin.write_back

@@ -30,16 +30,24 @@ def interruptible(model, method, args, kwargs):
 
     On JAX, Keras takes the values out of the variables meanwhile, and gives
     their memory to the compiled function: an interruption in the middle would
-    lose the model. A second one doesn't wait.
+    lose the model. A second one doesn't wait. After any error the variables
+    have the values again, which Keras sees to in `fit` alone.
     """
-    with _whole_batches(model, method) as callback:
-        if callback is not None:
-            args, kwargs = with_callback(method, args, kwargs, callback, True)
-        return method(*args, **kwargs)
+    try:
+        with _whole_batches(method) as callback:
+            if callback is not None:
+                args, kwargs = with_callback(
+                    method, args, kwargs, callback, True
+                )
+            return method(*args, **kwargs)
+    except BaseException:
+        if keras.backend.backend() == "jax":
+            model.jax_state_sync()
+        raise
 
 
 @contextlib.contextmanager
-def _whole_batches(model, method):
+def _whole_batches(method):
     usual = signal.default_int_handler
     main = threading.current_thread() is threading.main_thread()
     if (
@@ -60,9 +68,6 @@ def _whole_batches(model, method):
     try:
         yield callback
         callback.raise_what_came()
-    except KeyboardInterrupt:
-        model.jax_state_sync()
-        raise
     finally:
         callback.came = False  # a `CallbackList` of the user's keeps it
         signal.signal(signal.SIGINT, usual)

@@ -31,12 +31,14 @@ def train_step(model, keras_step, data):
     return step.logged(logs, drawn)
 
 
-def restore_rank_on_error(model, function):
+def restore_on_error(model, kind, function):
     """A train function that leaves the inference rank behind if it fails.
 
     A TensorFlow graph stops at the operation that fails, before it puts the
-    gates back.
+    gates back. Functions of another kind, "test" or "predict", set no gates.
     """
+    if kind != "train":
+        return function
 
     def train_function(iterator):
         inference = {id(x): ops.copy(x.variable) for x in _gates(model)}

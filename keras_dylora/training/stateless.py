@@ -1,6 +1,7 @@
 """The step of JAX: `train_step(state, data)` returns a new state."""
 
 import contextlib
+import itertools
 
 import keras
 from keras import ops
@@ -66,9 +67,22 @@ def tracing():
     return get_opaque_trace_state(convention="flax") != _EAGER
 
 
-def restore_rank_on_error(model, function):
-    """A step that fails changes no variable; `function` as it is."""
-    return function
+def restore_on_error(model, kind, function):
+    """A function of Keras's, of any kind, that loses nothing if it fails.
+
+    Keras takes the state out of the variables before the first batch, and the
+    compiled function its memory. So the data of all its steps comes first.
+    """
+
+    def restoring(state, iterator):
+        try:
+            steps = itertools.islice(iterator, model.steps_per_execution)
+            return function(state, iter(list(steps)))
+        except BaseException:
+            _keras.put_back(model, state)
+            raise
+
+    return restoring
 
 
 def write_back(model):
