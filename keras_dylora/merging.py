@@ -4,7 +4,7 @@ import itertools
 
 import keras
 
-from keras_dylora import _keras, ranks, training
+from keras_dylora import _keras, probe, ranks, training
 from keras_dylora.adaptation import as_plain
 from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.calls import check_constants
@@ -45,6 +45,8 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
         TypeError: if `rank` isn't an integer.
         ValueError: if `rank` is out of range, if the model isn't enabled, or
             is of a class that subclasses `DyLoRAModel`.
+        RuntimeError: if the merged model computes something else, on one
+            made-up example where the model's inputs are known.
 
     Example:
 
@@ -95,6 +97,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
             target.bias.assign(_keras.value_for_another(layer.bias))
     for target, source in zip(targets, sources, strict=True):
         target.assign(_keras.value_for_another(source))
+    probe.check_merged(model, merged, chosen)
     if model.compiled:
         compile_as(merged, model)
     return merged

@@ -111,6 +111,76 @@ def test_merges_what_only_its_maker_may_revive():
     assert len(merged.evaluate(x, x[:, :6], verbose=0)) == 2
 
 
+@keras.saving.register_keras_serializable("test")
+class Autoencoder(keras.Model):
+    """Its decoder is the transposed kernel of its encoder."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.encoder = keras.layers.Dense(6, name="encoder")
+        self.output_layer = keras.layers.Dense(3, name="output")
+
+    def build(self, input_shape):
+        self.encoder.build(input_shape)
+        self.output_layer.build(input_shape)
+        self.built = True
+
+    def call(self, x):
+        x = self.encoder(x)
+        x = keras.ops.matmul(x, keras.ops.transpose(self.encoder.kernel))
+        return self.output_layer(x)
+
+
+def autoencoder(target):
+    model = Autoencoder()
+    model.build((None, 10))
+    kd.enable_dylora(
+        randomize(model), rank=2, verbose=0,
+        target_layers=target, trainable_layers=(),
+    )  # fmt: skip
+    return randomize_adapters(model)
+
+
+def test_a_kernel_that_another_layer_reads_cannot_be_merged():
+    model = autoencoder("encoder")
+    before = backend.snapshot(model.variables)
+    with pytest.raises(RuntimeError, match="tied weights.*a difference of"):
+        kd.merge(model)
+    for a, b in zip(before, backend.snapshot(model.variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+    x, _ = mlp_data()
+    model = autoencoder("output")
+    np.testing.assert_allclose(
+        kd.merge(model).predict(x, verbose=0),
+        model.predict(x, verbose=0),
+        atol=1e-5,
+    )
+
+
+@keras.saving.register_keras_serializable("test")
+class Noise(keras.layers.Layer):
+    """Random in inference too."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed = keras.random.SeedGenerator(1)
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.seed)
+
+
+def test_merging_draws_no_random_number_and_takes_a_random_model():
+    inputs = keras.Input((10,))
+    x = keras.layers.Dense(6, name="query")(inputs)
+    model = keras.Model(inputs, Noise()(x))
+    kd.enable_dylora(randomize(model), rank=2, verbose=0)
+    randomize_adapters(model)
+    before = backend.snapshot(model.variables)
+    kd.merge(model)
+    for a, b in zip(before, backend.snapshot(model.variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 class Constant(keras.optimizers.schedules.LearningRateSchedule):
     """A constant rate as a user may write it: without `get_config`."""
 

@@ -9,20 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dylora import probe
 from keras_dylora.export import process
 from keras_dylora.export.plan import FILE_NAMES
-from keras_dylora.tree import Tree
 
-# The largest difference for outputs up to 1, by the coarsest number format
-# on the way: parameters, computation, or the matrix units of a GPU or TPU.
-TOLERANCES = {
-    "float32": 1e-5,
-    "accelerator": 1e-2,
-    "float16": 1e-2,
-    "bfloat16": 5e-2,
-    "quantized": 5e-2,
-}
-LENGTH = 16  # of every free dimension but the batch
 MAX_BATCH = 8  # every rank's outputs are held at once
 TEXTS = ["", "A fine film, and a short one.", "two words", "🙂 emoji"]
 
@@ -46,9 +36,9 @@ def verify(model, folder, plan):
     Raises:
         RuntimeError: if an output differs or the artifact doesn't run.
     """
-    tolerance = max(TOLERANCES[x] for x in _precisions(model, plan))
+    tolerance = probe.tolerance(model, plan.dtype)
     # Rounding may change which token is the likeliest one, and all after it.
-    exact = tolerance == TOLERANCES["float32"]
+    exact = tolerance == probe.TOLERANCES["float32"]
     active = model.active_adapter
     try:
         calls = list(_calls(model, folder, plan, exact))
@@ -59,7 +49,7 @@ def verify(model, folder, plan):
         name = str(pathlib.Path(call.artifact).relative_to(folder))
         name = f"{name}/{call.signature}".removeprefix("./")
         for key, expected in call.expected.items():
-            difference, limit = _compare(expected, outputs[key], tolerance)
+            difference, limit = probe.compare(expected, outputs[key], tolerance)
             if not difference <= limit:
                 raise RuntimeError(
                     "The artifact must give the live model's outputs; nothing "
@@ -68,32 +58,6 @@ def verify(model, folder, plan):
                 )
             differences[name] = max(difference, differences.get(name, 0.0))
     return differences
-
-
-def _precisions(model, plan):
-    layers = Tree(model).every.values()
-    found = {"float32", plan.dtype or "float32"}
-    found |= {x.compute_dtype for x in layers} & set(TOLERANCES)
-    if any(getattr(x, "quantization_mode", None) for x in layers):
-        found.add("quantized")
-    # GPUs and TPUs may multiply in a shorter format; the artifact is run on
-    # the CPU.
-    device = model.weights[0].value.device
-    if "cpu" not in str(device).lower():
-        found.add("accelerator")
-    return found
-
-
-def _compare(expected, received, tolerance):
-    """The largest difference, and the largest that is allowed."""
-    if expected.shape != received.shape:
-        return np.inf, 0.0
-    if expected.dtype.kind != "f":
-        return float(np.sum(expected != received)), 0.0
-    expected = np.asarray(expected, "float64")
-    difference = np.abs(expected - np.asarray(received, "float64"))
-    scale = max(1.0, np.abs(expected).max(initial=0.0))
-    return float(difference.max(initial=0.0)), tolerance * scale
 
 
 def _run(calls, plan):
@@ -138,7 +102,7 @@ def _calls(model, folder, plan, exact):
     What a sampler draws at random can't be compared across backends.
     """
     batch = min(max(2, len(plan.choices)), MAX_BATCH)
-    samples = {"serve": (_tensors(model, plan, batch), {})}
+    samples = {"serve": (plan.inputs.samples(model, batch), {})}
     if plan.text:
         texts = np.array([TEXTS[i % len(TEXTS)] for i in range(batch)])
         samples["serve_text"] = _tokens(model, texts), {"text": texts}
@@ -185,29 +149,6 @@ def _chosen(adapter):
     return {} if adapter is None else {"adapter": np.array(adapter)}
 
 
-def _tensors(model, plan, batch):
-    """Random inputs; a row of integers is ones up to some length."""
-    rng = np.random.default_rng(0)
-    backbone = getattr(model, "backbone", None)
-    longest = getattr(backbone, "max_sequence_length", None) or LENGTH
-    lengths = rng.integers(1, LENGTH + 1, batch)
-    tensors = {}
-    for spec in plan.inputs.specs:
-        shape = [min(LENGTH, longest) if d is None else d for d in spec.shape]
-        shape[0] = batch
-        if spec.dtype.startswith(("float", "bfloat")):
-            value = rng.normal(size=shape)
-        elif spec.name == "token_ids" and backbone is not None:
-            value = rng.integers(0, backbone.vocabulary_size, shape)
-        else:
-            value = np.arange(shape[-1]) < lengths.reshape(
-                batch, *[1] * (len(shape) - 1)
-            )
-            value = np.broadcast_to(value, shape)
-        tensors[spec.name] = np.asarray(value, spec.dtype)
-    return tensors
-
-
 def _prompts(tensors):
     """The first halves of the samples, as prompts to go on from."""
     ids, mask = tensors["token_ids"], tensors["padding_mask"]
@@ -229,23 +170,11 @@ def _tokens(model, texts):
 
 def _live(model, plan, name, tensors, adapter, served):
     """Outputs of the live model as a dict of arrays."""
-    tensors = {k: ops.convert_to_tensor(v) for k, v in tensors.items()}
     if adapter is not None:
         model.set_adapter(adapter)
     with model._dylora.at(served.ranks(model._dylora.layers)):
-        if name == "generate":
-            outputs = model.make_generate_function()(
-                tensors, stop_token_ids=None
-            )
-        else:
-            outputs = model(plan.inputs.pack(tensors), training=False)
-    if not isinstance(outputs, dict):
-        flat = keras.tree.flatten(outputs)
-        outputs = {f"output_{i}": x for i, x in enumerate(flat)}
-    return {k: _array(x) for k, x in outputs.items()}
-
-
-def _array(tensor):
-    if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
-        tensor = ops.cast(tensor, "float32")
-    return ops.convert_to_numpy(tensor)
+        if name != "generate":
+            return probe.outputs(model, plan.inputs, tensors)
+        tensors = {k: ops.convert_to_tensor(v) for k, v in tensors.items()}
+        generate = model.make_generate_function()
+        return probe.arrays(generate(tensors, stop_token_ids=None))
