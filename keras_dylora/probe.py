@@ -42,7 +42,8 @@ def compare(expected, received, tolerance):
     expected = np.asarray(expected, "float64")
     with np.errstate(invalid="ignore"):
         difference = np.abs(expected - np.asarray(received, "float64"))
-    difference[expected == received] = 0  # infinite ones too
+    # Infinite ones too.
+    difference = np.where(expected == received, 0.0, difference)
     scale = max(1.0, np.abs(expected).max(initial=0.0))
     return float(difference.max(initial=0.0)), tolerance * scale
 
