@@ -105,6 +105,7 @@ class Adaptation:
         """Starts the training of a config, at a place of its rank sequence."""
         self.config = config
         self.training = False  # whether a step is being traced or run
+        self.masked = None, []  # of the optimizer, see `step.masked`
         self.objective = OBJECTIVES[config.objective](config)
         self.draw = RankDraw(
             config.distribution, config.min_rank, config.rank, config.seed

@@ -438,8 +438,7 @@ class DyLoRAModel(keras.Model):
             training.check_frozen(self.optimizer)
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
-        if self._dylora.config.frozen:
-            training.check_slots(self)
+        training.masked(self)
 
     def train_step(self, *args: Any) -> Any:
         return training.train_step(self, super().train_step, *args)

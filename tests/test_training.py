@@ -1,10 +1,13 @@
 """The training step: ranks, frozen columns, seeds, compilations."""
 
+import time
+
 import keras
 import numpy as np
 import pytest
 
 import keras_dylora as kd
+from keras_dylora import _keras
 from tests import backend
 from tests.models import (
     classification_loss,
@@ -87,6 +90,37 @@ def test_frozen_changes_one_column_only(optimizer):
         np.testing.assert_array_equal(old, new)
     after = backend.snapshot(model.get_layer("head").weights)
     assert all((a != b).any() for a, b in zip(head, after, strict=True))
+
+
+def test_frozen_after_another_optimizer_and_a_cut():
+    model = randomize_adapters(mlp(frozen=True))
+    for rate in (0.1, 0.2, 0.3):
+        if rate == 0.2:
+            kd.truncate(model, 3)
+        else:
+            model.compile(keras.optimizers.Adam(rate), "mse")
+        for _ in range(3):
+            model.train_on_batch(*mlp_data())
+            watched = watch(model)
+            before = backend.snapshot([v for v, _ in watched])
+            logs = model.train_on_batch(*mlp_data(), return_dict=True)
+            assert changed_ranks(model, watched, before) == {int(logs["rank"])}
+
+
+def test_slots_are_found_in_linear_time():
+    def seconds(count):
+        optimizer = keras.optimizers.Adam()
+        names = [f"layer_{i}" for i in range(count)]
+        optimizer.build([keras.Variable([0.0], name=name) for name in names])
+        times = []
+        for _ in range(5):
+            start = time.thread_time()
+            found = list(_keras.optimizer_slots(optimizer))
+            times.append(time.thread_time() - start)
+        assert [v.name for _, v in found[::2]] == names
+        return min(times)
+
+    assert seconds(800) < 64 * seconds(50)
 
 
 class Unnamed(keras.optimizers.SGD):
