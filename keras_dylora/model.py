@@ -394,11 +394,13 @@ class DyLoRAModel(keras.Model):
             yield state
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        fit = super().fit
+        fit, order = super().fit, None
         if self._full_rank_steps:
             order = training.OrderAfterFullRank(training.write_back)
             args, kwargs = training.with_callback(fit, args, kwargs, order)
         history = training.interruptible(self, fit, args, kwargs)
+        if order is not None:
+            order.order_what_came_back()
         # On TensorFlow, a subclassed model is built in its first step only.
         if hasattr(self, "_dylora"):
             self._dylora.warn_of_idle()

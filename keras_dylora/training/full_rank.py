@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dylora.geometry import float32_array
 from keras_dylora.training import slots
 
 
@@ -71,6 +72,7 @@ class OrderAfterFullRank(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._batches = 0  # that can't be the last
+        self._unordered = set()  # digests of the columns before the order
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches -= 1
@@ -83,6 +85,27 @@ class OrderAfterFullRank(keras.callbacks.Callback):
                 return
             order_columns(self.model, self.model.optimizer)
         self._batches = math.inf  # not read again in this run
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._batches < math.inf:
+            self._write_back(self.model)
+            self._unordered.add(self._digest())
+
+    def order_what_came_back(self):
+        """Orders columns of before the order, which a callback put back.
+
+        Once all callbacks have ended. The optimizer keeps what it has: that is
+        of the ordered ones already.
+        """
+        if self._at_full_rank() or self._digest() not in self._unordered:
+            return
+        order_columns(self.model, None)
+        warnings.warn(
+            "The columns of adapters must be in order after `full_rank_steps`, "
+            "so they were put in order again. Received: weights of before the "
+            "order, restored by a callback such as `EarlyStopping`",
+            stacklevel=3,
+        )
 
     def on_train_end(self, logs=None):
         if self._at_full_rank():
@@ -98,6 +121,11 @@ class OrderAfterFullRank(keras.callbacks.Callback):
     def _at_full_rank(self):
         self._write_back(self.model)
         return at_full_rank(self.model._dylora)
+
+    def _digest(self):
+        layers = self.model._dylora.layers.values()
+        columns = [float32_array(v) for x in layers for v in (x.down, x.up)]
+        return hash(b"".join(x.tobytes() for x in columns))
 
     def _left(self):
         adaptation = self.model._dylora
