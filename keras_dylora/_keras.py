@@ -244,7 +244,7 @@ def slot_prefix(variable):
     return variable.path.replace("/", "_") + "_"
 
 
-def optimizer_slots(optimizer, variables, accumulators=False):
+def optimizer_slots(optimizer, accumulators=False):
     """Pairs of optimizer variable and the model variable it is kept for.
 
     Keras names them `{path of the variable}_{name}` and has no other way to
@@ -253,17 +253,39 @@ def optimizer_slots(optimizer, variables, accumulators=False):
     unless they are asked for.
     """
     owners = collections.defaultdict(list)
-    for variable in variables:
+    for variable in built_for(optimizer):
         owners[slot_prefix(variable)].append(variable)
     seen = collections.Counter()
     for slot in optimizer.variables:
         if slot.name.endswith(ACCUMULATOR) and not accumulators:
             continue
-        prefixes = [prefix for prefix in owners if slot.name.startswith(prefix)]
-        if prefixes:
-            same_path = owners[max(prefixes, key=len)]
+        prefix = slot.name
+        while prefix and prefix not in owners:  # the longest that is one
+            prefix = prefix[: prefix.rfind("_", 0, -1) + 1]
+        if prefix:
+            same_path = owners[prefix]
             yield slot, same_path[seen[slot.name] % len(same_path)]
             seen[slot.name] += 1
+
+
+def optimizer_parts(optimizer):
+    """The optimizers that update weights: those in one, or just this."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return getattr(inner, "optimizers", [inner])
+
+
+def built_for(optimizer):
+    """The variables that an optimizer was built for."""
+    return optimizer._trainable_variables
+
+
+def factored_slots(optimizer):
+    """What `Adafactor` keeps for each variable: means by row and by column.
+
+    They have the name of the variable alone, without its path.
+    """
+    means = (getattr(optimizer, name, ()) for name in ("_r", "_c"))
+    return zip(built_for(optimizer), *means, strict=False)
 
 
 def optimizer_state(optimizer):

@@ -151,6 +151,7 @@ class Adaptation:
         self.config = config
         self.spec = self.spec.with_config(config)
         self.training = False  # whether a step is being traced or run
+        self.masked = None, []  # of the optimizer, see `step.masked`
         self.objective = OBJECTIVES[config.objective](config)
         self.draw = RankDraw(
             config.distribution, config.min_rank, config.rank, config.seed

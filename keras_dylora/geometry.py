@@ -123,15 +123,16 @@ class Factors:
         the product keeps the length of the longest, so that it can be trained.
 
         Returns:
-            `Factors`, and the matrix `turn` `(rank, rank)` in float64 with
-            `down @ turn` as the new `down`; its inverse turns `up`. `None` if
-            there is none, as columns depend on each other.
+            `Factors`, and the matrices `turn` and `back` in float64 with
+            `down @ turn` as the new `down` and `back @ up` as the new `up`;
+            one is the inverse of the other, unless columns depend on each
+            other.
         """
         q_down, r_down = np.linalg.qr(self.down.astype("float64"))
         q_up, r_up = np.linalg.qr(self.up.T.astype("float64"))
         left, singular, right = np.linalg.svd(r_down @ r_up.T)
         if singular[0] == 0:
-            return self, np.eye(self.rank)
+            return self, np.eye(self.rank), np.eye(self.rank)
         # A rank above the sizes of the kernel has more columns than those.
         columns = np.arange(self.rank)
         left = left[:, columns % left.shape[1]]
@@ -139,11 +140,12 @@ class Factors:
         root = np.sqrt(np.resize(singular, self.rank))
         used = columns < np.sum(singular > singular[0] * _EPSILON)
         lengths = np.where(used, root, root[0])
-        down = q_down @ left * lengths
-        up = np.where(used, root, 0.0)[:, None] * (right @ q_up.T)
-        turn = np.linalg.solve(r_down, left * lengths) if used.all() else None
-        down, up = down.astype("float32"), up.astype("float32")
-        return Factors(down, up, self.scale), turn
+        left, right = left * lengths, np.where(used, root, 0.0)[:, None] * right
+        down = (q_down @ left).astype("float32")
+        up = (right @ q_up.T).astype("float32")
+        turn = np.linalg.pinv(r_down, _EPSILON) @ left
+        back = right @ np.linalg.pinv(r_up.T, _EPSILON)
+        return Factors(down, up, self.scale), turn, back
 
     @property
     def is_ordered(self):

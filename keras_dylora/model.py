@@ -397,13 +397,15 @@ class DyLoRAModel(keras.Model):
             yield state
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        fit = super().fit
+        fit, order = super().fit, None
         if hasattr(self, "_dylora"):
             self._dylora.warn_of_frozen()
         if self._full_rank_steps:
             order = training.OrderAfterFullRank(training.write_back)
             args, kwargs = training.with_callback(fit, args, kwargs, order)
         history = training.interruptible(self, fit, args, kwargs)
+        if order is not None:
+            order.order_what_came_back()
         # On TensorFlow, a subclassed model is built in its first step only.
         if hasattr(self, "_dylora"):
             self._dylora.warn_of_idle()
@@ -460,8 +462,7 @@ class DyLoRAModel(keras.Model):
             training.check_frozen(self.optimizer)
         if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
-        if self._dylora.config.frozen:
-            training.check_slots(self)
+        training.masked(self)
 
     def train_step(self, *args: Any) -> Any:
         return training.train_step(self, super().train_step, *args)

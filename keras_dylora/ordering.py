@@ -54,7 +54,8 @@ def order_ranks(model: Model) -> Model:
     pending = training.at_full_rank(adaptation)
     if not pending and config.scaling != "constant":
         adaptation.named.check_alone("A change of `scaling`")
-    changed = training.order_columns(model)
+    optimizer = getattr(model, "optimizer", None)
+    changed = training.order_columns(model, optimizer)
     if pending or config.scaling == "constant":
         return model
     if changed and config.min_rank < config.rank:

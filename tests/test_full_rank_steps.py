@@ -1,5 +1,7 @@
 """Steps at the full rank, then the order, then drawn ranks."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -174,6 +176,56 @@ def test_backup_and_restore(tmp_path):
     again = run()
     assert len(again.ranks) == 6
     assert len(set(again.ranks)) > 1
+
+
+@pytest.mark.parametrize("steps", [12, 5], ids=["before", "behind"])
+def test_the_best_weights_of_a_callback_are_in_order(steps):
+    """Those of the first epoch, whose loss is the highest."""
+    model = progressive_mlp(steps)
+    model.compile("adam", "mse")
+    best = keras.callbacks.EarlyStopping(
+        "loss", mode="max", patience=4, restore_best_weights=True
+    )
+    own = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: epoch or kept.extend(products(model))
+    )
+    kept = []
+    data = mlp_data(64)
+    fit = {"epochs": 4, "batch_size": 8, "verbose": 0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(*data, callbacks=[own, best], **fit)
+    told = ["in order again" in str(w.message) for w in caught]
+    assert any(told) == (steps == 12)
+    for a, b in zip(kept, products(model), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    if steps == 12:
+        assert all(is_ordered(x.factors()) for x in model.dylora_layers)
+    assert model._dylora.full_rank == 0
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        model.fit(*data, **fit)
+
+
+def test_weights_of_a_checkpoint_before_the_order(tmp_path):
+    """The file knows that they aren't in order: the run goes on from it."""
+    model = progressive_mlp(12)
+    model.compile("adam", "mse")
+    path = str(tmp_path / "{epoch}.weights.h5")
+    saved = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
+    data = mlp_data(64)
+    fit = {"epochs": 4, "batch_size": 8, "verbose": 0}
+    model.fit(*data, callbacks=[saved], **fit)
+    model.load_weights(path.format(epoch=1))
+    assert model._dylora.full_rank == 1
+    seen = Ranks()
+    model.fit(*data, callbacks=[seen], **fit)
+    assert seen.ranks[:4] == [RANK] * 4
+    assert seen.ordered.index(True) == 3
+
+
+def products(model):
+    kd.training.write_back(model)
+    return [x.factors().product() for x in model.dylora_layers]
 
 
 def test_a_model_that_is_built_in_its_first_step():

@@ -229,11 +229,41 @@ def optimizer_slots():
     model = mlp()
     optimizer = keras.optimizers.AdamW(0.1, gradient_accumulation_steps=2)
     optimizer.build(model.trainable_variables)
-    found = list(_keras.optimizer_slots(optimizer, model.trainable_variables))
+    found = list(_keras.optimizer_slots(optimizer))
     count = len(model.trainable_variables)
     assert len(found) == 2 * count  # momentum and velocity
     assert len({id(owner) for _, owner in found}) == count
     assert all(slot.shape == owner.shape for slot, owner in found)
+
+
+def optimizer_parts():
+    inner = keras.optimizers.SGD(0.1)
+    scaled = keras.optimizers.LossScaleOptimizer(inner)
+    assert _keras.optimizer_parts(inner) == [inner]
+    assert _keras.optimizer_parts(scaled) == [inner]
+
+
+def built_for():
+    variables = mlp().trainable_variables
+    optimizer = keras.optimizers.SGD(0.1)
+    assert not _keras.built_for(optimizer)
+    optimizer.build(variables)
+    found = [id(v) for v in _keras.built_for(optimizer)]
+    assert found == [id(v) for v in variables]
+
+
+def factored_slots():
+    variables = mlp().trainable_variables
+    optimizer = keras.optimizers.Adafactor(0.1)
+    optimizer.build(variables)
+    found = list(_keras.factored_slots(optimizer))
+    assert len(found) == len(variables)
+    for variable, rows, columns in found:
+        if len(variable.shape) == 2:
+            assert (rows.shape[0], columns.shape[0]) == variable.shape
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(variables)
+    assert not list(_keras.factored_slots(optimizer))
 
 
 def settled_jit():
@@ -251,7 +281,7 @@ def slot_prefix():
     model = mlp()
     optimizer = keras.optimizers.AdamW(0.1, gradient_accumulation_steps=2)
     optimizer.build(model.trainable_variables)
-    found = _keras.optimizer_slots(optimizer, model.trainable_variables, True)
+    found = _keras.optimizer_slots(optimizer, True)
     kinds = {
         slot.name.removeprefix(_keras.slot_prefix(owner))
         for slot, owner in found
@@ -366,6 +396,9 @@ BREAKS = {
     override_losses: "JAX: what layers add to a summed loss",
     put_back: "JAX: a `fit` or `predict` that fails loses the model",
     optimizer_slots: "frozen mode holds no momentum",
+    optimizer_parts: "order_ranks and frozen mode: several optimizers",
+    built_for: "frozen mode holds no momentum",
+    factored_slots: "order_ranks with Adafactor",
     slot_prefix: "order_ranks forgets the momentum",
     keeps_own_state: "JAX's step, torch's devices, TensorFlow's own formats",
     compile_arguments: "merge: compiled as the model is",

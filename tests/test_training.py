@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
+from keras_dylora import _keras
 from tests import backend
 from tests.models import (
     classification_loss,
@@ -89,6 +90,31 @@ def test_frozen_changes_one_column_only(optimizer):
         np.testing.assert_array_equal(old, new)
     after = backend.snapshot(model.get_layer("head").weights)
     assert all((a != b).any() for a, b in zip(head, after, strict=True))
+
+
+def test_frozen_after_another_optimizer_and_a_cut():
+    model = randomize_adapters(mlp(frozen=True))
+    for rate in (0.1, 0.2, 0.3):
+        if rate == 0.2:
+            kd.truncate(model, 3)
+        else:
+            model.compile(keras.optimizers.Adam(rate), "mse")
+        for _ in range(3):
+            model.train_on_batch(*mlp_data())
+            watched = watch(model)
+            before = backend.snapshot([v for v, _ in watched])
+            logs = model.train_on_batch(*mlp_data(), return_dict=True)
+            assert changed_ranks(model, watched, before) == {int(logs["rank"])}
+
+
+def test_slots_of_paths_that_begin_alike():
+    """The longest path that is the beginning of a name is the owner's."""
+    names = [f"layer_{i}" for i in range(12)]
+    names += [f"{name}_{i}" for name in names[:2] for i in range(12)]
+    optimizer = keras.optimizers.Adam()
+    optimizer.build([keras.Variable([0.0], name=name) for name in names])
+    found = [v.name for _, v in _keras.optimizer_slots(optimizer)]
+    assert sorted(found) == sorted([*names, *names])
 
 
 class Unnamed(keras.optimizers.SGD):

@@ -14,7 +14,7 @@ from keras_dylora.training.full_rank import (
     order_columns,
 )
 from keras_dylora.training.gate_gradient import gate_gradient
-from keras_dylora.training.step import check_frozen, check_slots, drawn
+from keras_dylora.training.step import check_frozen, drawn, masked
 
 match keras.backend.backend():
     case "jax":

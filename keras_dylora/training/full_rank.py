@@ -1,8 +1,7 @@
 """Steps at the full rank first, and the order of the columns at their end.
 
 The columns `down @ turn` and rows `inverse(turn) @ up` have the same product.
-What an optimizer keeps for them turns too: a gradient by the inverse,
-transposed, and a mean of squares by the squares of its entries.
+What an optimizer keeps for them turns too (`slots.py`).
 """
 
 import math
@@ -12,14 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import _keras
 from keras_dylora.geometry import float32_array
-from keras_dylora.training import step
-
-# What optimizers keep, by how it turns. Anything else starts anew, at zero.
-GRADIENTS = ("momentum", "average_gradient", _keras.ACCUMULATOR)
-SQUARES = ("velocity", "velocity_hat", "accumulator", "accumulated_grad")
-AVERAGES = ("average",)
+from keras_dylora.training import slots
 
 
 def at_full_rank(adaptation):
@@ -29,12 +22,13 @@ def at_full_rank(adaptation):
     return bool(ops.convert_to_numpy(adaptation.full_rank))
 
 
-def order_columns(model):
+def order_columns(model, optimizer):
     """Orders the columns of the adapters of a model, and ends its full rank.
 
-    The variables must be up to date. Returns whether an adapter has columns
-    to order: one that was never trained has none. Raises a `ValueError` if
-    training has diverged.
+    The variables must be up to date. What the optimizer keeps turns with them,
+    unless it is `None`. Returns whether an adapter has columns to order: one
+    that was never trained has none. Raises a `ValueError` if training has
+    diverged.
     """
     adaptation = model._dylora
     layers = adaptation.layers.values()
@@ -50,34 +44,18 @@ def order_columns(model):
             f"Received: NaN or infinity at {diverged}"
         )
     found = [factors.ordered() for factors in whole.values()]
+    fresh = {} if optimizer is None else slots.unknown(optimizer)
     turns = {}
-    for layer, (factors, turn) in zip(layers, found, strict=True):
+    for layer, (factors, turn, back) in zip(layers, found, strict=True):
         layer.down.assign(factors.down)
         layer.up.assign(factors.up)
-        turns[id(layer.down)] = turn
-        turns[id(layer.up)] = None if turn is None else np.linalg.inv(turn).T
-    if getattr(model, "optimizer", None) is not None:
-        for slot, owner, by_column in step.adapter_slots(model, True):
-            kind = slot.name.removeprefix(_keras.slot_prefix(owner))
-            columns = float32_array(slot)
-            columns = columns if by_column else columns.T
-            turned = _turned(columns, turns[id(owner)], kind)
-            slot.assign(turned if by_column else turned.T)
+        turns[id(layer.down)] = turn, back.T, 1
+        turns[id(layer.up)] = back.T, turn, 0
+    if optimizer is not None:
+        slots.turn(optimizer, fresh, turns)
     if adaptation.config.full_rank_steps:
         adaptation.full_rank.assign(0)
-    return any(np.any(factors.up) for factors, _ in found)
-
-
-def _turned(columns, turn, kind):
-    if turn is None or kind not in GRADIENTS + SQUARES + AVERAGES:
-        return np.zeros_like(columns)
-    if kind in AVERAGES:
-        matrix = turn
-    elif kind in GRADIENTS:
-        matrix = np.linalg.inv(turn).T
-    else:
-        matrix = np.linalg.inv(turn).T ** 2
-    return columns @ matrix
+    return any(np.any(factors.up) for factors, *_ in found)
 
 
 class OrderAfterFullRank(keras.callbacks.Callback):
@@ -94,6 +72,7 @@ class OrderAfterFullRank(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._batches = 0  # that can't be the last
+        self._unordered = set()  # digests of the columns before the order
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches -= 1
@@ -104,8 +83,29 @@ class OrderAfterFullRank(keras.callbacks.Callback):
             if left > 0:
                 self._batches = math.ceil(left / self.model.steps_per_execution)
                 return
-            order_columns(self.model)
+            order_columns(self.model, self.model.optimizer)
         self._batches = math.inf  # not read again in this run
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._batches < math.inf:
+            self._write_back(self.model)
+            self._unordered.add(self._digest())
+
+    def order_what_came_back(self):
+        """Orders columns of before the order, which a callback put back.
+
+        Once all callbacks have ended. The optimizer keeps what it has: that is
+        of the ordered ones already.
+        """
+        if self._at_full_rank() or self._digest() not in self._unordered:
+            return
+        order_columns(self.model, None)
+        warnings.warn(
+            "The columns of adapters must be in order after `full_rank_steps`, "
+            "so they were put in order again. Received: weights of before the "
+            "order, restored by a callback such as `EarlyStopping`",
+            stacklevel=3,
+        )
 
     def on_train_end(self, logs=None):
         if self._at_full_rank():
@@ -121,6 +121,11 @@ class OrderAfterFullRank(keras.callbacks.Callback):
     def _at_full_rank(self):
         self._write_back(self.model)
         return at_full_rank(self.model._dylora)
+
+    def _digest(self):
+        layers = self.model._dylora.layers.values()
+        columns = [float32_array(v) for x in layers for v in (x.down, x.up)]
+        return hash(b"".join(x.tobytes() for x in columns))
 
     def _left(self):
         adaptation = self.model._dylora

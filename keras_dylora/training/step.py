@@ -99,8 +99,8 @@ def call_argument(model, training):
 
 def check_frozen(optimizer):
     """Raises a `ValueError` for an optimizer that frozen mode can't hold."""
-    parts = getattr(_inner(optimizer), "optimizers", [optimizer])
-    if any(_inner(part).use_ema for part in parts):
+    parts = _keras.optimizer_parts(optimizer)
+    if any(part.use_ema for part in parts):
         raise ValueError(
             "Frozen mode holds columns, of which moving averages would move. "
             "Use `frozen=False` or an optimizer without `use_ema`. "
@@ -114,20 +114,44 @@ def check_frozen(optimizer):
         )
 
 
-def check_slots(model):
-    """Raises a `ValueError` if the slots of the adapters can't be found."""
-    adapters = [v for v, _ in _adapters(model) if v.trainable]
-    optimizer, shapes = model.optimizer, {v.shape for v in adapters}
-    slots = _keras.optimizer_slots(optimizer, model.trainable_variables)
-    owners = {id(slot): owner for slot, owner in slots}
-    if {id(v) for v in adapters} & {id(owner) for owner in owners.values()}:
-        return
+def masked(model):
+    """What a frozen step changes in the open columns alone.
+
+    Found once for an optimizer: there are thousands of names to compare.
+
+    Returns:
+        A list of adapters and their optimizer slots, each with whether a
+        column (rather than a row) of it belongs to one rank.
+
+    Raises:
+        ValueError: if the slots of the adapters can't be found.
+    """
+    adaptation, optimizer = model._dylora, model.optimizer
+    if not adaptation.config.frozen:
+        return []
+    state = optimizer, optimizer.built
+    if adaptation.masked[0] != state:
+        adapters = {id(v): by_column for v, by_column in _adapters(model)}
+        slots = [
+            (slot, adapters[id(owner)])
+            for slot, owner in _keras.optimizer_slots(optimizer)
+            if id(owner) in adapters and slot.shape == owner.shape
+        ]
+        if not slots:
+            _check_none(model)
+        adaptation.masked = state, [*_adapters(model), *slots]
+    return adaptation.masked[1]
+
+
+def _check_none(model):
+    """Raises a `ValueError` if an optimizer may have slots of adapters."""
+    optimizer = model.optimizer
+    shapes = {v.shape for v, _ in _adapters(model) if v.trainable}
+    owned = {id(slot) for slot, _ in _keras.optimizer_slots(optimizer, True)}
     nobodys = [
         v.name
         for v in optimizer.variables
-        if v.shape in shapes
-        and id(v) not in owners
-        and not v.name.endswith(_keras.ACCUMULATOR)
+        if v.shape in shapes and id(v) not in owned
     ]
     if nobodys:
         raise ValueError(
@@ -136,33 +160,6 @@ def check_slots(model):
             "`add_variable_from_reference`. "
             f"Received: {optimizer!r} with variables {nobodys[:8]}"
         )
-
-
-def masked(model):
-    """What a frozen step changes in the open columns alone.
-
-    Returns:
-        A list of adapters and their optimizer slots, each with whether a
-        column (rather than a row) of it belongs to one rank.
-    """
-    if not model._dylora.config.frozen:
-        return []
-    slots = [(slot, by_column) for slot, _, by_column in adapter_slots(model)]
-    return [*_adapters(model), *slots]
-
-
-def adapter_slots(model, accumulators=False):
-    """What the optimizer keeps for the adapters, in their shape.
-
-    Yields each with its adapter, and whether a column (rather than a row) of
-    it belongs to one rank.
-    """
-    adapters = {id(v): by_column for v, by_column in _adapters(model)}
-    for slot, owner in _keras.optimizer_slots(
-        model.optimizer, model.trainable_variables, accumulators
-    ):
-        if id(owner) in adapters and slot.shape == owner.shape:
-            yield slot, owner, adapters[id(owner)]
 
 
 def hold(model, masked, values, iterations):
@@ -191,9 +188,5 @@ def _adapters(model):
 
 def _accumulates(optimizer):
     """Whether an optimizer updates the weights in some of its steps only."""
-    return _inner(optimizer).gradient_accumulation_steps is not None
-
-
-def _inner(optimizer):
-    """The optimizer that a `LossScaleOptimizer` wraps, or just this one."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return inner.gradient_accumulation_steps is not None
