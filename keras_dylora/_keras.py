@@ -412,7 +412,7 @@ def built_anew(optimizer):
     Keras doesn't tell them; those that a model trains may be others by now.
     """
     fresh = fresh_optimizer(optimizer)
-    fresh.build(optimizer._trainable_variables)
+    fresh.build(built_for(optimizer))
     return fresh
 
 
