@@ -1,4 +1,4 @@
-"""Adaptation: all that was done to a model, how it is seen without, undone."""
+"""Adaptation: all that was done to a model, so that it can be undone."""
 
 import contextlib
 import dataclasses
@@ -13,11 +13,10 @@ from keras_dylora import ranks as rank_functions
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.cuts import are_ordered, users_line, warn_of_cut
 from keras_dylora.distributions import RankDraw
-from keras_dylora.layers import ADAPTED_CLASSES
+from keras_dylora.kinds import ADAPTED_CLASSES
 from keras_dylora.named import NamedAdapters
+from keras_dylora.plain import flags, restore
 from keras_dylora.rank_gate import GateRow, RankGate
-from keras_dylora.recompile import uncompiled
-from keras_dylora.saving import with_whole_configs
 from keras_dylora.spec import Spec
 from keras_dylora.training.full_rank import at_full_rank
 from keras_dylora.training.objectives import OBJECTIVES
@@ -385,92 +384,3 @@ class Adaptation:
         layers = zip(tree.every.values(), config.get("flags", ()), strict=False)
         restore([*layers, *weights])
         return adaptation
-
-
-def flags(tree):
-    """The model, its layers and its variables, with their `trainable`."""
-    # Layers first: setting theirs sets their variables' too.
-    items = [*tree.every.values(), *tree.model.variables]
-    return [(x, x.trainable) for x in items]
-
-
-def restore(flags):
-    """Sets what `flags` gave."""
-    for item, trainable in flags:
-        if isinstance(item, keras.Model):
-            # Past the setter of a `DyLoRAModel`, which sets what is below.
-            keras.Layer.trainable.fset(item, trainable)
-        else:
-            item.trainable = trainable
-
-
-@contextlib.contextmanager
-def as_original(instances):
-    """Within it, upgraded layers and models are of their original classes.
-
-    The variables of the adapters stay where they are.
-    """
-    classes = [(instance, type(instance)) for instance in instances]
-    try:
-        for instance, cls in classes:
-            _keras.set_class(instance, cls.original_class)
-        yield
-    finally:
-        for instance, cls in classes:
-            _keras.set_class(instance, cls)
-
-
-@contextlib.contextmanager
-def _as_float(layers):
-    """Within it, configs describe quantized layers as what they were."""
-    changed = []
-    try:
-        for layer in layers:
-            if layer.quantization_mode is None:
-                continue
-            policy = layer.dtype_policy
-            changed.append((layer, policy, layer.quantization_config))
-            computes, stores = policy.compute_dtype, policy.variable_dtype
-            layer.dtype_policy = (
-                stores if computes == stores else f"mixed_{computes}"
-            )
-            layer.quantization_config = None
-        yield
-    finally:
-        for layer, policy, config in changed:
-            layer.dtype_policy = policy
-            layer.quantization_config = config
-
-
-@contextlib.contextmanager
-def as_plain(tree, whole=False):
-    """Within it, Keras describes a model as one without DyLoRA.
-
-    As it was before `enable_dylora`: the classes, what was trainable,
-    uncompiled.
-
-    Args:
-        tree: `Tree` of the `DyLoRAModel`.
-        whole: bool. Whether what was built by hand is plain too: layers, and
-            models within; and quantized layers are the float ones they were.
-            Defaults to `False`.
-    """
-    model, adaptation = tree.model, tree.model._dylora
-    instances, layers = [model, *adaptation.upgraded], []
-    if whole:
-        layers = list(adaptation.layers.values())
-        models = _keras.submodels(model)
-        instances = [x for x in models if hasattr(x, "original_class")]
-        instances += layers
-    now = flags(tree) if adaptation.before else []
-    try:
-        with (
-            _as_float(layers),
-            uncompiled(model),
-            as_original(instances),
-            with_whole_configs(model),
-        ):
-            restore(adaptation.before)
-            yield
-    finally:
-        restore(now)

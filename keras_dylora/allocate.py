@@ -19,7 +19,7 @@ from keras_dylora import training
 from keras_dylora.allocation import RankAllocation
 from keras_dylora.evaluation import check_compiled
 from keras_dylora.evaluation_data import EvaluationData
-from keras_dylora.layers import matrix_shape
+from keras_dylora.kinds import matrix_shape
 from keras_dylora.model import adaptation_of
 
 STEPS = 24  # of a search for one budget, each with a batch

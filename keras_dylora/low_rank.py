@@ -10,7 +10,7 @@ from keras import ops
 from keras_dylora import _keras, ranks, torch_product
 from keras_dylora.config import AdapterArguments
 from keras_dylora.cuts import warn_of_cut
-from keras_dylora.geometry import Factors, float32_array
+from keras_dylora.factors import Factors, float32_array
 from keras_dylora.rank_gate import GateRow, RankGate
 
 if TYPE_CHECKING:

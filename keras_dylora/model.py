@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_dylora import _keras, files, summary, training
-from keras_dylora.adaptation import Adaptation, as_plain
+from keras_dylora.adaptation import Adaptation
 from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.distributions import RankDistribution
@@ -21,6 +21,7 @@ from keras_dylora.live_class import (
     to_dylora_class,
 )
 from keras_dylora.low_rank import LowRankAdapter
+from keras_dylora.plain import as_plain
 from keras_dylora.quantization import quantize_base
 from keras_dylora.ranks import by_layer
 from keras_dylora.recompile import (

@@ -5,8 +5,8 @@ import re
 import keras
 import numpy as np
 
-from keras_dylora.adaptation import as_original
-from keras_dylora.geometry import float32_array
+from keras_dylora.factors import float32_array
+from keras_dylora.plain import as_original
 
 MODES = ("int8", "int4")
 

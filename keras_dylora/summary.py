@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from keras_dylora import _keras
-from keras_dylora.layers import ADAPTED_CLASSES, matrix_shape
+from keras_dylora.kinds import ADAPTED_CLASSES, matrix_shape
 from keras_dylora.ranks import by_layer
 from keras_dylora.tables import text
 

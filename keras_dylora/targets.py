@@ -8,7 +8,7 @@ import keras
 
 from keras_dylora import _keras
 from keras_dylora.calls import never_called
-from keras_dylora.layers import ADAPTED_CLASSES
+from keras_dylora.kinds import ADAPTED_CLASSES
 from keras_dylora.tree import Tree
 
 ALL_LINEAR = "all-linear"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora.geometry import Factors
+from keras_dylora.factors import Factors
 from tests import backend
 from tests.linear import RANK, batches, linear
 from tests.models import (

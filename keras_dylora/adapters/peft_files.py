@@ -17,7 +17,7 @@ from keras_dylora import files, ranks
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.identity import Identity
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.geometry import Factors
+from keras_dylora.factors import Factors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

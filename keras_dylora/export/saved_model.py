@@ -8,12 +8,12 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from keras_dylora.adaptation import as_original
 from keras_dylora.export import stored_variables
 from keras_dylora.export.gates import Gates
 from keras_dylora.export.stacking import stack
 from keras_dylora.export.text import Preprocessing
 from keras_dylora.model import adaptation_of
+from keras_dylora.plain import as_original
 
 DEFAULT_SIGNATURE = "serving_default"
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_dylora import _keras
 from keras_dylora.config import AdapterArguments
 from keras_dylora.export import stored_variables
-from keras_dylora.geometry import float32_array
+from keras_dylora.factors import float32_array
 from keras_dylora.model import adaptation_of
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.tree import Tree

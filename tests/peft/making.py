@@ -4,7 +4,7 @@ import keras_hub
 import transformers
 
 from keras_dylora.adapters.families import layout_of
-from keras_dylora.layers import geometry
+from keras_dylora.kinds import geometry
 from keras_dylora.tree import Tree
 from tests.models import VOCABULARY
 from tests.peft.twins import with_head

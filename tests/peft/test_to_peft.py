@@ -13,7 +13,7 @@ import torch
 
 import keras_dylora as kd
 from keras_dylora.adapters import from_peft, peft_files, to_peft
-from keras_dylora.geometry import Factors
+from keras_dylora.factors import Factors
 from tests import backend
 from tests.models import (
     allocation,
