@@ -17,6 +17,7 @@ from keras_dylora.kinds import ADAPTED_CLASSES
 from keras_dylora.named import NamedAdapters
 from keras_dylora.plain import flags, restore
 from keras_dylora.rank_gate import GateRow, RankGate
+from keras_dylora.recompile import reset_compiled
 from keras_dylora.spec import Spec
 from keras_dylora.training.full_rank import at_full_rank
 from keras_dylora.training.objectives import OBJECTIVES
@@ -180,6 +181,21 @@ class Adaptation:
         self.ranks_drawn = self.state["ranks_drawn"]
         self.open_columns = self.state.get("open_columns")
         self.full_rank = self.state.get("full_rank")
+
+    def reconfigure(self, config, optimizer=None):
+        """Takes another config, at the same place of the rank sequence.
+
+        `optimizer` is what `new_optimizer` made before the change, if the
+        variables are others.
+        """
+        place = {
+            name: int(ops.convert_to_numpy(self.state[name]))
+            for name in ("ranks_drawn", "full_rank")
+            if name in self.state
+        }
+        self.configure(config, **place)
+        _keras.track_for_torch(self.model)
+        reset_compiled(self.model, optimizer)
 
     @property
     def max_rank(self):

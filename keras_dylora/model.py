@@ -2,37 +2,31 @@
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 import keras
-from keras import ops
 
-from keras_dylora import _keras, files, summary, training
+from keras_dylora import _keras, summary, training
 from keras_dylora.adaptation import Adaptation
 from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.distributions import RankDistribution
+from keras_dylora.kept_in_files import KeptInFiles
 from keras_dylora.live_class import (
     combined_class,
     functional_class,
     is_combined,
-    to_dylora_class,
 )
 from keras_dylora.low_rank import LowRankAdapter
-from keras_dylora.plain import as_plain
 from keras_dylora.quantization import quantize_base
 from keras_dylora.ranks import by_layer
 from keras_dylora.recompile import (
-    compile_from,
-    reset_compiled,
     reset_functions,
 )
-from keras_dylora.saving import NO_HDF5, check_savable, load_state, save_state
 from keras_dylora.tree import Tree
+from keras_dylora.with_adapters import WithAdapters
 
-FORMAT_VERSION = 2  # that of files with several adapters; 1 of all others
 # What a function that changes a model in place takes, and gives back.
 Model = TypeVar("Model", bound=keras.Model)
 
@@ -51,26 +45,9 @@ def adaptation_of(model: keras.Model) -> Adaptation:
     return adaptation
 
 
-def reconfigure(model, config, optimizer=None):
-    """Gives a model a new config, at the same place of its rank sequence.
-
-    `optimizer` is what `new_optimizer` made before the change, if the
-    variables are others.
-    """
-    adaptation = adaptation_of(model)
-    place = {
-        name: int(ops.convert_to_numpy(adaptation.state[name]))
-        for name in ("ranks_drawn", "full_rank")
-        if name in adaptation.state
-    }
-    adaptation.configure(config, **place)
-    _keras.track_for_torch(model)
-    reset_compiled(model, optimizer)
-
-
 @keras.saving.register_keras_serializable(package="keras_dylora")
 @_keras.keeps_own_state
-class DyLoRAModel(keras.Model):
+class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
     """A Keras model that trains its adapters for every rank at once.
 
     Each training step draws a rank `b`, runs Keras's own step with the first
@@ -163,6 +140,10 @@ class DyLoRAModel(keras.Model):
         object.__setattr__(self, "_dylora", adaptation)
 
     @property
+    def _adaptation(self):
+        return adaptation_of(self)
+
+    @property
     def dylora_config(self) -> DyLoRAConfig:
         """The `DyLoRAConfig` of the model; its `rank` is the maximum."""
         return adaptation_of(self).config
@@ -250,77 +231,6 @@ class DyLoRAModel(keras.Model):
         """
         adaptation_of(self)
         (print_fn or print)(summary.tables(self))
-
-    @property
-    def adapter_names(self) -> list[str]:
-        """list of str. The adapters on the base, in the order they came."""
-        return adaptation_of(self).named.names
-
-    @property
-    def active_adapter(self) -> str:
-        """str. The adapter that the model computes with and trains.
-
-        `"default"` is the name of the first, unless `load_adapter` gave it
-        another.
-        """
-        return adaptation_of(self).named.active
-
-    def add_adapter(self, name: str) -> None:
-        """Adds an adapter to the same base and makes it the active one.
-
-        Its columns are fresh, and its head starts as that of the one that was
-        active. Each adapter has a head, a rank, a place in the rank sequence
-        and an optimizer state of its own; the learning rate is shared. Those
-        that aren't active wait beside the model, as tensors.
-
-        Args:
-            name: str.
-
-        Raises:
-            TypeError: if it isn't a string.
-            ValueError: if the name is empty or taken, or a hand-built model
-                isn't built yet.
-
-        Example:
-
-        ```python
-        clf.fit(german_texts, german_labels)  # trains "default"
-        clf.add_adapter("french")
-        clf.fit(french_texts, french_labels)
-        clf.set_adapter("default")
-        ```
-        """
-        self._named().add(name, Tree(self))
-
-    def set_adapter(self, name: str) -> None:
-        """Makes another adapter the active one; nothing is traced again.
-
-        Everything is of the active adapter: `predict`, `fit`, `rank`,
-        `save_adapter`, `merge`. `.keras` files keep all.
-
-        Args:
-            name: str, one of `adapter_names`.
-
-        Raises:
-            ValueError: if there is no adapter of the name.
-        """
-        self._named().activate(name, Tree(self))
-
-    def delete_adapter(self, name: str) -> None:
-        """Removes an adapter that isn't the active one.
-
-        Args:
-            name: str, one of `adapter_names`.
-
-        Raises:
-            ValueError: if there is no adapter of the name, or it is active.
-        """
-        self._named().delete(name)
-
-    def _named(self):
-        adaptation = adaptation_of(self)
-        training.write_back(self)
-        return adaptation.named
 
     @contextlib.contextmanager
     def rank_scope(self, rank: Rank) -> Iterator[Self]:
@@ -483,31 +393,6 @@ class DyLoRAModel(keras.Model):
             )
         return compute(x, y, y_pred, sample_weight, **kwargs)
 
-    def save(
-        self,
-        filepath: str | os.PathLike[str],
-        overwrite: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """Saves the model with its adapters, as `keras.Model.save` does.
-
-        A `.keras` file is written beside its place, then renamed.
-
-        Raises:
-            ValueError: if the file is HDF5, or the model can't be loaded from
-                a file.
-        """
-        path = str(filepath)
-        if path.endswith((".h5", ".hdf5")):
-            raise ValueError(f"{NO_HDF5}. Received: filepath={path!r}")
-        if is_combined(type(self)):
-            check_savable(Tree(self))
-        asks = not overwrite and os.path.exists(path)
-        if not path.endswith(".keras") or "://" in path or asks:
-            return super().save(filepath, overwrite, **kwargs)
-        with files.new_file(path) as beside:
-            super().save(beside, **kwargs)
-
     def quantize(
         self,
         mode: Literal["int8", "int4"] | None = None,
@@ -553,93 +438,9 @@ class DyLoRAModel(keras.Model):
             _keras.track_for_torch(self)
             reset_functions(self)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The class of an enabled model can't be imported. The archive names
-        # the one that revives it.
-        _, arguments = super().__reduce__()
-        return _keras.unpickle, arguments
-
     def _own_state(self):
         return self._dylora.state if hasattr(self, "_dylora") else {}
 
     @property
     def _ranks_drawn(self):
         return adaptation_of(self).ranks_drawn
-
-    def save_own_variables(self, store: Any) -> None:
-        self._prepare()
-        super().save_own_variables(store)
-        save_state(Tree(self), store)
-
-    def load_own_variables(self, store: Any) -> None:
-        self._prepare()
-        super().load_own_variables(load_state(Tree(self), store))
-
-    def get_compile_config(self) -> dict[str, Any] | None:
-        config = _keras.public_optimizers(super().get_compile_config())
-        if config and self.optimizer is not None:
-            # Keras couldn't load what an optimizer saved before it was built
-            # into one that is.
-            config["optimizer_built"] = self.optimizer.built
-        return _keras.stamped_jit(config)
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        compile_from(self, config)
-
-    def get_build_config(self) -> dict[str, Any] | None:
-        # A subclass may have a config of its own, which need hold none of this.
-        config = super().get_build_config()
-        if config is None or is_combined(type(self)):
-            return config
-        mine = {n: getattr(self.dylora_config, n) for n in self._dylora_options}
-        return {**config, "dylora": mine}
-
-    def build_from_config(self, config: dict[str, Any]) -> None:
-        config = dict(config)
-        options = config.pop("dylora", {})
-        self._dylora_options.update(
-            keras.saving.deserialize_keras_object(options)
-        )
-        super().build_from_config(config)
-
-    def get_config(self) -> dict[str, Any]:
-        if _keras.saves_hdf5():  # `keras.saving.save_model` passes by `save`
-            raise ValueError(f"{NO_HDF5}. Received: {self.name}")
-        if not is_combined(type(self)):
-            return super().get_config()
-        adaptation, tree = adaptation_of(self), Tree(self)
-        adaptation.settle(tree)
-        check_savable(tree)
-        trainable = [w.trainable for w in self.weights]
-        dylora = adaptation.get_config(tree)
-        with as_plain(tree):
-            base = keras.saving.serialize_keras_object(self)
-        return {
-            "format_version": 1 if adaptation.named.is_plain else 2,
-            "base": base,
-            "dylora": dylora,
-            "trainable": trainable,
-        }
-
-    @classmethod
-    def from_config(
-        cls,
-        config: dict[str, Any],
-        custom_objects: Mapping[str, Any] | None = None,
-    ) -> Self:
-        if not {"format_version", "base", "dylora"} <= config.keys():
-            return super().from_config(config, custom_objects)
-        if config["format_version"] > FORMAT_VERSION:
-            raise ValueError(
-                "The file must be of format version "
-                f"{FORMAT_VERSION} or older; a newer keras_dylora wrote it. "
-                f"Received: format_version={config['format_version']}"
-            )
-        model = keras.saving.deserialize_keras_object(
-            config["base"], custom_objects
-        )
-        adaptation = Adaptation.from_config(
-            Tree(model), config["dylora"], config["trainable"]
-        )
-        to_dylora_class(model, adaptation, cls)
-        return model

@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 
 from keras_dylora import training
-from keras_dylora.model import Model, adaptation_of, reconfigure
+from keras_dylora.model import Model, adaptation_of
 
 
 def order_ranks(model: Model) -> Model:
@@ -74,5 +74,5 @@ def order_ranks(model: Model) -> Model:
         layer.set_arguments(spec.adapted[path])
     for gate in adaptation.gates:
         gate.rescale(config.scale)
-    reconfigure(model, config)
+    adaptation.reconfigure(config)
     return model

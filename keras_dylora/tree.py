@@ -79,7 +79,8 @@ class Tree:
         It is named after the innermost layer that holds it, such as
         `pooled_dense/kernel`, so that its path is the same in every process.
         """
-        names, found = {}, {}
+        names: dict[int, str] = {}
+        found: dict[str, keras.Variable] = {}
         for path, layer in reversed(self.layers.items()):
             for weight in _keras.own_weights(layer):
                 names.setdefault(id(weight), f"{path}/{weight.name}")

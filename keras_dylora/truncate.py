@@ -5,7 +5,6 @@ from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.model import (
     Model,
     adaptation_of,
-    reconfigure,
 )
 from keras_dylora.rank_gate import GateRow, RankGate
 from keras_dylora.recompile import new_optimizer
@@ -59,6 +58,6 @@ def truncate(model: Model, rank: Rank) -> Model:
     for path, layer in layers.items():
         row = GateRow(cut[id(layer._gate.gate)], layer._gate.index)
         layer.truncate(spec.adapted[path], row, kept[path])
-    reconfigure(model, config, optimizer)
+    adaptation.reconfigure(config, optimizer)
     adaptation_of(model).set_ranks(active)
     return model
