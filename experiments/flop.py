@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora.tree import Tree
+from keras_dylora.layers.tree import Tree
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 # Of the Lagrangian: the weight of its quadratic part, and the rate at which

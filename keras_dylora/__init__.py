@@ -1,20 +1,20 @@
 """DyLoRA for Keras 3: fine-tune once, use at every rank."""
 
 from keras_dylora.adapters import from_peft, load_adapter, save_adapter, to_peft
-from keras_dylora.allocate import allocate_ranks
 from keras_dylora.allocation import RankAllocation
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.dense import DyLoRADense
 from keras_dylora.distributions import Categorical, Geometric, Uniform
-from keras_dylora.einsum_dense import DyLoRAEinsumDense
-from keras_dylora.enable import disable_dylora, enable_dylora
-from keras_dylora.evaluation import RankEvaluation, evaluate_ranks
 from keras_dylora.export import export_ranks
-from keras_dylora.merging import merge
-from keras_dylora.model import DyLoRAModel
-from keras_dylora.ordering import order_ranks
-from keras_dylora.report import RankReport
-from keras_dylora.truncate import truncate
+from keras_dylora.layers.dense import DyLoRADense
+from keras_dylora.layers.einsum_dense import DyLoRAEinsumDense
+from keras_dylora.live.enable import disable_dylora, enable_dylora
+from keras_dylora.live.merge import merge
+from keras_dylora.live.model import DyLoRAModel
+from keras_dylora.live.ordering import order_ranks
+from keras_dylora.live.truncate import truncate
+from keras_dylora.reports.allocate import allocate_ranks
+from keras_dylora.reports.evaluation import RankEvaluation, evaluate_ranks
+from keras_dylora.reports.report import RankReport
 from keras_dylora.version import __version__
 
 __all__ = [

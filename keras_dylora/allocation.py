@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import keras
 
 from keras_dylora import files, tables
-from keras_dylora.kinds import matrix_shape
+from keras_dylora.layers.kinds import matrix_shape
 from keras_dylora.ranks import as_rank, by_layer
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 
 import keras_dylora as kd
 from keras_dylora.adapters.weights import AdapterWeights
-from keras_dylora.tree import Tree
+from keras_dylora.layers.tree import Tree
 from tests import backend
 from tests.models import (
     mlp,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora.low_rank import LowRankAdapter
+from keras_dylora.layers.low_rank import LowRankAdapter
 from tests import backend
 from tests.models import (
     allocation,
@@ -179,6 +179,7 @@ def test_a_named_adapter_of_a_lower_rank(tmp_path):
     assert list(map(report.state, (1, 2))) == ["untrained", "trained"]
     assert report.best("loss") == 2
     callback = kd.RankEvaluation((tokens(), y), ranks=[1, 2])
-    with warnings.catch_warnings(action="error", category=UserWarning):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Adapters are of use")
         logs = model.fit(tokens(), y, verbose=0, callbacks=[callback]).history
     assert "val_rank1_loss" in logs

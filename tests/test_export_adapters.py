@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora.tree import Tree
+from keras_dylora.layers.tree import Tree
 from tests import backend
 from tests.models import allocation, randomize, randomize_adapters
 from tests.test_export import (

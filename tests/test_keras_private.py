@@ -149,6 +149,13 @@ def own_weights():
     assert _keras.own_weights(roberta_classifier(num_layers=1)) == []
 
 
+def trained_weights():
+    layer = dense()
+    layer.trainable = False
+    names = [w.name for w in _keras.trained_weights(layer)]
+    assert names == ["kernel", "bias"]
+
+
 def statistics():
     layer = keras.layers.BatchNormalization()
     layer.build((None, 2))
@@ -315,6 +322,15 @@ def compile_arguments():
     assert arguments["metrics"] == ["mae"]
 
 
+def built_anew():
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(mlp().trainable_variables[:2])
+    fresh = _keras.built_anew(optimizer)
+    assert [v.shape for v in fresh.variables] == [
+        v.shape for v in optimizer.variables
+    ]
+
+
 def fresh_optimizer():
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.3)
@@ -377,6 +393,8 @@ def public_optimizers():
 # What each is for, and so what breaks.
 BREAKS = {
     set_class: "enable_dylora and disable_dylora, in place",
+    trained_weights: "trainable_layers names layers that are frozen",
+    built_anew: "an adapter with an optimizer state of its own",
     stand_in: "the adapter of a layer is added behind its activation",
     unlocked: "adapters of layers that are built",
     forget: "disable_dylora and truncate: variables stay behind",

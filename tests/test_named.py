@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora import named
+from keras_dylora.live import named
 from tests import backend
 from tests.models import (
     allocation,

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora.spec import Spec
-from keras_dylora.tree import Tree
+from keras_dylora.layers.tree import Tree
+from keras_dylora.live.spec import Spec
 from tests import backend
 from tests.models import (
     allocation,

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import _keras
-from keras_dylora.factors import float32_array
+from keras_dylora.layers.factors import float32_array
 
 # What is kept of the base: the first entries of a few weights.
 WEIGHTS, ENTRIES = 8, 4

@@ -12,9 +12,9 @@ from keras_dylora import files
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.allocation import Rank
-from keras_dylora.model import DyLoRAModel, Model, adaptation_of
-from keras_dylora.named import DEFAULT
-from keras_dylora.tree import Tree
+from keras_dylora.layers.tree import Tree
+from keras_dylora.live.model import DyLoRAModel, Model, adaptation_of
+from keras_dylora.live.named import DEFAULT
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "adapter_config.json"

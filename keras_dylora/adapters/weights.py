@@ -12,12 +12,12 @@ from keras_dylora import _keras, training
 from keras_dylora import ranks as rank_functions
 from keras_dylora.adapters.identity import Identity, renamed
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.enable import upgrade
-from keras_dylora.factors import Factors, float32_array
-from keras_dylora.kinds import ADAPTED_CLASSES, matrix_shape
-from keras_dylora.model import DyLoRAModel, adaptation_of
-from keras_dylora.named import DEFAULT, check_name
-from keras_dylora.targets import Targets, check_targets, trained_by_default
+from keras_dylora.layers.factors import Factors, float32_array
+from keras_dylora.layers.kinds import ADAPTED_CLASSES, matrix_shape
+from keras_dylora.live.enable import upgrade
+from keras_dylora.live.model import DyLoRAModel, adaptation_of
+from keras_dylora.live.named import DEFAULT, check_name
+from keras_dylora.live.targets import Targets, check_targets, trained_by_default
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 import keras
 
-from keras_dylora import files, summary
+from keras_dylora import files
 from keras_dylora import ranks as ranks_module
 from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.export import by_tensorflow, manifest
 from keras_dylora.export.plan import Inputs, Plan, Served, ServedAdapter
 from keras_dylora.export.verify import verify as verify_artifact
-from keras_dylora.model import adaptation_of
-from keras_dylora.report import RankReport
+from keras_dylora.live import sizes
+from keras_dylora.live.model import adaptation_of
+from keras_dylora.reports.report import RankReport
 
 LAYOUTS = ("shared", "merged")
 FORMATS = ("saved_model", "onnx", "litert")
@@ -162,7 +163,7 @@ def export_ranks(
 def _write(model, folder, plan, on_step):
     # Several adapters are stacked in place, which the caller's model can't be.
     if keras.backend.backend() == "tensorflow" and not plan.adapters:
-        from keras_dylora.export import writers
+        from keras_dylora.export.tensorflow import writers
 
         for _ in writers.write(model, folder, plan):
             on_step()
@@ -244,7 +245,7 @@ def _served(named, model, high):
             found.append(Served(name, int(rank), int(rank)))
 
     def size(served):
-        return summary.parameters(model, served.ranks(layers))
+        return sizes.parameters(model, served.ranks(layers))
 
     return tuple(sorted(found, key=size))
 

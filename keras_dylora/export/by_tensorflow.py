@@ -15,7 +15,7 @@ import tempfile
 import keras
 
 from keras_dylora.export import process
-from keras_dylora.recompile import uncompiled
+from keras_dylora.live.recompile import uncompiled
 
 MODEL_NAME = "model"
 REQUEST_NAME = "request.json"
@@ -57,7 +57,7 @@ def write(model, folder, plan, on_step):
             process.run(
                 [
                     "-m",
-                    "keras_dylora.export.by_tensorflow_child",
+                    "keras_dylora.export.tensorflow.child",
                     str(temporary),
                 ],
                 temporary,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from keras_dylora.inputs import Input, Inputs
+from keras_dylora.live.inputs import Input, Inputs
 
 # What an artifact of a format is called below its folder.
 FILE_NAMES = {"onnx": "model.onnx", "litert": "model.tflite"}

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import probe
 from keras_dylora.export import process
 from keras_dylora.export.plan import FILE_NAMES
+from keras_dylora.live import probe
 
 MAX_BATCH = 8  # every rank's outputs are held at once
 TEXTS = ["", "A fine film, and a short one.", "two words", "🙂 emoji"]
@@ -85,11 +85,14 @@ def _run(calls, plan):
             # -P: this folder's modules must not hide others of their name.
             process.run(["-P", str(script), str(temporary)], temporary)
         except process.ChildError as error:
-            rule = f"of format {plan.format!r} must run on the model's inputs"
+            rule = (
+                f"The artifact of format {plan.format!r} must run on the "
+                "model's inputs"
+            )
             if error.kind == "ModuleNotFoundError":
-                rule = f"must run without {request['blocked']}"
+                rule = f"The artifact must run without {request['blocked']}"
             raise RuntimeError(
-                f"The artifact {rule}; nothing was written. Received: {error}"
+                f"{rule}; nothing was written. Received: {error}"
             ) from error
         for i in range(len(calls)):
             with np.load(temporary / f"{i}.outputs.npz") as file:

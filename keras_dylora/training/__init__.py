@@ -7,18 +7,18 @@ loss it has in `objectives`.
 
 import keras
 
-from keras_dylora.training.callbacks import interruptible, with_callback
 from keras_dylora.training.full_rank import (
     OrderAfterFullRank,
     at_full_rank,
     order_columns,
 )
 from keras_dylora.training.gate_gradient import gate_gradient
+from keras_dylora.training.interruption import interruptible, with_callback
 from keras_dylora.training.step import check_frozen, drawn, masked
 
 match keras.backend.backend():
     case "jax":
-        from keras_dylora.training import stateless as skin
+        from keras_dylora.training import jax as skin
     case _:
         from keras_dylora.training import (  # type: ignore[no-redef]
             stateful as skin,

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora.factors import float32_array
+from keras_dylora.layers.factors import float32_array
 from keras_dylora.training import slots
 
 

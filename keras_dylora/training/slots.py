@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import _keras
-from keras_dylora.factors import float32_array
+from keras_dylora.layers.factors import float32_array
 
 
 def _gradients(x, own, dual):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora.tree import Tree
+from keras_dylora.layers.tree import Tree
 from tests import backend
 from tests.families.zoo import CONVOLUTIONS, FAMILIES
 from tests.models import randomize_adapters

@@ -3,9 +3,9 @@
 import keras_hub
 import transformers
 
-from keras_dylora.adapters.families import layout_of
-from keras_dylora.kinds import geometry
-from keras_dylora.tree import Tree
+from keras_dylora.adapters.peft.families import layout_of
+from keras_dylora.layers.kinds import geometry
+from keras_dylora.layers.tree import Tree
 from tests.models import VOCABULARY
 from tests.peft.twins import with_head
 

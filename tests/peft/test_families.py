@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import keras_dylora as kd
-from keras_dylora.adapters.families import layout_of
+from keras_dylora.adapters.peft.families import layout_of
 from tests import backend
 from tests.models import VOCABULARY, allocation, randomize_adapters
 from tests.peft.families import FAMILIES

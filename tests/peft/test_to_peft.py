@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import keras_dylora as kd
-from keras_dylora.adapters import from_peft, peft_files, to_peft
-from keras_dylora.factors import Factors
+from keras_dylora.adapters import from_peft, to_peft
+from keras_dylora.adapters.peft import files as peft_files
+from keras_dylora.layers.factors import Factors
 from tests import backend
 from tests.models import (
     allocation,

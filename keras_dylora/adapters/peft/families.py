@@ -1,0 +1,407 @@
+"""The families that PEFT adapters fit: a row for each."""
+
+import dataclasses
+
+from keras_dylora.adapters.peft.layout import Blocks, Layout
+
+
+def layout_of(model):
+    """The `Layout` of a KerasHub model, or a `ValueError`."""
+    names = _class_names(model)
+    body = getattr(model, "backbone", model)
+    backbone = _class_names(body)
+    for name, layout in LAYOUTS.items():
+        # Both, since another model may reuse the class of a task.
+        if name in names and layout.backbone in backbone:
+            if getattr(body, "vision_encoder", None) is not None:
+                raise ValueError(
+                    "PEFT adapters can be exchanged for models of one kind of "
+                    f"input. Received: a {type(body).__name__} that takes "
+                    "images beside text"
+                )
+            return layout
+    raise ValueError(
+        "PEFT adapters can be exchanged for the KerasHub models "
+        f"{sorted(LAYOUTS)} and their subclasses; another family needs a row "
+        "in keras_dylora/adapters/peft/families.py. "
+        f"Received: a {type(model).__name__}"
+    )
+
+
+def _class_names(instance):
+    return {cls.__name__ for cls in type(instance).__mro__}
+
+
+# Rows, by what families have in common.
+
+
+def _attention(keras, names, ours="query key value attention_output"):
+    """Names of the four projections, ours in the Keras layer `keras`."""
+    pairs = zip(names.split(), ours.split(), strict=True)
+    return {name: (f"{keras}/{x}",) for name, x in pairs}
+
+
+def _feedforward(up, down):
+    return {
+        up: ("feedforward_intermediate_dense",),
+        down: ("feedforward_output_dense",),
+    }
+
+
+_LAYER = "transformer_layer_{}"
+
+_BERT = _attention(
+    "self_attention_layer",
+    "attention.self.query attention.self.key attention.self.value "
+    "attention.output.dense",
+) | _feedforward("intermediate.dense", "output.dense")
+
+
+def _opt(keras):
+    """The layers of OPT's and BART's blocks."""
+    names = "q_proj k_proj v_proj out_proj"
+    names = " ".join(f"self_attn.{x}" for x in names.split())
+    return _attention(keras, names) | _feedforward("fc1", "fc2")
+
+
+_PROJECTIONS = (
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+)
+
+_LLAMA = _attention("self_attention", _PROJECTIONS) | {
+    "mlp.gate_proj": ("feedforward_gate_dense",),
+    **_feedforward("mlp.up_proj", "mlp.down_proj"),
+}
+
+_GEMMA = _attention("attention", _PROJECTIONS) | {
+    "mlp.gate_proj": ("ffw_gating",),
+    "mlp.up_proj": ("ffw_gating_2",),
+    "mlp.down_proj": ("ffw_linear",),
+}
+
+
+def _fused(keras, query, key, value):
+    """The three projections that are one layer, ours in the layer `keras`."""
+    return tuple(f"{keras}/{x}" for x in (query, key, value))
+
+
+def _head(layers):
+    """The weights of a head, by a dict of its layers to ours."""
+    found = {}
+    for name, layer in layers.items():
+        found[f"{name}.weight"] = f"{layer}/kernel"
+        found[f"{name}.bias"] = f"{layer}/bias"
+    return found
+
+
+def _t5(keras, number, name):
+    names = " ".join(f"layer.{number}.{name}.{x}" for x in "qkvo")
+    return _attention(
+        keras,
+        names,
+        "query_projector key_projector value_projector output_projector",
+    )
+
+
+def _t5_blocks(half, attention, number):
+    """Blocks with the feed-forward layers of T5 1.1 and Flan, or of T5."""
+    name = f"layer.{number}.DenseReluDense"
+    gated = {
+        f"{name}.wi_0": ("input_projector",),
+        f"{name}.wi_1": ("gate_projector",),
+        f"{name}.wo": ("output_projector",),
+    }
+    ungated = {
+        f"{name}.wi": ("input_projector",),
+        f"{name}.wo": ("output_projector",),
+    }
+    return Blocks(
+        f"{half}.block.{{}}",
+        f"transformer_{half}_layer_{{}}",
+        attention | gated,
+        ungated=attention | ungated,
+    )
+
+
+def _stack(backbone, linear, keras=_LAYER, name="encoder.layer.{}", **rest):
+    """The layout of a backbone with blocks of one kind."""
+    return Layout(backbone, (Blocks(name, keras, linear),), **rest)
+
+
+def _decoder(family, linear, keras=_LAYER):
+    """Rows of a decoder as Llama's are, by the name of its classes."""
+    bare = _stack(f"{family}Backbone", linear, keras, "layers.{}")
+    return _rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM")
+
+
+def _roberta(family):
+    return _rows(
+        _stack(f"{family}Backbone", _BERT),
+        f"{family}TextClassifier",
+        "roberta.",
+        "SEQ_CLS",
+        _head(
+            {
+                "classifier.dense": "pooled_dense",
+                "classifier.out_proj": "logits",
+            }
+        ),
+    )
+
+
+def _rows(bare, task, prefix, task_type, head=None):
+    """The rows of a backbone and of a task on it."""
+    changes = {"prefix": prefix, "task_type": task_type, "head": head or {}}
+    return {bare.backbone: bare, task: dataclasses.replace(bare, **changes)}
+
+
+LAYOUTS = {
+    **_roberta("Roberta"),
+    **_roberta("XLMRoberta"),
+    **_rows(
+        _stack(
+            "BertBackbone", _BERT, outside={"pooler.dense": ("pooled_dense",)}
+        ),
+        "BertTextClassifier",
+        "bert.",
+        "SEQ_CLS",
+        _head({"classifier": "logits"}),
+    ),
+    **_rows(
+        _stack(
+            "DistilBertBackbone",
+            _attention(
+                "self_attention_layer",
+                "attention.q_lin attention.k_lin attention.v_lin "
+                "attention.out_lin",
+            )
+            | _feedforward("ffn.lin1", "ffn.lin2"),
+            name="transformer.layer.{}",
+        ),
+        "DistilBertTextClassifier",
+        "distilbert.",
+        "SEQ_CLS",
+        _head({"pre_classifier": "pooled_dense", "classifier": "logits"}),
+    ),
+    **_rows(
+        _stack(
+            "AlbertBackbone",
+            _attention(
+                "self_attention_layer",
+                "attention.query attention.key attention.value attention.dense",
+            )
+            | _feedforward("ffn", "ffn_output"),
+            keras="group_{}_inner_layer_0",
+            name="encoder.albert_layer_groups.{}.albert_layers.0",
+            outside={
+                "encoder.embedding_hidden_mapping_in": (
+                    "embedding_projection",
+                ),
+                "pooler": ("pooled_dense",),
+            },
+        ),
+        "AlbertTextClassifier",
+        "albert.",
+        "SEQ_CLS",
+        _head({"classifier": "logits"}),
+    ),
+    **_rows(
+        _stack(
+            "GPT2Backbone",
+            {
+                "attn.c_attn": _fused(
+                    "self_attention", "query", "key", "value"
+                ),
+                "attn.c_proj": ("self_attention/attention_output",),
+                **_feedforward("mlp.c_fc", "mlp.c_proj"),
+            },
+            name="h.{}",
+            transposed=True,
+        ),
+        "GPT2CausalLM",
+        "transformer.",
+        "CAUSAL_LM",
+    ),
+    **_decoder("Llama", _LLAMA),  # and Llama 3, a subclass
+    **_decoder("Mistral", _LLAMA),
+    **_decoder("Mixtral", _attention("self_attention", _PROJECTIONS)),
+    **_decoder("Qwen", _LLAMA),  # Qwen 2 and 2.5
+    **_decoder("Qwen3", _LLAMA),
+    **_decoder("Gemma", _GEMMA, "decoder_block_{}"),  # 1 and 2
+    **_decoder("Gemma3", _GEMMA, "decoder_block_{}"),
+    **_decoder(
+        "Phi3",
+        {
+            "self_attn.qkv_proj": _fused("attention", "query", "key", "value"),
+            "self_attn.o_proj": ("attention/attention_output",),
+            "mlp.gate_up_proj": (
+                "feedforward_gate_dense",
+                "feedforward_intermediate_dense",
+            ),
+            "mlp.down_proj": ("feedforward_output_dense",),
+        },
+    ),
+    **_decoder(
+        "SmolLM3",
+        {
+            "self_attn.q_proj": ("self_attn/q_proj",),
+            "self_attn.k_proj": ("self_attn/k_proj",),
+            "self_attn.v_proj": ("self_attn/v_proj",),
+            "self_attn.o_proj": ("/o_proj",),
+            "mlp.gate_proj": ("mlp/gate_proj",),
+            "mlp.up_proj": ("mlp/up_proj",),
+            "mlp.down_proj": ("mlp/down_proj",),
+        },
+    ),
+    **_rows(
+        _stack("OPTBackbone", _opt("self_attention"), name="decoder.layers.{}"),
+        "OPTCausalLM",
+        "model.",
+        "CAUSAL_LM",
+    ),
+    **_rows(
+        _stack(
+            "BloomBackbone",
+            {
+                "self_attention.query_key_value": _fused(
+                    "self_attention", "query_dense", "key_dense", "value_dense"
+                ),
+                "self_attention.dense": ("self_attention/output_dense",),
+                "mlp.dense_h_to_4h": ("mlp_intermediate_dense",),
+                "mlp.dense_4h_to_h": ("mlp_output_dense",),
+            },
+            name="h.{}",
+            interleaved=True,
+        ),
+        "BloomCausalLM",
+        "transformer.",
+        "CAUSAL_LM",
+    ),
+    **_rows(
+        _stack(
+            "FalconBackbone",  # as falcon-rw, a key and value for each head
+            {
+                "self_attention.query_key_value": _fused(
+                    "attention", "query_dense", "key_dense", "value_dense"
+                ),
+                "self_attention.dense": ("attention/output_dense",),
+                "mlp.dense_h_to_4h": ("dense_h_to_4h",),
+                "mlp.dense_4h_to_h": ("dense_4h_to_h",),
+            },
+            name="h.{}",
+            interleaved=True,
+        ),
+        "FalconCausalLM",
+        "transformer.",
+        "CAUSAL_LM",
+    ),
+    **_rows(
+        _stack(
+            "GPTNeoXBackbone",  # fused in Keras too, in the same order
+            {
+                "attention.query_key_value": (
+                    "self_attention/query_key_value",
+                ),
+                "attention.dense": ("self_attention/attention_output",),
+                **_feedforward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            },
+            name="layers.{}",
+        ),
+        "GPTNeoXCausalLM",
+        "gpt_neox.",
+        "CAUSAL_LM",
+    ),
+    **_rows(
+        _stack(
+            "DebertaV3Backbone",
+            _attention(
+                "self_attention_layer",
+                "attention.self.query_proj attention.self.key_proj "
+                "attention.self.value_proj attention.output.dense",
+            )
+            | _feedforward("intermediate.dense", "output.dense"),
+            keras="disentangled_attention_encoder_layer_{}",
+        ),
+        "DebertaV3TextClassifier",
+        "deberta.",
+        "SEQ_CLS",
+        _head({"pooler.dense": "pooled_dense", "classifier": "logits"}),
+    ),
+    "ElectraBackbone": _stack(
+        "ElectraBackbone",
+        _BERT,
+        outside={"embeddings_project": ("embeddings_projection",)},
+    ),
+    **_rows(
+        Layout(
+            "T5Backbone",
+            (
+                _t5_blocks(
+                    "encoder",
+                    _t5("self_attention", 0, "SelfAttention"),
+                    1,
+                ),
+                _t5_blocks(
+                    "decoder",
+                    _t5("self_attention", 0, "SelfAttention")
+                    | _t5("cross_attention", 1, "EncDecAttention"),
+                    2,
+                ),
+            ),
+        ),
+        "T5Seq2SeqLM",
+        "",
+        "SEQ_2_SEQ_LM",
+    ),
+    **_rows(
+        Layout(
+            "BartBackbone",
+            (
+                Blocks(
+                    "encoder.layers.{}",
+                    "transformer_encoder_layer_{}",
+                    _opt("self_attention_layer"),
+                ),
+                Blocks(
+                    "decoder.layers.{}",
+                    "transformer_decoder_layer_{}",
+                    _opt("self_attention")
+                    | _attention(
+                        "cross_attention",
+                        "encoder_attn.q_proj encoder_attn.k_proj "
+                        "encoder_attn.v_proj encoder_attn.out_proj",
+                    ),
+                ),
+            ),
+        ),
+        "BartSeq2SeqLM",
+        "model.",
+        "SEQ_2_SEQ_LM",
+    ),
+    **_rows(
+        Layout(
+            "ViTBackbone",
+            (
+                Blocks(
+                    "layers.{}",
+                    "vit_encoder/transformer_block_{}",
+                    _attention(
+                        "mha",
+                        "attention.q_proj attention.k_proj attention.v_proj "
+                        "attention.o_proj",
+                    )
+                    | {
+                        "mlp.fc1": ("mlp/dense_1",),
+                        "mlp.fc2": ("mlp/dense_2",),
+                    },
+                    first=1,
+                ),
+            ),
+            task_type=None,
+        ),
+        "ViTImageClassifier",
+        "vit.",
+        None,
+        _head({"classifier": "predictions"}),
+    ),
+}

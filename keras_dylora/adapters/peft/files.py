@@ -1,0 +1,353 @@
+"""The files of a PEFT adapter: read, checked, and their rules applied."""
+
+import collections
+import dataclasses
+import json
+import math
+import numbers
+import pathlib
+import re
+
+import ml_dtypes  # noqa: F401  NumPy's bfloat16
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from keras_dylora import files, ranks
+from keras_dylora.adapters import metadata
+from keras_dylora.adapters.identity import Identity
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.layers.factors import Factors
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+# Beside PEFT's own files: PEFT warns of unknown keys in its config.
+DYLORA_NAME = "keras_dylora.json"
+CARD_NAME = "README.md"
+# Ours first: where it is, the others are ours.
+NAMES = (DYLORA_NAME, CONFIG_NAME, WEIGHTS_NAME)
+PREFIX = "base_model.model."
+# What is in it, so that it can be told as ours, where no rank is kept.
+SERVER = {"layout": "server"}
+
+# Initial values only; the others change the base weights too.
+_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Keys that leave the arithmetic of an adapter alone, or are handled here.
+_HARMLESS_KEYS = {
+    "alpha_pattern", "auto_mapping", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "modules_to_save", "rank_pattern",
+    "runtime_config", "target_modules", "use_rslora",
+}  # fmt: skip
+
+
+# Of the others that are read here, the types that PEFT writes.
+_TYPES = {
+    "alpha_pattern": dict,
+    "exclude_modules": (str, list),
+    "layers_to_transform": (int, list),
+    "modules_to_save": list,
+    "rank_pattern": dict,
+    "target_modules": (str, list),
+    "use_rslora": bool,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftAdapter:
+    """What an adapter directory holds.
+
+    If `to_peft` wrote it, the config and the identity of a model, and the
+    ranks of its layers where they differ.
+    """
+
+    config: dict
+    tensors: dict[str, np.ndarray]
+    dylora: DyLoRAConfig | None
+    identity: Identity | None
+    ranks: dict[str, int] | None
+
+    @property
+    def layer_ranks(self):
+        """Dict of path to rank of what `to_peft` wrote, else `None`."""
+        if self.dylora is None:
+            return None
+        high = self.dylora.rank
+        given = high if self.ranks is None else self.ranks
+        return ranks.by_layer(given, self.dylora.target_layers, high)
+
+    def rank(self, module):
+        """int. The rank of the adapter of a linear layer."""
+        rank = self._of(module, "rank_pattern", "r")
+        return ranks.as_rank(rank, 1, name="r")
+
+    def alpha(self, module):
+        """float. Its scale, times its rank."""
+        alpha = self._of(module, "alpha_pattern", "lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+            raise TypeError(
+                f"`lora_alpha` must be a number. Received: lora_alpha={alpha!r}"
+            )
+        if self.config.get("use_rslora"):
+            return alpha * math.sqrt(self.rank(module))
+        return alpha
+
+    def tensor(self, name):
+        """A tensor by its name less PEFT's prefix."""
+        return self.tensors[f"{PREFIX}{name}"]
+
+    def without_head(self):
+        """The same with the tensors of LoRA alone."""
+        lora = (".lora_A.weight", ".lora_B.weight")
+        tensors = {k: x for k, x in self.tensors.items() if k.endswith(lora)}
+        config = self.config | {"modules_to_save": None}
+        return dataclasses.replace(self, config=config, tensors=tensors)
+
+    def moved(self, old, new):
+        """The same with another prefix of the layers, such as `"roberta."`."""
+
+        def name(key):
+            return new + key.removeprefix(old) if key.startswith(old) else key
+
+        config = dict(self.config)
+        for key in ("rank_pattern", "alpha_pattern"):
+            config[key] = {
+                name(k): x for k, x in (config.get(key) or {}).items()
+            }
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"] = list(map(name, config["target_modules"]))
+        tensors = {
+            f"{PREFIX}{name(k.removeprefix(PREFIX))}": x
+            for k, x in self.tensors.items()
+        }
+        return dataclasses.replace(self, config=config, tensors=tensors)
+
+    def factors(self, module):
+        """The adapter of a linear layer, as `Factors`."""
+        return Factors(
+            self.tensor(f"{module}.lora_A.weight").T,
+            self.tensor(f"{module}.lora_B.weight").T,
+            self.alpha(module) / self.rank(module),
+        )
+
+    def _of(self, module, pattern, default):
+        for key, value in (self.config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        return self.config.get(default)
+
+    def adapts(self, module):
+        """Whether the adapter is for a linear layer, by name or by tensor."""
+        if any(
+            f"{PREFIX}{module}.lora_{side}.weight" in self.tensors
+            for side in "AB"
+        ):
+            return True
+        if _names(self.config.get("exclude_modules"), module):
+            return False
+        numbered = self.config.get("layers_to_transform")
+        if numbered is not None and numbered != []:
+            if isinstance(numbered, int):
+                numbered = [numbered]
+            block = re.search(r"\.(\d+)\.", module)
+            if block is None or int(block[1]) not in numbered:
+                return False
+        return _names(self.config.get("target_modules"), module)
+
+
+def _names(names, module):
+    """PEFT's rule: a regular expression, or a list of endings."""
+    if isinstance(names, str):
+        return bool(re.fullmatch(names, module))
+    return any(f".{module}".endswith(f".{name}") for name in names or ())
+
+
+def read(directory):
+    """The `PeftAdapter` in a directory.
+
+    Raises a `ValueError` if a file is missing or damaged, or if the adapter is
+    of another kind than plain LoRA.
+    """
+    folder = pathlib.Path(directory)
+    pickled = folder / "adapter_model.bin"
+    if pickled.is_file() and not (folder / WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"A PEFT adapter must hold {WEIGHTS_NAME}: to read a `.bin` runs "
+            "code. Where you trust it, `peft.PeftModel.from_pretrained` and "
+            "its `save_pretrained` write one. "
+            f"Received: {str(pickled)!r}"
+        )
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"A PEFT adapter must hold {CONFIG_NAME} and {WEIGHTS_NAME}. "
+                f"Received: {str(folder)!r} without {name}"
+            )
+    config = files.read_json(folder / CONFIG_NAME)
+    _check_plain_lora(config)
+    tensors = _load(folder / WEIGHTS_NAME)
+    return PeftAdapter(config, tensors, *_dylora_config(folder))
+
+
+def _check_plain_lora(config):
+    wrong = {
+        key: value
+        for key, value in config.items()
+        # What PEFT adds to LoRA is switched on by a bool or a non-empty
+        # list or dict, and is off by default.
+        if key not in _HARMLESS_KEYS
+        and (value is True or (value and isinstance(value, (dict, list))))
+    }
+    for key, allowed in (
+        ("peft_type", ("LORA",)),
+        ("bias", (None, "none")),
+        ("init_lora_weights", _HARMLESS_INITS),
+    ):
+        if config.get(key) not in allowed:
+            wrong[key] = config.get(key)
+    if wrong:
+        raise ValueError(
+            "The adapter must be a plain LoRA. Received: "
+            + ", ".join(f"{k}={v!r}" for k, v in wrong.items())
+        )
+    for key, types in _TYPES.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, types):
+            raise ValueError(
+                f"`{key}` in {CONFIG_NAME} must be as PEFT writes it. "
+                f"Received: {key}={value!r}"
+            )
+
+
+def _load(path):
+    """Float32 arrays; NumPy's own loader knows no bfloat16."""
+    tensors = {}
+    try:
+        stored = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path.name} must be a safetensors file. "
+            f"Received: {str(path)!r} ({error})"
+        ) from error
+    for name, tensor in stored:
+        data, dtype = tensor["data"], tensor["dtype"]
+        if dtype == "BF16":  # the upper half of a float32
+            bits = np.frombuffer(data, "<u2").astype("uint32") << 16
+            values = bits.view("float32")
+        elif dtype in ("F16", "F32", "F64"):
+            width = int(dtype[1:]) // 8
+            values = np.frombuffer(data, f"<f{width}").astype("float32")
+        else:
+            raise ValueError(
+                "The tensors of an adapter must be floating point. "
+                f"Received: {name} of type {dtype}"
+            )
+        tensors[name] = values.reshape(tensor["shape"])
+    return tensors
+
+
+def _dylora_config(folder):
+    """What `metadata.read` gives of what `to_peft` left, or `None` for each."""
+    path = folder / DYLORA_NAME
+    if not path.is_file() or files.read_json(path) == SERVER:
+        return None, None, None
+    config, identity, ranks = metadata.read(
+        path,
+        folder / WEIGHTS_NAME,
+        "to_peft",
+        f"Delete {DYLORA_NAME} to load a plain LoRA that was trained since. ",
+    )
+    if not isinstance(config.target_layers, list):
+        raise ValueError(
+            f"{DYLORA_NAME} must be one that `to_peft` wrote. "
+            f"Received: target_layers={config.target_layers!r}"
+        )
+    return config, identity, ranks
+
+
+def write(folder, tensors, config, adapter, dtype, card):
+    """Writes tensors, less PEFT's prefix, and PEFT's own configuration.
+
+    And the text of a model `card`, and what PEFT has no place for of
+    `AdapterWeights`. Those that are for servers are `None`.
+    """
+    _save(folder / WEIGHTS_NAME, tensors, dtype)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    if adapter is None:
+        (folder / DYLORA_NAME).write_text(json.dumps(SERVER))
+    else:
+        metadata.write(folder / DYLORA_NAME, folder / WEIGHTS_NAME, adapter)
+
+
+def _save(path, tensors, dtype):
+    """Writes tensors in a dtype that they are within."""
+    stored = {}
+    for name, value in tensors.items():
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(value).astype(np.dtype(dtype))
+        if not np.isfinite(array).all() and np.isfinite(value).all():
+            raise ValueError(
+                f"The values of {name} must be within {dtype}'s. "
+                f"Received: {np.abs(value).max():.4g}"
+            )
+        stored[PREFIX + name] = array
+    save_file(stored, path, metadata={"format": "pt"})
+
+
+def peft_config(layout, fused, dylora, base):
+    """PEFT's configuration, of all linear layers with `Factors` or `None`."""
+    rslora = dylora.scaling == "sqrt"
+    sizes = {
+        module: (x.rank, _lora_alpha(x, rslora))
+        for module, x in fused.items()
+        if x is not None
+    }
+    # Patterns for as few layers as possible: not every program reads them.
+    (rank, alpha), _ = collections.Counter(sizes.values()).most_common(1)[0]
+    other = {k: size for k, size in sizes.items() if size != (rank, alpha)}
+    return {
+        "peft_type": "LORA",
+        "task_type": layout.task_type,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {k: r for k, (r, _) in other.items()},
+        "alpha_pattern": {k: a for k, (_, a) in other.items()},
+        "use_rslora": rslora,
+        "lora_dropout": dylora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": layout.transposed,
+        "target_modules": _target_modules(layout, fused),
+        "modules_to_save": sorted({k.split(".")[0] for k in layout.head})
+        or None,
+    }
+
+
+def _lora_alpha(x, rslora=False):
+    """What PEFT divides by r, in as few digits as give the scale of `x`.
+
+    By the root of r, if `rslora`.
+    """
+    divisor = math.sqrt(x.rank) if rslora else x.rank
+    alpha = x.scale * divisor
+    found = (float(f"{alpha:.{digits}g}") for digits in range(1, 18))
+    alpha = next((a for a in found if a / divisor == x.scale), alpha)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _target_modules(layout, fused):
+    """The adapted layers, by a short name where it means no other layer."""
+    in_block = collections.Counter(_last(name) for name in layout.linear)
+    plain = {_last(module) for module, x in fused.items() if x is None}
+    targets = set()
+    for module in (module for module, x in fused.items() if x is not None):
+        short = _last(module)
+        unique = in_block[short] == 1 and short not in plain
+        targets.add(short if unique else module)
+    return sorted(targets)
+
+
+def _last(module):
+    return module.rpartition(".")[2]

@@ -1,0 +1,136 @@
+"""Layout: the names of one model class in Keras and in transformers."""
+
+import dataclasses
+import itertools
+import math
+import re
+
+import numpy as np
+
+from keras_dylora.layers.kinds import geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Layers of a model that are alike, one after another.
+
+    A linear layer of transformers stands for one Keras layer, or for several
+    whose outputs it holds side by side, such as GPT-2's `c_attn`.
+
+    Args:
+        name: str. Path of one in transformers, with its number left open.
+        keras: str. Its path in KerasHub, with its number left open.
+        linear: dict of the linear layers in it to tuples of the paths that
+            their Keras layers have in theirs. One that begins with a slash is
+            at the top, where Keras numbers it.
+        first: int. The number of the first one in KerasHub. Defaults to `0`.
+        ungated: dict that counts in place of `linear` where the model has no
+            gates and so lacks some of its layers. Defaults to `None`, none.
+    """
+
+    name: str
+    keras: str
+    linear: dict
+    first: int = 0
+    ungated: dict | None = None
+
+    def modules(self, paths):
+        """The linear layers of all blocks of a model, with Keras's paths."""
+        found = {}
+        for i in itertools.count():
+            block = self.keras.format(i + self.first)
+            if not any(path.startswith(f"{block}/") for path in paths):
+                return found
+            linear = self.linear
+            if self.ungated and not any(
+                path.startswith(f"{block}/") and "gate" in path
+                for path in paths
+            ):
+                linear = self.ungated
+            for name, layers in linear.items():
+                found[f"{self.name.format(i)}.{name}"] = tuple(
+                    f"{layer[1:]}_{i}".removesuffix("_0")
+                    if layer.startswith("/")
+                    else f"{block}/{layer}"
+                    for layer in layers
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The names of one model class in Keras and in transformers.
+
+    Args:
+        backbone: str. The class of the KerasHub backbone.
+        blocks: tuple of `Blocks`.
+        outside: dict like `Blocks.linear`, for the layers outside of them.
+        transposed: bool. Whether transformers stores these weights as
+            `(inputs, outputs)`, in `Conv1D` layers.
+        interleaved: bool. Whether a linear layer that stands for several has
+            their outputs side by side within each head, not as a whole.
+        prefix: str. Where the transformers model keeps its base model.
+        task_type: str. PEFT's name of the task, `None` where it has none.
+        head: dict of the weights of the head to the paths of their Keras
+            variables.
+    """
+
+    backbone: str
+    blocks: tuple
+    outside: dict = dataclasses.field(default_factory=dict)
+    transposed: bool = False
+    interleaved: bool = False
+    prefix: str = ""
+    task_type: str | None = "FEATURE_EXTRACTION"
+    head: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def linear(self):
+        """The names of the linear layers within one block of each kind."""
+        return [name for blocks in self.blocks for name in blocks.linear]
+
+    def modules(self, tree):
+        """The linear layers of a model's twin, with the paths of their Keras
+        layers; raises a `ValueError` if the model has no such layer."""
+        paths, found = tree.layers, {}
+        for blocks in self.blocks:
+            found |= blocks.modules(paths)
+        found |= self.outside
+        wanted = {path for layers in found.values() for path in layers}
+        missing = sorted(wanted - set(paths))
+        if missing or not found:
+            raise ValueError(
+                "The layers of the model must have the names that KerasHub "
+                f"gives them. Received: a {type(tree.model).__name__} without "
+                f"{missing or [blocks.keras for blocks in self.blocks]}"
+            )
+        return {f"{self.prefix}{name}": x for name, x in found.items()}
+
+    def prefix_of(self, name):
+        """What a tensor's name has before that of its block, or `None`."""
+        blocks = "|".join(
+            re.escape(x.name).replace(r"\{\}", r"\d+") for x in self.blocks
+        )
+        found = re.search(rf"(?:^|\.)({blocks})\.", name)
+        return found and name[: found.start(1)]
+
+    def columns(self, layers):
+        """Where a linear layer of transformers has the outputs of ours.
+
+        `layers` are the Keras layers that it stands for. Returns an array of
+        places for each.
+        """
+        shapes = [geometry(layer).outputs for layer in layers]
+        if self.interleaved and len(layers) > 1:
+            heads, size = shapes[0]
+            places = np.arange(heads * len(layers) * size)
+            parts = places.reshape(heads, len(layers), size)
+            return [parts[:, i].ravel() for i in range(len(layers))]
+        widths = [math.prod(shape) for shape in shapes]
+        return np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
+
+    def columns_by_module(self, tree, modules):
+        """The `columns` of each of the `modules`, by its name."""
+        return {
+            module: self.columns([tree.layers[path] for path in paths])
+            for module, paths in modules.items()
+        }

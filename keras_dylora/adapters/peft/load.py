@@ -1,0 +1,261 @@
+"""from_peft: an adapter in the Hugging Face PEFT format, loaded."""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from keras_dylora.adapters.peft import files as peft_files
+from keras_dylora.adapters.peft.families import layout_of
+from keras_dylora.adapters.weights import AdapterWeights, check_shapes
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.cuts import warn_of_cut
+from keras_dylora.layers.factors import Factors
+from keras_dylora.layers.kinds import matrix_shape
+from keras_dylora.layers.tree import Tree
+from keras_dylora.live.model import Model
+from keras_dylora.live.named import DEFAULT
+
+# What transformers calls the embeddings of tokens, and those of the output.
+EMBEDDINGS = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
+OUTPUT_EMBEDDINGS = "lm_head.weight"
+
+
+def from_peft(
+    model: Model,
+    directory: str | os.PathLike[str],
+    name: str = DEFAULT,
+    strict: bool = True,
+    head: bool = True,
+    rank: int | None = None,
+) -> Model:
+    """Loads a Hugging Face PEFT adapter of plain LoRA kind, in place.
+
+    A model that isn't enabled yet is enabled for the layers of the adapter.
+    What `to_peft` saved comes back as the DyLoRA adapter that it was. Any
+    other adapter was trained at one rank, so `min_rank` is `rank`; its columns
+    are put in order, as `order_ranks` does, and `scaling` is `"constant"`, so
+    that it can be cut. Its scale is kept at every `alpha` of the model, and
+    the adapter of a layer that is several in KerasHub, such as GPT-2's
+    `c_attn`, becomes one for each. Embeddings that PEFT saved, since tokens
+    were added, go into a model of an equal vocabulary, and are trained in full
+    from then on.
+
+    Args:
+        model: a KerasHub model as `to_peft` takes it, enabled or not, with the
+            base weights that the adapter is for.
+        directory: str or path, with `adapter_config.json` and
+            `adapter_model.safetensors`.
+        name: str. What the adapter is called, as in `load_adapter`. Defaults
+            to `"default"`.
+        strict: bool. Whether the model must have the layers and the base
+            weights of the one that `to_peft` saved the adapter of; any other
+            adapter doesn't tell. Defaults to `True`.
+        head: bool. Whether to load the head that an adapter may have. If not,
+            the model keeps its own, which may have other classes. Defaults to
+            `True`.
+        rank: int. Cuts the adapter to its first columns, such as for a model
+            of a lower rank. Defaults to `None`, as it is.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: if a number in the configuration has the wrong type.
+        ValueError: if a file is missing or damaged, if the adapter isn't a
+            plain LoRA or is for other layers, shapes or another rank, or if
+            the model is of another class or its head is quantized. The model
+            is unchanged then.
+
+    Example:
+
+    ```python
+    clf = keras_hub.models.RobertaTextClassifier.from_preset(
+        "roberta_base_en", num_classes=2
+    )
+    keras_dylora.from_peft(clf, "peft/")
+    ```
+
+    Reference:
+
+    - [PEFT checkpoint format](
+        https://huggingface.co/docs/peft/developer_guides/checkpoint)
+    """
+    tree = Tree(model)
+    weights = _read(tree, directory, strict, head)
+    if rank is not None:
+        whole, weights = weights, weights.cut(rank)
+        warn_of_cut([rank], whole.config.min_rank, whole.layers.values)
+    weights.put_on(tree, whole=False, strict=strict, name=name)
+    return model
+
+
+def _read(tree, directory, strict, head):
+    """The adapter for a model, as `AdapterWeights`; with its head, or not."""
+    layout = layout_of(tree.model)
+    adapter = peft_files.read(directory)
+    if not head:
+        adapter = adapter.without_head()
+    adapter = _placed(tree, layout, adapter, strict)
+    modules = layout.modules(tree)
+    columns = layout.columns_by_module(tree, modules)
+    modules = _adapted(modules, adapter)
+    ranks = adapter.layer_ranks
+    # The head may be left out of a file, but as a whole.
+    has_head = adapter.config.get("modules_to_save") or any(
+        f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
+    )
+    head = layout.head if has_head else {}
+    every, layers = tree.weights, tree.layers
+    shapes = {n: tuple(every[p].shape)[::-1] for n, p in head.items()}
+    embeddings = _embeddings(tree.model, adapter, every)
+    shapes |= {n: adapter.tensor(n).shape for n in embeddings}
+    absent = {}  # a layer of ours at rank 0 isn't in the file
+    for module, paths in modules.items():
+        inputs, _ = matrix_shape(layers[next(filter(None, paths))])
+        outputs = sum(map(len, columns[module]))
+        if ranks and not _own_rank(paths, ranks):
+            nothing = np.zeros((inputs, 0)), np.zeros((0, outputs))
+            absent[module] = Factors(*nothing, 1.0)
+            continue
+        rank = adapter.rank(module)
+        shapes[f"{module}.lora_A.weight"] = (rank, inputs)
+        shapes[f"{module}.lora_B.weight"] = (outputs, rank)
+    check_shapes(
+        {f"{peft_files.PREFIX}{name}": x for name, x in shapes.items()},
+        adapter.tensors,
+    )
+    config = _config(modules, adapter)
+    parts = {}
+    for module, paths in modules.items():
+        factors = absent.get(module) or adapter.factors(module)
+        if ranks:  # PEFT's own file may be changed, which ours isn't
+            first = next(filter(None, (ranks.get(p) for p in paths)), 1)
+            scale = config.scale.at(first)
+            factors = dataclasses.replace(factors, scale=scale)
+        parts |= _split(factors, paths, columns[module], ranks)
+    if not ranks:
+        parts = {path: factors.ordered()[0] for path, factors in parts.items()}
+    trained = {path: adapter.tensor(name).T for name, path in head.items()}
+    trained |= {path: value for value, path in embeddings.values()}
+    return AdapterWeights(parts, trained, config, adapter.identity)
+
+
+def _embeddings(model, adapter, every):
+    """The embeddings that PEFT saves where tokens were added.
+
+    A dict of the tensor's name to what our weight is, and the path of that.
+    Raises a `ValueError` if the vocabulary is another one.
+    """
+    layer = getattr(getattr(model, "backbone", model), "token_embedding", None)
+    found = {}
+    for key in adapter.tensors if layer is not None else ():
+        name = key.removeprefix(peft_files.PREFIX)
+        if name == key:
+            continue
+        variable, value = layer.embeddings, adapter.tensor(name)
+        if name == OUTPUT_EMBEDDINGS and not getattr(
+            layer, "tie_weights", True
+        ):
+            variable, value = layer.reverse_embeddings, value.T
+        elif name != OUTPUT_EMBEDDINGS and not name.endswith(EMBEDDINGS):
+            continue
+        if value.shape != tuple(variable.shape):
+            raise ValueError(
+                "The embeddings of an adapter must be of the vocabulary of "
+                f"the model. Received: {name} of shape {value.shape}, must be "
+                f"{tuple(variable.shape)}"
+            )
+        path = next(p for p, v in every.items() if v is variable)
+        found[name] = value, path
+    by_path = {}
+    for name, (value, path) in found.items():
+        if not np.array_equal(by_path.setdefault(path, value), value):
+            raise ValueError(
+                "The embeddings of the model are tied, so an adapter must have "
+                f"the same on both sides. Received: another {name}"
+            )
+    return found
+
+
+def _placed(tree, layout, adapter, strict):
+    """An adapter by the names that the layers of a model have.
+
+    transformers has a prefix for those of a task that a bare model is without,
+    and some versions have others.
+    """
+    names = [x.removeprefix(peft_files.PREFIX) for x in adapter.tensors]
+    found = {layout.prefix_of(x) for x in names if ".lora_" in x} - {None}
+    if len(found) != 1 or found == {layout.prefix}:
+        return adapter
+    if strict and adapter.identity is not None:
+        adapter.identity.check_base(tree, {})
+    moved = adapter.moved(*found, layout.prefix)
+    return dataclasses.replace(moved, identity=None)
+
+
+def _adapted(modules, adapter):
+    """The layers that an adapter is for.
+
+    A dict of module name to the paths of its Keras layers, `None` for those
+    without an adapter.
+    """
+    if adapter.dylora is None:
+        return {m: paths for m, paths in modules.items() if adapter.adapts(m)}
+    targets = adapter.dylora.target_layers
+    found = {
+        module: tuple(path if path in targets else None for path in paths)
+        for module, paths in modules.items()
+    }
+    return {module: paths for module, paths in found.items() if any(paths)}
+
+
+def _config(modules, adapter):
+    """The `DyLoRAConfig` that an adapter asks for."""
+    if not modules:
+        raise ValueError(
+            "The adapter must adapt layers of the model. "
+            f"Received: an adapter with tensors {sorted(adapter.tensors)}"
+        )
+    if adapter.dylora is not None:
+        for module, paths in modules.items():
+            rank = _own_rank(paths, adapter.layer_ranks)
+            if rank and adapter.rank(module) != rank:
+                raise ValueError(
+                    f"{peft_files.CONFIG_NAME} must give the rank that "
+                    f"{peft_files.DYLORA_NAME} does. Received: "
+                    f"{adapter.rank(module)} instead of {rank} for {module}"
+                )
+        return adapter.dylora
+    rank, alpha = max((adapter.rank(m), adapter.alpha(m)) for m in modules)
+    return DyLoRAConfig(
+        rank=rank,
+        min_rank=rank,
+        alpha=alpha,
+        scaling="constant",
+        dropout=adapter.config.get("lora_dropout", 0.0),
+    )
+
+
+def _own_rank(paths, ranks):
+    """The rank of a layer that `_fuse` made of those of Keras."""
+    return sum(ranks[path] for path in filter(None, paths))
+
+
+def _split(fused, paths, columns, ranks):
+    """Undoes `_fuse`; a dict of path to `Factors`.
+
+    Where no `_fuse` wrote blocks of these `ranks`, every part needs the whole
+    `down`.
+    """
+    parts, start = {}, 0
+    for path, places in zip(paths, columns, strict=True):
+        if path is None:
+            continue
+        rows = slice(None)
+        if ranks:
+            rows = slice(start, start + ranks[path])
+            start += ranks[path]
+        up = fused.up[rows][:, places]
+        parts[path] = Factors(fused.down[:, rows], up, fused.scale)
+    return parts

@@ -1,0 +1,261 @@
+"""to_peft: adapters saved in the Hugging Face PEFT format."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import keras
+import numpy as np
+
+from keras_dylora import files
+from keras_dylora.adapters.peft import files as peft_files
+from keras_dylora.adapters.peft.card import is_ours, model_card
+from keras_dylora.adapters.peft.families import layout_of
+from keras_dylora.adapters.weights import AdapterWeights, check_float
+from keras_dylora.allocation import Rank
+from keras_dylora.layers.factors import Factors, float32_array
+from keras_dylora.layers.tree import Tree
+from keras_dylora.live.model import adaptation_of
+from keras_dylora.ranks import as_rank, as_ranks
+from keras_dylora.reports.report import RankReport
+
+LAYOUTS = ("peft", "server")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def to_peft(
+    model: keras.Model,
+    directory: str | os.PathLike[str],
+    rank: Rank | None = None,
+    overwrite: bool = True,
+    layout: Literal["peft", "server"] = "peft",
+    ranks: Sequence[int] | None = None,
+    base_model_name_or_path: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    server_rank: int | None = None,
+    report: RankReport | None = None,
+) -> None:
+    """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
+
+    PEFT loads the directory onto the transformers model with the same base
+    weights, and computes what `model` computes at that rank: `lora_alpha / r`
+    is `alpha / rank`. The head of a classifier is in `modules_to_save`. A file
+    of our own, `keras_dylora.json`, tells `from_peft` that the ranks have an
+    order. At a `RankAllocation`, `rank_pattern` and `alpha_pattern` tell the
+    ranks of the layers, and those at rank 0 are left out.
+
+    Programs that serve adapters, such as vLLM, read one rank and one scale for
+    all layers. `layout="server"` gives them that: lower ranks are padded with
+    zeros, and the scale is in `lora_B`, so that `lora_alpha` is `r`.
+
+    Where transformers has one layer for several, such as GPT-2's `c_attn` for
+    query, key and value, the adapter has the rank of all of theirs together
+    and zeros outside of their blocks. KerasHub's BERT, ALBERT, ELECTRA and
+    GPT-NeoX have GELU in its tanh form, so the transformers one needs
+    `hidden_act="gelu_pytorch_tanh"` to agree to the last digits.
+
+    Args:
+        model: an enabled KerasHub text classifier of RoBERTa, XLM-R, BERT,
+            DistilBERT, ALBERT or DeBERTa-v3, a causal LM of GPT-2, OPT, Bloom,
+            Falcon, GPT-NeoX, Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to
+            3, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or T5,
+            an image classifier of ViT, or the backbone of one, or of ELECTRA.
+        directory: str or path. Written beside, then renamed.
+        rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
+            `None`, the maximum.
+        overwrite: bool. Whether an adapter that is there may be replaced.
+            Defaults to `True`.
+        layout: str. `"peft"` or `"server"`. Defaults to `"peft"`.
+        ranks: list of ints in `1..config.rank`, in place of `rank`: a
+            directory for each, `rank_1` and so on, within `directory`.
+            Defaults to `None`.
+        base_model_name_or_path: str. Where transformers finds the base model,
+            for PEFT's `AutoPeftModelFor…`, which then need nothing but the
+            directory. Defaults to `None`.
+        dtype: str. What the tensors are stored in, `"float32"`, `"float16"`
+            or `"bfloat16"`. Defaults to `None`, float32.
+        server_rank: int, with the layout `"server"`: the rank to pad to, such
+            as 8, 16, 32, 64, 128 or 256, where a server takes no other.
+            Defaults to `None`, the highest of a layer.
+        report: `RankReport`, whose metrics go into the model card,
+            `README.md`. Defaults to `None`.
+
+    Raises:
+        TypeError: if a rank isn't an integer.
+        ValueError: if a rank, `layout` or `dtype` is none of its values, if
+            `rank` and `ranks` are given, if `server_rank` is below that of a
+            layer, if the model isn't enabled or of
+            another class, if adapters or trained weights have no place in a
+            PEFT adapter or are beyond `dtype`, or if the directory holds
+            something else.
+
+    Example:
+
+    ```python
+    keras_dylora.to_peft(clf, "peft/", rank=4)
+    keras_dylora.to_peft(clf, "all/", ranks=[1, 4, 8])  # all/rank_1, …
+
+    base = transformers.RobertaForSequenceClassification.from_pretrained(...)
+    peft.PeftModel.from_pretrained(base, "peft/")
+    ```
+
+    Reference:
+
+    - [PEFT checkpoint format](
+        https://huggingface.co/docs/peft/developer_guides/checkpoint)
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"`layout` must be one of {LAYOUTS}. Received: layout={layout!r}"
+        )
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"`dtype` must be one of {DTYPES}. Received: dtype={dtype!r}"
+        )
+    if rank is not None and ranks is not None:
+        raise ValueError(
+            "Give `rank` or `ranks`, not both. "
+            f"Received: rank={rank!r}, ranks={ranks!r}"
+        )
+    if server_rank is not None and layout != "server":
+        raise ValueError(
+            "`server_rank` needs `layout='server'`. "
+            f"Received: server_rank={server_rank!r} with layout={layout!r}"
+        )
+    chosen = {".": rank}
+    if ranks is not None:
+        high = adaptation_of(model).max_rank
+        chosen = {f"rank_{b}": b for b in as_ranks(ranks, 1, high)}
+        if not chosen or len(chosen) < len(ranks):
+            raise ValueError(
+                "`ranks` must name at least one rank, and each once. "
+                f"Received: ranks={ranks!r}"
+            )
+    tree = Tree(model)
+    whole = AdapterWeights.of(tree)
+    cut = {name: whole.cut(b) for name, b in chosen.items()}
+    adaptation_of(model).warn_of_cut(*chosen.values())
+    family = layout_of(model)
+    modules = family.modules(tree)
+    every = tree.weights
+    head = {path: every[path] for path in family.head.values()}
+    _check_exportable(tree, head, modules, whole)
+    columns = family.columns_by_module(tree, modules)
+    trained = {
+        name: float32_array(head[path]).T for name, path in family.head.items()
+    }
+    with files.new_directory(directory, overwrite, _written) as folder:
+        for name, weights in cut.items():
+            fused, described = _described(weights, modules, columns)
+            dylora = described.config
+            if layout == "server":
+                fused = _of_one_rank(fused, server_rank)
+                dylora = dataclasses.replace(dylora, scaling="constant")
+            config = peft_files.peft_config(
+                family, fused, dylora, base_model_name_or_path
+            )
+            (folder / name).mkdir(exist_ok=True)
+            peft_files.write(
+                folder / name,
+                _tensors(fused) | trained,
+                config,
+                # A server's is padded, and none of ours when it is loaded.
+                described if layout == "peft" else None,
+                dtype or "float32",
+                model_card(config, weights, whole.config, report),
+            )
+
+
+def _written(directory):
+    """What `to_peft` wrote in a directory, for `files.new_directory`."""
+    found = []
+    for folder in (directory, *directory.glob("rank_*")):
+        names = files.together(*peft_files.NAMES)(folder)
+        card = folder / peft_files.CARD_NAME
+        if names and card.is_file() and is_ours(card.read_bytes()):
+            names.append(card.name)
+        found += [(folder / name).relative_to(directory) for name in names]
+    return found
+
+
+def _described(weights, modules, columns):
+    """The `Factors` by module, and the weights with a config that fits them."""
+    fused = {
+        module: _fuse(
+            [weights.layers.get(path) for path in paths], columns[module]
+        )
+        for module, paths in modules.items()
+    }
+    config = dataclasses.replace(
+        weights.config, target_layers=list(weights.layers)
+    )
+    return fused, dataclasses.replace(weights, config=config)
+
+
+def _tensors(fused):
+    tensors = {}
+    for module, factors in fused.items():
+        if factors is not None:
+            tensors[f"{module}.lora_A.weight"] = factors.down.T
+            tensors[f"{module}.lora_B.weight"] = factors.up.T
+    return tensors
+
+
+def _check_exportable(tree, head, modules, weights):
+    known = {path for paths in modules.values() for path in paths}
+    other = sorted(set(weights.layers) - known)
+    if other:
+        raise ValueError(
+            "A PEFT adapter can adapt the linear layers of the backbone. "
+            f"Received: adapters at {other}"
+        )
+    spec = tree.model._dylora.spec
+    other = sorted(set(spec.full(tree)) - set(head))
+    if other:
+        raise ValueError(
+            "A PEFT adapter can hold adapters and the task head, and nothing "
+            f"else that is trained. Received: trained weights {other}"
+        )
+    check_float(head)
+    for path, weight in head.items():
+        width = tree.model.backbone.hidden_dim
+        if weight.shape[0] != width and len(weight.shape) == 2:
+            raise ValueError(
+                "In transformers, the task head is as wide as the backbone, "
+                f"{width}. Received: {path!r} of shape {weight.shape}"
+            )
+
+
+def _fuse(layers, columns):
+    """The `Factors` of Keras layers that are one layer in transformers.
+
+    The columns of all side by side, and a block for each in the rows, at the
+    `columns` of its outputs, with zeros elsewhere. `None` in place of a layer
+    without an adapter, as is the result if none has one above rank 0.
+    """
+    blocks = [(i, x) for i, x in enumerate(layers) if x is not None and x.rank]
+    if not blocks:
+        return None
+    _, first = blocks[0]
+    rank = sum(x.rank for _, x in blocks)
+    up = np.zeros((rank, sum(map(len, columns))), dtype="float32")
+    start = 0
+    for i, x in blocks:
+        rows = slice(start, start + x.rank)
+        up[rows, columns[i]] = x.up * np.float32(x.scale / first.scale)
+        start += x.rank
+    down = np.concatenate([x.down for _, x in blocks], axis=1)
+    return Factors(down, up, first.scale)
+
+
+def _of_one_rank(fused, server_rank):
+    """The same `Factors`, padded to one rank and with their scale in `up`."""
+    rank = max(x.rank for x in fused.values() if x is not None)
+    if server_rank is not None:
+        rank = as_rank(server_rank, rank, name="server_rank")
+    return {
+        module: x
+        and Factors(x.down, x.up * np.float32(x.scale), 1.0).padded(rank)
+        for module, x in fused.items()
+    }

@@ -1,0 +1,1 @@
+"""What writes artifacts under TensorFlow, which all of it imports."""

@@ -1,0 +1,141 @@
+"""The gates that adapted layers read: one variable, with a row a layer."""
+
+import dataclasses
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora import ranks
+from keras_dylora.layers.torch_product import ON_TORCH, GateRows
+
+
+class RankGate:
+    """The gates of the adapted layers of a model, a row for each layer.
+
+    They live in one variable, so a new rank, or one for each layer, neither
+    retraces nor recompiles anything. It isn't a weight, as it is state and not
+    something learned. `layers` is how many read it, `scale` their `Scale`.
+    """
+
+    def __init__(self, layers, scale):
+        self.scale = scale
+        self.override = {}  # by row, what layers read in place of it
+        self.chosen = False  # whether a step or a `rank_scope` set the rank
+        self.folds = False  # whether a step had more rows than examples
+        self.read = set()  # the rows that a call has read
+        self.variable = keras.Variable(
+            # Callable, as a layer may be built while JAX traces.
+            lambda shape, dtype: scale.gate([scale.rank] * layers),
+            shape=(layers, scale.rank),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+            name="gate",
+        )
+        self._rows = GateRows() if ON_TORCH else None
+
+    @property
+    def active_ranks(self):
+        """The rank of each layer, a list of int; not for traced functions.
+
+        Read from the variable, which a checkpoint may set.
+        """
+        gates = ops.convert_to_numpy(self.variable)
+        return np.count_nonzero(gates, axis=1).tolist()
+
+    def set_rank(self, rank):
+        """Sets one rank for all layers, in `0..rank`."""
+        self.set_ranks([rank] * self.variable.shape[0])
+
+    def set_ranks(self, active_ranks):
+        """Sets the rank of each layer, a list of int in `0..rank`."""
+        checked = [ranks.as_rank(b, 0, self.scale.rank) for b in active_ranks]
+        self.variable.assign(self.scale.gate(checked))
+
+    def rescale(self, scale):
+        """Takes another `Scale` of the same rank."""
+        active_ranks, self.scale = self.active_ranks, scale
+        self.set_ranks(active_ranks)
+
+    def row(self, index, dtype):
+        """What one layer reads, `(rank,)`; for traced functions too."""
+        if self._rows:
+            return self._rows.row(self.variable, index, dtype)
+        return ops.cast(ops.convert_to_tensor(self.variable)[index], dtype)
+
+    def newest(self, index):
+        """Which column is that of the rank of one layer, a mask `(rank,)`."""
+        if self._rows:
+            return self._rows.newest(self.variable, index)
+        return ranks.newest(ops.convert_to_tensor(self.variable)[index])
+
+    def assign(self, row):
+        """Sets the gates of a step, all alike: `(rank,)`."""
+        self.variable.assign(ops.broadcast_to(row, self.variable.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class GateRow:
+    """The row of a `RankGate` that one layer reads."""
+
+    gate: RankGate
+    index: int = 0
+
+    def value(self, dtype):
+        """`(rank,)`, or `(batch, rank)` where examples have their own rank."""
+        self.gate.read.add(self.index)
+        if self.override is not None:
+            return ops.cast(self.override, dtype)
+        return self.gate.row(self.index, dtype)
+
+    def newest(self):
+        """Which column is that of the rank, a mask `(rank,)`."""
+        if self.override is not None:
+            return ranks.newest(self.override)
+        return self.gate.newest(self.index)
+
+    @property
+    def override(self):
+        """What the layer reads in place of its row, or `None`."""
+        return self.gate.override.get(self.index)
+
+    @property
+    def active_rank(self):
+        return self.gate.active_ranks[self.index]
+
+    def warn_unless_chosen(self, path):
+        """Warns once if a layer trains and nobody chose its rank."""
+        if self.gate.chosen or self.override is not None:
+            return
+        self.gate.chosen = True
+        warnings.warn(
+            "Only a model that is enabled itself, or is a `DyLoRAModel`, "
+            "draws ranks in `fit`; in a training loop of your own, "
+            "`model.draw_ranks` does. A model around an enabled one doesn't: "
+            "use `disable_dylora`, then enable the outer model. Received: "
+            f"a training call of {path}, which trains at its active rank alone",
+            stacklevel=2,
+        )
+
+    def warn_of_rows(self, path, axes, examples):
+        """Warns once if a step has more rows than examples, maybe mixed."""
+        if not self.gate.chosen or self.gate.folds:
+            return
+        self.gate.folds = True
+        warnings.warn(
+            "With a rank for each example, more rows than examples are taken "
+            "as windows or tokens: all rows of the first example, then of the "
+            "second. If they are batches one after another, as chosen and "
+            "rejected texts, use `draw='step'`. Received: an input of axes "
+            f"{tuple(axes)} of {path} for {examples} examples",
+            stacklevel=2,
+        )
+
+    def set_rank(self, rank):
+        """Sets the rank of this layer alone."""
+        active_ranks = self.gate.active_ranks
+        active_ranks[self.index] = rank
+        self.gate.set_ranks(active_ranks)

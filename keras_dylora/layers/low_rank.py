@@ -1,0 +1,389 @@
+"""The low-rank part that both adapted layers share."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora import _keras, ranks
+from keras_dylora.config import AdapterArguments
+from keras_dylora.cuts import warn_of_cut
+from keras_dylora.layers import torch_product
+from keras_dylora.layers.factors import Factors, float32_array
+from keras_dylora.layers.gate import GateRow, RankGate
+
+if TYPE_CHECKING:
+    # What it is mixed into.
+    from keras import Layer as _Base
+else:
+    _Base = object
+
+_cast = torch_product.cast if torch_product.ON_TORCH else ops.cast
+
+
+@_keras.keeps_own_state
+class LowRankAdapter(_Base):
+    """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
+
+    The concrete class says which matrix its base layer's kernel is, as
+    `geometry_of(layer)`.
+    """
+
+    original_class: type | None = None
+    _is_upgraded = False
+    rank: int
+    min_rank: int
+    alpha: float
+    frozen: bool
+    dropout: float
+    scaling: str
+    down: keras.Variable
+    up: keras.Variable
+
+    def __init__(
+        self,
+        *args: Any,
+        rank: int = 8,
+        min_rank: int = 1,
+        alpha: float = 16.0,
+        frozen: bool = False,
+        dropout: float = 0.0,
+        scaling: str = "rank",
+        down_initializer: str | dict | keras.Initializer | None = None,
+        up_initializer: str | dict | keras.Initializer = "zeros",
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("lora_rank") is not None:
+            raise ValueError(
+                f"`{type(self).__name__}` has an adapter of its own and takes "
+                f"no `lora_rank`. Received: lora_rank={kwargs['lora_rank']}"
+            )
+        super().__init__(*args, **kwargs)
+        self._set_adapter_arguments(
+            AdapterArguments(rank, min_rank, alpha, frozen, dropout, scaling),
+            down_initializer,
+            up_initializer,
+        )
+
+    def _set_adapter_arguments(
+        self, arguments, down_initializer=None, up_initializer="zeros"
+    ):
+        self.set_arguments(arguments)
+        self.down_initializer = keras.initializers.get(
+            down_initializer or _down_initializer()
+        )
+        self.up_initializer = keras.initializers.get(up_initializer)
+
+    def set_arguments(self, arguments: AdapterArguments) -> None:
+        """Takes over `AdapterArguments`, as attributes."""
+        for name, value in dataclasses.asdict(arguments).items():
+            setattr(self, name, value)
+
+    @classmethod
+    def check_base(cls, layer: keras.Layer) -> None:
+        """Raises `ValueError` if a built base layer can't take an adapter."""
+        mode, rule = layer.quantization_mode, None
+        if layer.kernel_constraint is not None:
+            rule = "A layer with a `kernel_constraint` can't be adapted"
+        elif layer.lora_enabled:
+            rule = "A layer with Keras's own LoRA can't be adapted too"
+        elif mode not in (None, "int8", "int4"):
+            rule = "Only float, int8 and int4 layers can be adapted"
+        if rule:
+            raise ValueError(
+                f"{rule}. Received: {layer.name} with quantization_mode={mode}"
+            )
+        cls.geometry_of(layer)
+
+    @classmethod
+    def upgrade(
+        cls,
+        layer: keras.Layer,
+        arguments: AdapterArguments,
+        row: GateRow,
+        seed: int,
+    ) -> None:
+        """Turns a built base layer into this class, in place.
+
+        With `AdapterArguments`, a `GateRow`, and a seed of the initial values
+        and of dropout.
+        """
+        _keras.set_class(layer, cls)
+        layer._is_upgraded = True
+        layer._set_adapter_arguments(arguments, _down_initializer(seed))
+        with _keras.unlocked(layer):
+            layer._build_adapter(row, seed)
+
+    def downgrade(self) -> None:
+        """Makes a layer that `upgrade` made its base layer again."""
+        _keras.forget(self, "down", "up", "_dropout_seed")
+        for name in _ATTRIBUTES:
+            self.__dict__.pop(name, None)
+        _keras.set_class(self, self.original_class)
+
+    def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "A layer has one adapter. Use `disable_dylora` before Keras's own "
+            f"LoRA. Received: enable_lora({rank!r}) of {self.path}"
+        )
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        row = GateRow(RankGate(1, self.scale))
+        self._build_adapter(row, seed=None)
+
+    def _build_adapter(self, row, seed):
+        self._geometry = self.geometry_of(self)
+        self._dropout_seed = (
+            keras.random.SeedGenerator(seed) if self.dropout else None
+        )
+        self._add_adapter(row)
+        self._freeze_base()
+
+    def _add_adapter(self, row):
+        inputs, outputs = self._geometry.shape
+        self.down = self.add_weight(
+            shape=(inputs, self.rank),
+            initializer=self.down_initializer,
+            dtype="float32",
+            name="down",
+        )
+        self.up = self.add_weight(
+            shape=(self.rank, outputs),
+            initializer=self.up_initializer,
+            dtype="float32",
+            name="up",
+        )
+        self._gate = row
+
+    def truncate(
+        self, arguments: AdapterArguments, row: GateRow, rank: int
+    ) -> None:
+        """Cuts `down` and `up` to a new maximum rank.
+
+        With the `AdapterArguments` at that rank, and its `GateRow`. Columns
+        above a `rank` of its own are zero.
+        """
+        factors = self.factors(rank).padded(arguments.rank)
+        trainable = [v.trainable for v in (self.down, self.up)]
+        _keras.forget(self, "down", "up")
+        self.set_arguments(arguments)
+        with _keras.unlocked(self):
+            self._add_adapter(row)
+        for variable, value, flag in zip(
+            (self.down, self.up),
+            (factors.down, factors.up),
+            trainable,
+            strict=True,
+        ):
+            variable.assign(value)
+            variable.trainable = flag
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the adapter is trainable; the base layer never is."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.Layer.trainable.fset(self, value)
+        if hasattr(self, "_gate"):
+            self._freeze_base()
+
+    def _freeze_base(self):
+        for variable in self.base_weights:
+            variable.trainable = False
+
+    def _own_state(self):
+        row = getattr(self, "_gate", None)
+        return {"gate": row.gate.variable} if row else {}
+
+    @property
+    def base_weights(self) -> list[keras.Variable]:
+        """The variables of the base layer."""
+        adapter = (self.down, self.up)
+        return [w for w in self.weights if all(w is not a for a in adapter)]
+
+    @property
+    def scale(self) -> ranks.Scale:
+        """The `Scale` of the layer."""
+        return ranks.Scale(self.rank, self.alpha, self.scaling)
+
+    @property
+    def active_rank(self) -> int:
+        """int. The rank that the layer computes at; `rank` is the highest."""
+        return self._gate.active_rank
+
+    def set_rank(self, rank: int) -> None:
+        """Sets the rank that the layer computes at, in `0..self.rank`.
+
+        `0` gives the base layer. In a model that `enable_dylora` made, it
+        sets that of all layers. Raises a `ValueError` or `TypeError` for what
+        is none.
+        """
+        if not self.built:
+            raise ValueError(
+                "A layer must be built before its rank is set. "
+                f"Received: {self.name}, which isn't built"
+            )
+        rank = ranks.as_rank(rank, 0, self.rank)
+        warn_of_cut([rank], self.min_rank, lambda: [self.factors()])
+        self._gate.gate.set_rank(rank)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        base = None
+        if torch_product.ON_TORCH:
+            base = torch_product.base(self, inputs)
+        if base is None:
+            return self._call_adapted("call", inputs, training)
+        outputs, rows, kept = base
+        bottleneck, up = self._bottleneck(rows, kept, training)
+        outputs = torch_product.add_product(self, outputs, bottleneck, up, kept)
+        return self._activated(outputs)
+
+    def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self._call_adapted("quantized_call", inputs, training)
+
+    def _call_adapted(self, method, inputs, training):
+        rows, kept = self._geometry.rows(inputs)
+        rows = ops.cast(rows, self.compute_dtype)
+        bottleneck, up = self._bottleneck(rows, kept, training)
+        update = self._geometry.back(bottleneck @ up, kept)
+        # The adapter is added before the activation.
+        base = _keras.stand_in(self, self.original_class, activation=None)
+        return self._activated(getattr(base, method)(inputs) + update)
+
+    def _activated(self, outputs):
+        return self.activation(outputs) if self.activation else outputs
+
+    def _bottleneck(self, rows, kept, training):
+        """`(rows @ down) * gate`, and `up`, with which it is multiplied.
+
+        The rows are those of an input that has the axes `kept` beside.
+        """
+        # With rematerialization on JAX it is a tracer, which has no truth.
+        if training is True and self.min_rank < self.rank:
+            self._gate.warn_unless_chosen(self.path)
+        gate = self._gate.value(self.compute_dtype)
+        down = _cast(self.down, self.compute_dtype)
+        up = _cast(self.up, self.compute_dtype)
+        # With a rank for each example nothing is trained in frozen mode.
+        if self.frozen and len(gate.shape) == 1:
+            newest = self._gate.newest()
+            down = _gradient_where(newest, down)
+            up = _gradient_where(newest[:, None], up)
+        if self.dropout and training:
+            rows = keras.random.dropout(
+                rows, self.dropout, seed=self._dropout_seed
+            )
+        bottleneck = rows @ down
+        if len(gate.shape) == 1:
+            return bottleneck * gate, up
+        gate = self._gate_of_examples(gate, kept)
+        bottleneck = ops.reshape(bottleneck, (*kept, self.rank)) * gate
+        return ops.reshape(bottleneck, (-1, self.rank)), up
+
+    def _gate_of_examples(self, gate, kept):
+        """A gate `(batch, rank)`, to be multiplied by `(*kept, rank)`.
+
+        An input may have more rows than there are examples, those of each
+        together: beam search folds its beams into the batch, other models
+        their windows or tokens.
+        """
+        size, rows = ops.shape(gate)[0], kept[0]
+        if isinstance(size, int) and isinstance(rows, int):
+            size = max(size, 1)
+            if rows % size:
+                raise ValueError(
+                    "With a rank for each example, the input of every adapted "
+                    "layer must have the examples along its first axis. Use "
+                    "`draw='step'` or other `target_layers`. Received: an "
+                    f"input of shape {(*kept, *self._geometry.inputs)} of "
+                    f"{self.path} for {size} examples"
+                )
+            copies = rows // size
+            if copies > 1:
+                self._gate.warn_of_rows(self.path, kept, size)
+        else:
+            copies = rows // ops.maximum(size, 1)
+        if not isinstance(copies, int) or copies > 1:
+            gate = ops.repeat(gate, copies, axis=0)
+        return ops.reshape(gate, (-1, *(1,) * (len(kept) - 1), self.rank))
+
+    def factors(self, rank: int | None = None) -> Factors:
+        """The adapter as `Factors`, cut to a rank, by default the highest."""
+        scale = self.scale
+        whole = Factors(
+            float32_array(self.down),
+            float32_array(self.up),
+            scale.at(self.rank),
+        )
+        return whole if rank is None else whole.cut(rank, scale)
+
+    def delta_kernel(self, rank: int) -> np.ndarray:
+        """The update of the kernel at a rank in `0..self.rank`, in NumPy."""
+        ranks.as_rank(rank, 0, self.rank)
+        return self._geometry.kernel(self.factors(rank).product())
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        store["down"] = self.down
+        store["up"] = self.up
+        store["active_rank"] = np.asarray(self.active_rank, dtype="int32")
+
+    def load_own_variables(self, store: Any) -> None:
+        if "down" not in store.keys():
+            raise ValueError(
+                f"The file holds no adapter for layer '{self.path}'. Load the "
+                "weights of a base model before you enable DyLoRA."
+            )
+        super().load_own_variables(store)
+        self.down.assign(store["down"])
+        self.up.assign(store["up"])
+        self._gate.set_rank(int(np.asarray(store["active_rank"])))
+
+    def _check_load_own_variables(self, store):
+        # The base layers count the variables of a plain layer.
+        pass
+
+    def get_config(self) -> dict[str, Any]:
+        if self._is_upgraded:
+            raise ValueError(
+                "A layer of an enabled model can't be copied alone, as "
+                "`clone_model` would, without the config of the model: use "
+                "`model.from_config(model.get_config())` for a model of fresh "
+                f"weights. Received: {self.path}"
+            )
+        return {
+            **super().get_config(),
+            **dataclasses.asdict(AdapterArguments.of(self)),
+            "down_initializer": keras.initializers.serialize(
+                self.down_initializer
+            ),
+            "up_initializer": keras.initializers.serialize(self.up_initializer),
+        }
+
+
+# What `upgrade` gives a layer beside variables.
+_ATTRIBUTES = (
+    *(field.name for field in dataclasses.fields(AdapterArguments)),
+    "down_initializer",
+    "up_initializer",
+    "_geometry",
+    "_gate",
+    "_is_upgraded",
+)
+
+
+def _down_initializer(seed=None):
+    """The authors' kaiming_uniform(a=sqrt(5)): limits 1 / sqrt(fan_in)."""
+    return keras.initializers.VarianceScaling(
+        1 / 3, mode="fan_in", distribution="uniform", seed=seed
+    )
+
+
+def _gradient_where(mask, x):
+    """`x`, whose gradient is zero where `mask` is false."""
+    return ops.where(mask, x, ops.stop_gradient(x))

@@ -1,0 +1,402 @@
+"""Adaptation: all that was done to a model, so that it can be undone."""
+
+import contextlib
+import dataclasses
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora import _keras, training
+from keras_dylora import ranks as rank_functions
+from keras_dylora.config import AdapterArguments, DyLoRAConfig
+from keras_dylora.cuts import are_ordered, users_line, warn_of_cut
+from keras_dylora.distributions import RankDraw
+from keras_dylora.layers.gate import GateRow, RankGate
+from keras_dylora.layers.kinds import ADAPTED_CLASSES
+from keras_dylora.layers.tree import Tree
+from keras_dylora.live.named import NamedAdapters
+from keras_dylora.live.plain import flags, restore
+from keras_dylora.live.recompile import reset_compiled
+from keras_dylora.live.spec import Spec
+from keras_dylora.training.full_rank import at_full_rank
+from keras_dylora.training.objectives import OBJECTIVES
+
+
+class Adaptation:
+    """All that was done to a model, so that it can be trained and undone.
+
+    A model that is built from adapted layers has one with nothing to undo.
+
+    Args:
+        tree: `Tree` of the model, before the change.
+        config: `DyLoRAConfig`.
+        spec: `Spec`. Layers that are adapted already, as in a hand-built
+            model, stay as they are.
+    """
+
+    def __init__(self, tree, config, spec):
+        self.model = tree.model
+        self.config = config
+        self.spec = spec
+        self.layers = {path: tree.layers[path] for path in spec.adapted}
+        self.upgraded = [
+            x for x in self.layers.values() if type(x) in ADAPTED_CLASSES
+        ]
+        # What `undo` and `as_plain` make trainable again. None of a hand-built
+        # model's business.
+        self.before = flags(tree) if self.upgraded else []
+        # Whether flags may still take something out of the spec.
+        self.open = not self.upgraded
+        # What is trained in full had these values before, by path.
+        self.head = None
+        self.named = NamedAdapters(self)
+
+    @classmethod
+    def of_hand_built(cls, model, options):
+        """The adaptation of a model that is built from adapted layers.
+
+        Raises a `ValueError` if they disagree or aren't built, or if there is
+        none. `options` are fields of the config beside theirs.
+        """
+        tree = Tree(model)
+        layers = tree.adapted.values()
+        if not layers or not all(layer.built for layer in layers):
+            raise ValueError(
+                "A `DyLoRAModel` needs built `DyLoRADense` or "
+                "`DyLoRAEinsumDense` layers. Received: "
+                f"{[layer.name for layer in layers]} in {model.name}"
+            )
+        shared = {}
+        for name in ("rank", "min_rank", "alpha", "frozen", "scaling"):
+            values = {getattr(layer, name) for layer in layers}
+            if len(values) > 1:
+                raise ValueError(
+                    f"All layers of a `DyLoRAModel` must have the same "
+                    f"`{name}`. Received: {sorted(values)}"
+                )
+            shared[name] = values.pop()
+        dropouts = {layer.dropout for layer in layers}
+        if len(dropouts) == 1:  # each layer may have its own
+            shared["dropout"] = dropouts.pop()
+        config = DyLoRAConfig(**shared, **options)
+        return cls(tree, config, Spec.of_flags(tree))
+
+    def apply(self, tree):
+        """Gives the layers their adapters, and freezes all but those."""
+        gate = RankGate(len(self.upgraded), self.config.scale)
+        for i, layer in enumerate(self.upgraded):
+            ADAPTED_CLASSES[type(layer)].upgrade(
+                layer,
+                self.spec.adapted[tree.paths[id(layer)]],
+                GateRow(gate, i),
+                # All that JAX and torch take.
+                seed=(self.config.seed + i) % 2**31,
+            )
+        if self.upgraded:
+            self.spec.apply(tree)
+
+    def undo(self):
+        """Gives every layer back as it was."""
+        for layer in self.upgraded:
+            if type(layer) not in ADAPTED_CLASSES:
+                layer.downgrade()
+        _keras.track_for_torch(self.model)
+        restore(self.before)
+
+    def keep_head(self, tree):
+        """Copies the values of what is trained in full, where none is kept."""
+        head = self.spec.head(tree).items()
+        values = {p: ops.copy(ops.convert_to_tensor(v)) for p, v in head}
+        self.head = values | (self.head or {})
+
+    def restore_head(self, tree):
+        """Gives what is trained in full the values from before training."""
+        if self.head is None:
+            raise ValueError(
+                "`restore_head` needs the values from before enabling, which "
+                "a file doesn't hold. Load the pretrained model again. "
+                f"Received: {self.model.name}, which comes from a file"
+            )
+        for path, variable in self.spec.head(tree).items():
+            variable.assign(self.head[path])
+
+    def settle(self, tree):
+        """Takes into the `Spec` what the user has made trainable since.
+
+        Of a hand-built model that isn't trained yet, flags are all there is to
+        say what will be. Whatever joins several adapters, each has its own.
+        """
+        if not self.model.trainable:  # the flags say nothing of the rest
+            return
+        spec = Spec.of_flags(tree) if self.open else self.spec.joined(tree)
+        if spec == self.spec:
+            return
+        more = [p for p in spec.full(tree) if p not in self.spec.full(tree)]
+        self.spec = spec
+        self.named.join(tree)
+        if self.upgraded:
+            if self.head is not None:
+                self.keep_head(tree)
+            warnings.warn(
+                "What is made trainable after enabling belongs to every "
+                f"adapter from then on. Received: {len(more)} weights, such as "
+                f"{more[:1]}",
+                stacklevel=users_line(),
+            )
+
+    def configure(self, config, ranks_drawn=0, full_rank=1):
+        """Starts the training of a config, at a place of its rank sequence."""
+        self.config = config
+        self.spec = self.spec.with_config(config)
+        self.training = False  # whether a step is being traced or run
+        self.masked = None, []  # of the optimizer, see `step.masked`
+        self.objective = OBJECTIVES[config.objective](config)
+        self.draw = RankDraw(
+            config.distribution, config.min_rank, config.rank, config.seed
+        )
+        # Positions in the rank sequence: how many ranks were drawn.
+        state = {"ranks_drawn": (ranks_drawn, "int")}
+        if config.frozen:
+            # Columns of the ranks drawn since the last weight update.
+            columns = np.zeros((config.rank,), dtype="float32")
+            state["open_columns"] = columns, "float32"
+        if config.full_rank_steps:
+            # 1 while steps are at the maximum rank, before the columns are
+            # put in order.
+            state["full_rank"] = full_rank, "int"
+        with keras.name_scope(self.model.name, caller=self.model):
+            self.state = {
+                name: keras.Variable(
+                    value,
+                    dtype=dtype,
+                    name=name,
+                    trainable=False,
+                    autocast=False,
+                    aggregation="only_first_replica",
+                )
+                for name, (value, dtype) in state.items()
+            }
+        self.ranks_drawn = self.state["ranks_drawn"]
+        self.open_columns = self.state.get("open_columns")
+        self.full_rank = self.state.get("full_rank")
+
+    def reconfigure(self, config, optimizer=None):
+        """Takes another config, at the same place of the rank sequence.
+
+        `optimizer` is what `new_optimizer` made before the change, if the
+        variables are others.
+        """
+        place = {
+            name: int(ops.convert_to_numpy(self.state[name]))
+            for name in ("ranks_drawn", "full_rank")
+            if name in self.state
+        }
+        self.configure(config, **place)
+        _keras.track_for_torch(self.model)
+        reset_compiled(self.model, optimizer)
+
+    @property
+    def max_rank(self):
+        """int. The highest rank of the live adapter."""
+        return self.named.max_rank
+
+    @property
+    def lowest_trained(self):
+        """int. Of training so far, which within `full_rank_steps` is of one."""
+        # The place last: to read it waits for the device.
+        begun = at_full_rank(self) and ops.convert_to_numpy(self.ranks_drawn)
+        lowest = self.config.rank if begun else self.config.min_rank
+        return min(lowest, self.max_rank)
+
+    @property
+    def is_ordered(self):
+        """Whether a cut to any rank is a good one."""
+        return are_ordered(self._factors())
+
+    def warn_of_cut(self, *ranks):
+        """Warns where a rank, or that of a layer, is a bad cut.
+
+        To be called by all that compute or write at ranks which a user names,
+        before they do. Raises what `ranks.by_layer` does; `None` is the
+        highest.
+        """
+        training.write_back(self.model)
+        by_layer = [
+            rank_functions.by_layer(rank, self.layers, self.max_rank)
+            for rank in ranks
+            if rank is not None
+        ]
+        every = (b for each in by_layer for b in each.values())
+        warn_of_cut(every, self.lowest_trained, self._factors)
+
+    def _factors(self):
+        return [layer.factors() for layer in self.layers.values()]
+
+    @contextlib.contextmanager
+    def at(self, ranks):
+        """Within it, the layers compute at ranks, as `set_ranks` takes them."""
+        training.write_back(self.model)
+        before = [(x.variable, ops.copy(x.variable)) for x in self.gates]
+        try:
+            self.set_ranks(ranks)
+            with self.rank_chosen():
+                yield
+        finally:
+            training.write_back(self.model)
+            for variable, value in before:
+                variable.assign(value)
+
+    @property
+    def gates(self):
+        """The `RankGate` of the layers, or that of each hand-built one."""
+        gates = [layer._gate.gate for layer in self.layers.values()]
+        return list({id(gate): gate for gate in gates}.values())
+
+    @property
+    def ranks(self):
+        """The rank that each layer computes at, a dict of path to int."""
+        gates = {id(gate): gate.active_ranks for gate in self.gates}
+        rows = {path: layer._gate for path, layer in self.layers.items()}
+        return {p: gates[id(x.gate)][x.index] for p, x in rows.items()}
+
+    def set_ranks(self, ranks):
+        """Sets them, from a dict of path to int or one for all."""
+        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
+        for gate, rows in self._by_gate(ranks).items():
+            gate.set_ranks([rows[i] for i in range(len(rows))])
+
+    def overridden(self, value):
+        """Within it, the layers read a tensor in place of their gates.
+
+        It is `(rank,)`, or `(batch, rank)` with a gate for each example; or a
+        dict of path to such tensors.
+        """
+        if not isinstance(value, dict):
+            value = dict.fromkeys(self.layers, value)
+        return self._gates_with("override", self._by_gate(value))
+
+    def rank_chosen(self):
+        """Within it, the layers know that their rank is meant."""
+        return self._gates_with("chosen", dict.fromkeys(self.gates, True))
+
+    def warn_of_idle(self):
+        """Warns once of layers that training never called.
+
+        `enable_dylora` leaves out those of a functional model; what it can't
+        trace shows here.
+        """
+        idle = [
+            path
+            for path, layer in self.layers.items()
+            if layer._gate.index not in layer._gate.gate.read
+        ]
+        if idle and len(idle) < len(self.layers):
+            warnings.warn(
+                "Adapted layers that the model never calls aren't trained, "
+                "and their updates would count in `merge` alone: leave them "
+                f"out of `target_layers`. Received: {idle}",
+                stacklevel=3,
+            )
+            for path in idle:
+                row = self.layers[path]._gate
+                row.gate.read.add(row.index)
+
+    def warn_of_frozen(self):
+        """Warns of adapters that are frozen in a model that trains."""
+        frozen = [
+            path
+            for path, layer in self.layers.items()
+            if not (layer.down.trainable and layer.up.trainable)
+        ]
+        if frozen and self.model.trainable_variables:
+            warnings.warn(
+                "Adapters that are frozen aren't trained: a layer's "
+                "`trainable` is its adapter's too, and the base is frozen "
+                "anyway. Set `model.trainable` to False and to True, and "
+                f"compile again. Received: frozen adapters {frozen}",
+                stacklevel=3,
+            )
+
+    def _by_gate(self, values):
+        """Dict of gate to dict of row to the value of its layer."""
+        found = {}
+        for path, layer in self.layers.items():
+            row = layer._gate
+            found.setdefault(row.gate, {})[row.index] = values[path]
+        return found
+
+    @contextlib.contextmanager
+    def _gates_with(self, attribute, values):
+        before = [(gate, getattr(gate, attribute)) for gate in values]
+        for gate, value in values.items():
+            setattr(gate, attribute, value)
+        try:
+            yield
+        finally:
+            for gate, previous in before:
+                setattr(gate, attribute, previous)
+
+    def forget_replaced(self):
+        """Lets go of the variables that the model no longer has."""
+        current = {id(v) for v in self.model.variables}
+        self.before = [
+            (item, trainable)
+            for item, trainable in self.before
+            if isinstance(item, keras.Layer) or id(item) in current
+        ]
+
+    @property
+    def named_config(self):
+        """The `DyLoRAConfig`, with paths of layers in place of callables."""
+        return dataclasses.replace(
+            self.config,
+            **{
+                name: named
+                for name, named in (
+                    ("target_layers", list(self.layers)),
+                    ("trainable_layers", list(self.spec.trained)),
+                )
+                if callable(getattr(self.config, name))
+            },
+        )
+
+    def get_config(self, tree):
+        places = {id(x): i for i, x in enumerate(tree.layers.values())}
+        return {
+            "config": self.named_config.get_config(),
+            # By place, since Keras numbers unnamed layers anew in each process.
+            "layers": [places[id(x)] for x in self.upgraded] or None,
+            "spec": self.spec.get_config(tree),
+            "flags": [x.trainable for x in tree.every.values()],
+        }
+
+    @classmethod
+    def from_config(cls, tree, config, trainable):
+        """The adaptation of a fresh model that `get_config` describes, applied.
+
+        `trainable` are the flags of the weights.
+        """
+        dylora = DyLoRAConfig.from_config(config["config"])
+        if "spec" in config:
+            spec = Spec.from_config(config["spec"], tree)
+        else:
+            places, every = config["layers"], list(tree.layers)
+            paths = [every[i] for i in places] if places else tree.adapted
+            spec = Spec(dict.fromkeys(paths, AdapterArguments.of(dylora)), {})
+        adaptation = cls(tree, dylora, spec)
+        adaptation.open = False
+        adaptation.apply(tree)
+        weights = list(zip(tree.model.weights, trainable, strict=True))
+        if "spec" not in config:  # what is trained is what the flags say
+            chosen = {id(weight) for weight, flag in weights if flag}
+            base = tree.base_weights.values()
+            adaptation.spec = Spec.of(
+                tree, spec.adapted, [v for v in base if id(v) in chosen]
+            )
+            if adaptation.upgraded:
+                adaptation.spec.apply(tree)
+        layers = zip(tree.every.values(), config.get("flags", ()), strict=False)
+        restore([*layers, *weights])
+        return adaptation

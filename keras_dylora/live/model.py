@@ -1,0 +1,445 @@
+"""DyLoRAModel: a Keras model that trains its adapters for every rank."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self, TypeVar
+
+import keras
+
+from keras_dylora import _keras, training
+from keras_dylora.allocation import Rank, RankAllocation
+from keras_dylora.config import DyLoRAConfig
+from keras_dylora.distributions import RankDistribution
+from keras_dylora.layers.low_rank import LowRankAdapter
+from keras_dylora.layers.tree import Tree
+from keras_dylora.live import sizes
+from keras_dylora.live.adaptation import Adaptation
+from keras_dylora.live.kept_in_files import KeptInFiles
+from keras_dylora.live.live_class import (
+    combined_class,
+    functional_class,
+    is_combined,
+)
+from keras_dylora.live.quantization import quantize_base
+from keras_dylora.live.recompile import reset_functions
+from keras_dylora.live.with_adapters import WithAdapters
+from keras_dylora.ranks import by_layer
+
+# What a function that changes a model in place takes, and gives back.
+Model = TypeVar("Model", bound=keras.Model)
+
+
+def adaptation_of(model: keras.Model) -> Adaptation:
+    """The `Adaptation` of a model, or a `ValueError`."""
+    if isinstance(model, DyLoRAModel):
+        model._prepare()
+    adaptation = getattr(model, "_dylora", None)
+    if adaptation is None:
+        raise ValueError(
+            "The model must be enabled with `enable_dylora` or be a "
+            "`DyLoRAModel` whose layers are built. "
+            f"Received: {model!r} (of type {type(model).__name__})"
+        )
+    return adaptation
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+@_keras.keeps_own_state
+class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
+    """A Keras model that trains its adapters for every rank at once.
+
+    Each training step draws a rank `b`, runs Keras's own step with the first
+    `b` columns and rows of every adapter (Algorithm 1), and logs it as
+    `rank`, or as `drawn_rank` beside a metric called `rank`. In frozen mode
+    nothing but column and row `b` of the adapters, and the layers that are
+    trained in full, may change (Eq. 10).
+
+    `enable_dylora` turns an existing model into one. A model that is built
+    from `DyLoRADense` and `DyLoRAEinsumDense` layers, functional or
+    subclassed, is one by construction; its layers must agree in `rank`,
+    `min_rank`, `alpha`, `scaling` and `frozen`.
+
+    Args:
+        *args: as in `keras.Model`, so `inputs, outputs` for a functional one.
+        rank_distribution: as in `DyLoRAConfig`. Defaults to `"uniform"`.
+        objective: as in `DyLoRAConfig`. Defaults to `"sampled"`.
+        seed: int. Seed of the rank sequence. Defaults to `0`.
+        draw: as in `DyLoRAConfig`. Defaults to `"step"`.
+        full_rank_steps: int, as in `DyLoRAConfig`. Defaults to `0`.
+        **kwargs: as in `keras.Model`.
+
+    Raises:
+        ValueError: if the layers disagree or there is none.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((32,))
+    x = keras_dylora.DyLoRADense(64, "relu", rank=4, alpha=8)(inputs)
+    outputs = keras_dylora.DyLoRADense(1, rank=4, alpha=8)(x)
+    model = keras_dylora.DyLoRAModel(inputs, outputs, seed=1)
+    model.compile("adam", "mse")
+    model.fit(x_train, y_train)
+    model.set_rank(2)
+    model.predict(x_test)
+    ```
+
+    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    """
+
+    original_class = keras.Model
+    train_function: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        rank_distribution: str | RankDistribution = "uniform",
+        objective: str = "sampled",
+        seed: int = 0,
+        draw: str = "step",
+        full_rank_steps: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        functional = len(args) == 2 or "outputs" in kwargs
+        if is_combined(type(self)):
+            raise ValueError(
+                "The class of this model makes no other one, as `clone_model` "
+                "would, without its config: use "
+                "`model.from_config(model.get_config())` for a model of fresh "
+                "weights, or `save` and `load_model`. "
+                f"Received: {type(self).__name__}{args}"
+            )
+        if functional:
+            # Left alone, Keras would make `Functional` a base of this very
+            # class, and so of every subclassed model.
+            combined = combined_class(
+                type(self),  # type: ignore[arg-type]
+                functional_class(),
+            )
+            _keras.set_class(self, combined)
+        super().__init__(*args, **kwargs)
+        options = {
+            "rank_distribution": rank_distribution,
+            "objective": objective,
+            "seed": seed,
+            "draw": draw,
+            "full_rank_steps": full_rank_steps,
+        }
+        object.__setattr__(self, "_dylora_options", options)
+        if functional:
+            self._prepare()
+
+    def _prepare(self):
+        """Takes over the layers of a hand-built model, once they are built."""
+        if hasattr(self, "_dylora"):
+            return
+        adaptation = Adaptation.of_hand_built(self, self._dylora_options)
+        adaptation.configure(adaptation.config)
+        object.__setattr__(self, "_dylora", adaptation)
+
+    @property
+    def _adaptation(self):
+        return adaptation_of(self)
+
+    @property
+    def dylora_config(self) -> DyLoRAConfig:
+        """The `DyLoRAConfig` of the model; its `rank` is the maximum."""
+        return adaptation_of(self).config
+
+    @property
+    def dylora_layers(self) -> list[LowRankAdapter]:
+        """The adapted layers, in forward order."""
+        return list(adaptation_of(self).layers.values())
+
+    @property
+    def rank(self) -> Rank:
+        """int. The rank that the model computes at outside of training.
+
+        Training and validation keep it; `dylora_config.rank` is the maximum.
+        A `RankAllocation` where layers have different ones.
+        """
+        adaptation = adaptation_of(self)
+        training.write_back(self)
+        ranks = adaptation.ranks
+        if len(set(ranks.values())) > 1:
+            return RankAllocation.of(self, ranks)
+        return next(iter(ranks.values()))
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the model trains what `enable_dylora` left trainable."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        adaptation = self.__dict__.get("_dylora")
+        if adaptation is not None:
+            adaptation.settle(Tree(self))
+        keras.Model.trainable.fset(self, value)
+        # Keras makes all below it trainable, also what was never to be.
+        if value and adaptation is not None:
+            adaptation.spec.apply(Tree(self))
+
+    def set_rank(self, rank: Rank) -> None:
+        """Sets the rank of `predict`, `evaluate`, `generate` and calls.
+
+        Compiled functions read the new rank; nothing is traced again. A live
+        model has one rank at a time, which threads share: to serve several at
+        once, use `export_ranks` or a `merge` for each.
+
+        Args:
+            rank: int in `0..config.rank`, or `RankAllocation`. At `0` the
+                adapters add nothing; layers that are trained in full keep
+                their trained values.
+
+        Raises:
+            ValueError: if `rank` is out of range, or an allocation is of
+                another model.
+            TypeError: if `rank` isn't an integer.
+
+        Warns:
+            UserWarning: if the rank was neither trained nor ordered, as with
+                every function that takes a rank.
+
+        Example:
+
+        ```python
+        clf.set_rank(4)
+        clf.predict(texts)
+        ```
+        """
+        adaptation = adaptation_of(self)
+        adaptation.warn_of_cut(rank)
+        adaptation.set_ranks(rank)
+
+    def dylora_summary(
+        self, print_fn: Callable[[str], object] | None = None
+    ) -> None:
+        """Prints the adapted layers, and what is trained for each rank.
+
+        Paths, sizes of the matrices, ranks and parameters; by rank, the
+        number of parameters with those that are trained in full, and bytes.
+
+        Args:
+            print_fn: callable that takes the text. Defaults to `None`,
+                `print`.
+
+        Raises:
+            ValueError: if a hand-built model isn't built yet.
+        """
+        adaptation_of(self)
+        (print_fn or print)(sizes.tables(self))
+
+    @contextlib.contextmanager
+    def rank_scope(self, rank: Rank) -> Iterator[Self]:
+        """Sets the rank for the time of a `with` block.
+
+        Takes and raises what `set_rank` does. Within a training step, a loss
+        or a function that JAX differentiates or compiles, it is for calls of
+        the model alone.
+
+        Example:
+
+        ```python
+        with clf.rank_scope(2):
+            clf.predict(texts)
+        ```
+        """
+        adaptation = adaptation_of(self)
+        if adaptation.training or training.tracing():
+            ranks = by_layer(rank, adaptation.layers, adaptation.max_rank)
+            gate = adaptation.config.scale.gate
+            gates = {b: gate(b) for b in set(ranks.values())}
+            with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
+                yield self
+            return
+        # A graph of TensorFlow has no values to look at.
+        with contextlib.suppress(NotImplementedError):
+            adaptation.warn_of_cut(rank)
+        with adaptation.at(rank):
+            yield self
+
+    @contextlib.contextmanager
+    def draw_ranks(
+        self, x: Any, non_trainable_variables: Sequence[Any] | None = None
+    ) -> Iterator[list[Any] | None]:
+        """For a training loop of your own: calls are at drawn ranks.
+
+        Within a `with` block, calls of the model compute what a step of `fit`
+        does: at one drawn rank, or at one for each example. The next block
+        draws the next ranks of the same sequence. `full_rank_steps` end when
+        `order_ranks` is called.
+
+        Args:
+            x: the inputs of the batch, array or structure of arrays with the
+                examples along the first axis.
+            non_trainable_variables: list of tensors, on JAX: the state that
+                `stateless_call` takes. Defaults to `None`, the variables.
+
+        Returns:
+            A context manager. It yields the state to call the model with, in
+            which the place in the rank sequence has moved on, or `None` where
+            there are variables.
+
+        Raises:
+            ValueError: if the model is `frozen` or has `objective="summed"`,
+                which take more than a call, or JAX traces without a state.
+
+        Example:
+
+        ```python
+        with model.draw_ranks(x), tf.GradientTape() as tape:
+            loss = loss_function(y, model(x, training=True))
+        ```
+
+        `examples/own_loop.py` has a whole loop for each backend.
+        """
+        adaptation, state = adaptation_of(self), non_trainable_variables
+        if state is None and training.tracing():
+            raise ValueError(
+                "On JAX, a traced function needs the state of the model. "
+                "Received: non_trainable_variables=None"
+            )
+        adaptation.named.limit = None  # all columns are trained
+        gate, state = training.drawn(self, x, state)
+        with adaptation.rank_chosen(), adaptation.overridden(gate):
+            yield state
+
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        fit, order = super().fit, None
+        if hasattr(self, "_dylora"):
+            self._dylora.warn_of_frozen()
+        if self._full_rank_steps:
+            order = training.OrderAfterFullRank(training.write_back)
+            args, kwargs = training.with_callback(fit, args, kwargs, order)
+        history = training.interruptible(self, fit, args, kwargs)
+        if order is not None:
+            order.order_what_came_back()
+        # On TensorFlow, a subclassed model is built in its first step only.
+        if hasattr(self, "_dylora"):
+            self._dylora.warn_of_idle()
+        return history
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        return training.interruptible(self, super().evaluate, args, kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        return training.interruptible(self, super().predict, args, kwargs)
+
+    @property
+    def _full_rank_steps(self):
+        if hasattr(self, "_dylora"):
+            return self._dylora.config.full_rank_steps
+        return self._dylora_options["full_rank_steps"]
+
+    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
+        # On TensorFlow, a subclassed model is built in its first step only.
+        layers = Tree(self).adapted.values()
+        if layers and all(layer.built for layer in layers):
+            self.start_training()
+        return self._restoring("train", super().make_train_function, force)
+
+    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
+        return self._restoring("test", super().make_test_function, force)
+
+    def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
+        return self._restoring("predict", super().make_predict_function, force)
+
+    def _restoring(self, kind, make, force):
+        """A function that Keras makes, or one that leaves no trace of failure.
+
+        If it is new; `kind` is what it does.
+        """
+        name = f"{kind}_function"
+        before = getattr(self, name)
+        make(force)
+        made = getattr(self, name)
+        if made is not before:
+            made = training.restore_on_error(self, kind, made)
+            setattr(self, name, made)
+        return made
+
+    def start_training(self) -> None:
+        """Makes what a step needs beside the layers, once they are built."""
+        self._prepare()
+        self._dylora.settle(Tree(self))
+        self._dylora.open = False
+        self._dylora.named.limit = None  # all columns are trained
+        if self.optimizer is None:
+            return
+        if self._dylora.config.frozen:
+            training.check_frozen(self.optimizer)
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        training.masked(self)
+
+    def train_step(self, *args: Any) -> Any:
+        return training.train_step(self, super().train_step, *args)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        compute = super().compute_loss
+        if hasattr(self, "_dylora") and self._dylora.training:
+            compute = functools.partial(
+                self._dylora.objective.loss, self, training.forward, compute
+            )
+        return compute(x, y, y_pred, sample_weight, **kwargs)
+
+    def quantize(
+        self,
+        mode: Literal["int8", "int4"] | None = None,
+        config: Any = None,
+        filters: str
+        | Sequence[str]
+        | Callable[[keras.Layer], bool]
+        | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Quantizes the base model; the adapters stay in float32.
+
+        Layers that are trained in full, such as a task head, are left out: no
+        gradient reaches an integer kernel.
+
+        Args:
+            mode: `"int8"` or `"int4"`. Defaults to `None`, that of `config`.
+            config: as in `keras.Model.quantize`, like what follows. Defaults
+                to `None`, Keras's default for the mode.
+            filters: str, list of str, or callable of a layer. Which layers to
+                quantize. Defaults to `None`, all.
+            **kwargs: the further ones.
+
+        Raises:
+            TypeError: if `filters` is something else.
+            ValueError: if the mode is another one, or a layer is quantized
+                already.
+
+        Example:
+
+        ```python
+        keras_dylora.enable_dylora(clf, rank=8)
+        clf.quantize("int8")
+        clf.fit(texts, labels)
+        ```
+        """
+        adaptation = adaptation_of(self)
+        quantize = self.__dict__.get("_keras_quantize") or super().quantize
+        try:
+            quantize_base(Tree(self), quantize, mode, config, filters, **kwargs)
+        finally:
+            adaptation.forget_replaced()
+            _keras.track_for_torch(self)
+            reset_functions(self)
+
+    def _own_state(self):
+        return self._dylora.state if hasattr(self, "_dylora") else {}
+
+    @property
+    def _ranks_drawn(self):
+        return adaptation_of(self).ranks_drawn

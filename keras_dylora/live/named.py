@@ -1,0 +1,276 @@
+"""NamedAdapters: several adapters on one base, of which one is live."""
+
+import dataclasses
+import json
+
+import numpy as np
+from keras import ops
+
+from keras_dylora import _keras
+from keras_dylora.layers.factors import float32_array
+
+DEFAULT = "default"
+# What a file of weights has of the adapters that aren't live.
+STORE = "adapters"
+
+
+def check_name(name):
+    """Raises a `TypeError` or `ValueError` for what names no adapter."""
+    if not isinstance(name, str):
+        raise TypeError(
+            "The name of an adapter must be a string. "
+            f"Received: name={name!r} (of type {type(name).__name__})"
+        )
+    if not name:
+        raise ValueError("The name of an adapter mustn't be empty.")
+
+
+@dataclasses.dataclass
+class _Kept:
+    """An adapter that isn't live, and where its training stopped.
+
+    Args:
+        values: dict of path to tensor, of all that belongs to the adapter.
+        limit: int. Its maximum rank, or `None`, the model's.
+        ranks: list of int, at which the layers compute.
+        state: list of tensors, of its place in the rank sequence.
+        optimizer: the one that trained it, or `None`.
+        slots: list of tensors, what that kept.
+    """
+
+    values: dict
+    limit: int | None
+    ranks: list
+    state: list
+    optimizer: object = None
+    slots: list | tuple = ()
+
+
+class NamedAdapters:
+    """The adapters of a model by name: one in its variables, others beside.
+
+    To change it is to assign values, so nothing is traced again, and a step
+    knows of no other. Each has its own head, rank up to the maximum, place in
+    the rank sequence and optimizer state.
+    """
+
+    def __init__(self, adaptation):
+        self.adaptation = adaptation
+        self.active = DEFAULT
+        self.limit = None  # the live one's maximum rank, if below the model's
+        self._kept = {DEFAULT: None}  # `None` is in the variables
+
+    @property
+    def names(self):
+        return list(self._kept)
+
+    @property
+    def max_rank(self):
+        """int. The maximum rank of the live one."""
+        return self.max_rank_of(self.active)
+
+    def max_rank_of(self, name):
+        """int. The maximum rank of an adapter."""
+        kept = self._kept[name]
+        limit = self.limit if kept is None else kept.limit
+        return limit or self.adaptation.config.rank
+
+    @property
+    def is_plain(self):
+        """Whether there is but one, as before there were names."""
+        return self.names == [DEFAULT] and self.limit is None
+
+    def add(self, name, tree):
+        """Makes a fresh one live, with the head of the one that was."""
+        self.check_free(name)
+        self.adaptation.settle(tree)
+        self.adaptation.open = False
+        values = {p: _copy(v) for p, v in self._own(tree).items()}
+        for path, layer in self.adaptation.layers.items():
+            for side in ("down", "up"):
+                shape = values[f"{path}/{side}"].shape
+                initializer = getattr(layer, f"{side}_initializer")
+                values[f"{path}/{side}"] = initializer(shape)
+        ranks = [self.adaptation.config.rank] * len(self.adaptation.layers)
+        state = [
+            np.full(v.shape, name == "full_rank")
+            for name, v in self.adaptation.state.items()
+        ]
+        self._change(name, _Kept(values, None, ranks, state), tree)
+
+    def check_free(self, name):
+        """Raises what `check_name` does, or if there is one of the name."""
+        check_name(name)
+        if name in self._kept:
+            raise ValueError(
+                "The name of a new adapter must be free; `delete_adapter` "
+                f"frees it. Received: name={name!r} beside {self.names}"
+            )
+
+    def activate(self, name, tree):
+        """Makes another one live."""
+        self._check_known(name)
+        if name != self.active:
+            self.adaptation.settle(tree)
+            self._change(name, self._kept[name], tree)
+
+    def delete(self, name):
+        """Forgets one that isn't live."""
+        self._check_known(name)
+        if name == self.active:
+            raise ValueError(
+                "The active adapter can't be deleted: `set_adapter` another "
+                f"one first. Received: name={name!r} of {self.names}"
+            )
+        del self._kept[name]
+
+    def rename(self, name):
+        """Gives the live one another name."""
+        self._kept = {
+            name if old == self.active else old: kept
+            for old, kept in self._kept.items()
+        }
+        self.active = name
+
+    def join(self, tree):
+        """Gives each of the others its own value of what belongs to one now."""
+        own = self._own(tree)
+        for kept in filter(None, self._kept.values()):
+            more = {p: _copy(v) for p, v in own.items() if p not in kept.values}
+            kept.values |= more
+
+    def check_alone(self, change):
+        """Raises a `ValueError` if a change would leave others behind."""
+        if len(self._kept) > 1 or self.limit is not None:
+            raise ValueError(
+                f"{change} needs a model with one adapter, of its maximum "
+                f"rank. Received: adapters {self.names}, of which "
+                f"{self.active!r} has rank {self.max_rank} of "
+                f"{self.adaptation.config.rank}"
+            )
+
+    def _check_known(self, name):
+        if name not in self._kept:
+            raise ValueError(
+                "The name must be that of an adapter of the model. "
+                f"Received: name={name!r}, which isn't one of {self.names}"
+            )
+
+    def _change(self, name, kept, tree):
+        own = self._own(tree)
+        before = self._live(own)
+        try:
+            self._put(kept, own)
+        except BaseException:
+            self._put(before, own)
+            raise
+        self._kept |= {self.active: before, name: None}
+        self.active = name
+
+    def _live(self, own):
+        optimizer = self._optimizer()
+        return _Kept(
+            {path: _keras.own_value(v) for path, v in own.items()},
+            self.limit,
+            list(self.adaptation.ranks.values()),
+            _values(self.adaptation.state.values()),
+            optimizer,
+            _values(_slots(optimizer)),
+        )
+
+    def _put(self, kept, own):
+        _replace([*own.values()], [kept.values[path] for path in own])
+        self.limit = None  # the ranks are within the new one
+        layers = self.adaptation.layers
+        self.adaptation.set_ranks(dict(zip(layers, kept.ranks, strict=True)))
+        self.limit = kept.limit
+        _replace(self.adaptation.state.values(), kept.state)
+        optimizer, slots = self._optimizer(), kept.slots
+        if optimizer is not None and kept.optimizer is not optimizer:
+            slots = _values(_slots(_keras.built_anew(optimizer)))
+        if optimizer is not None:
+            _replace(_slots(optimizer), slots)
+
+    def _own(self, tree):
+        return self.adaptation.spec.own(tree)
+
+    def _optimizer(self):
+        """The optimizer, once it has a state."""
+        optimizer = getattr(self.adaptation.model, "optimizer", None)
+        return optimizer if optimizer is not None and optimizer.built else None
+
+    # In a file, with the model's own weights. An optimizer's state is that of
+    # the live one alone.
+
+    def save(self, store, tree):
+        """Puts what isn't in the variables into a store of arrays."""
+        if self.is_plain:
+            return
+        own = self._own(tree)
+        kept = [(name, x) for name, x in self._kept.items() if x is not None]
+        content = {
+            "names": self.names,
+            "active": self.active,
+            "limit": self.limit,
+            "kept": [
+                {"name": name, "limit": x.limit, "ranks": x.ranks}
+                for name, x in kept
+            ],
+        }
+        encoded = json.dumps(content).encode()
+        store[STORE] = np.frombuffer(encoded, "uint8")
+        for i, (_, x) in enumerate(kept):
+            values = [x.values[path] for path in own]
+            for j, value in enumerate([*values, *x.state]):
+                store[f"{STORE}_{i}_{j}"] = float32_array(value)
+
+    def load(self, stored, tree):
+        """Takes what `save` put there out of a dict of arrays.
+
+        A file of one adapter is of the live one, at the maximum rank.
+        """
+        if STORE not in stored:
+            self.limit = None
+            return
+        content = json.loads(bytes(np.asarray(stored.pop(STORE))))
+        own, kept = self._own(tree), dict.fromkeys(content["names"])
+        wanted = [
+            tuple(v.shape)
+            for v in [*own.values(), *self.adaptation.state.values()]
+        ]
+        for i, x in enumerate(content["kept"]):
+            names = [f"{STORE}_{i}_{j}" for j in range(len(wanted))]
+            values = [stored.pop(name, None) for name in names]
+            shapes = [None if v is None else tuple(v.shape) for v in values]
+            if shapes != wanted:
+                raise ValueError(
+                    "The adapters of a file must fit the model. Received: "
+                    f"adapter {x['name']!r} of shapes {shapes}, must be "
+                    f"{wanted}"
+                )
+            values = [ops.convert_to_tensor(np.asarray(v)) for v in values]
+            kept[x["name"]] = _Kept(
+                dict(zip(own, values, strict=False)),
+                x["limit"],
+                x["ranks"],
+                values[len(own) :],
+            )
+        self._kept, self.active = kept, content["active"]
+        self.limit = content["limit"]
+
+
+def _slots(optimizer):
+    return [] if optimizer is None else _keras.optimizer_state(optimizer)
+
+
+def _copy(variable):
+    return ops.copy(ops.convert_to_tensor(variable))
+
+
+def _values(variables):
+    return [_keras.own_value(v) for v in variables]
+
+
+def _replace(variables, values):
+    for variable, value in zip(variables, values, strict=True):
+        _keras.replace_value(variable, value)

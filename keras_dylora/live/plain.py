@@ -1,0 +1,98 @@
+"""How Keras sees a live model as a plain one, for a while."""
+
+import contextlib
+
+import keras
+
+from keras_dylora import _keras
+from keras_dylora.live.recompile import uncompiled
+from keras_dylora.live.saving import with_whole_configs
+
+
+def flags(tree):
+    """The model, its layers and its variables, with their `trainable`."""
+    # Layers first: setting theirs sets their variables' too.
+    items = [*tree.every.values(), *tree.model.variables]
+    return [(x, x.trainable) for x in items]
+
+
+def restore(flags):
+    """Sets what `flags` gave."""
+    for item, trainable in flags:
+        if isinstance(item, keras.Model):
+            # Past the setter of a `DyLoRAModel`, which sets what is below.
+            keras.Layer.trainable.fset(item, trainable)
+        else:
+            item.trainable = trainable
+
+
+@contextlib.contextmanager
+def as_original(instances):
+    """Within it, upgraded layers and models are of their original classes.
+
+    The variables of the adapters stay where they are.
+    """
+    classes = [(instance, type(instance)) for instance in instances]
+    try:
+        for instance, cls in classes:
+            _keras.set_class(instance, cls.original_class)
+        yield
+    finally:
+        for instance, cls in classes:
+            _keras.set_class(instance, cls)
+
+
+@contextlib.contextmanager
+def _as_float(layers):
+    """Within it, configs describe quantized layers as what they were."""
+    changed = []
+    try:
+        for layer in layers:
+            if layer.quantization_mode is None:
+                continue
+            policy = layer.dtype_policy
+            changed.append((layer, policy, layer.quantization_config))
+            computes, stores = policy.compute_dtype, policy.variable_dtype
+            layer.dtype_policy = (
+                stores if computes == stores else f"mixed_{computes}"
+            )
+            layer.quantization_config = None
+        yield
+    finally:
+        for layer, policy, config in changed:
+            layer.dtype_policy = policy
+            layer.quantization_config = config
+
+
+@contextlib.contextmanager
+def as_plain(tree, whole=False):
+    """Within it, Keras describes a model as one without DyLoRA.
+
+    As it was before `enable_dylora`: the classes, what was trainable,
+    uncompiled.
+
+    Args:
+        tree: `Tree` of the `DyLoRAModel`.
+        whole: bool. Whether what was built by hand is plain too: layers, and
+            models within; and quantized layers are the float ones they were.
+            Defaults to `False`.
+    """
+    model, adaptation = tree.model, tree.model._dylora
+    instances, layers = [model, *adaptation.upgraded], []
+    if whole:
+        layers = list(adaptation.layers.values())
+        models = _keras.submodels(model)
+        instances = [x for x in models if hasattr(x, "original_class")]
+        instances += layers
+    now = flags(tree) if adaptation.before else []
+    try:
+        with (
+            _as_float(layers),
+            uncompiled(model),
+            as_original(instances),
+            with_whole_configs(model),
+        ):
+            restore(adaptation.before)
+            yield
+    finally:
+        restore(now)

@@ -1,0 +1,89 @@
+"""Quantized bases: quantizing under the adapters, and back to float."""
+
+import re
+
+import keras
+import numpy as np
+
+from keras_dylora.layers.factors import float32_array
+from keras_dylora.live.plain import as_original
+
+MODES = ("int8", "int4")
+
+
+def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
+    """Lets Keras quantize a model, whose adapters stay as they are.
+
+    Args:
+        tree: `Tree` of the model.
+        keras_quantize: the `quantize` method that Keras has for the model.
+        mode: as in `DyLoRAModel.quantize`, like what follows.
+    """
+    wanted = getattr(config, "mode", None) if mode is None else mode
+    if wanted not in MODES:
+        raise ValueError(
+            f"A model with adapters can be quantized to one of {MODES}. "
+            f"Received: mode={wanted!r}"
+        )
+    chosen = _as_predicate(filters)
+    layers = tree.adapted.values()
+    adapted = {id(layer) for layer in layers}
+
+    def frozen_and_chosen(layer):
+        # Keras refuses a tokenizer that hasn't run, and warns of each layer
+        # that it has no quantized form for.
+        if type(layer).quantize is keras.Layer.quantize:
+            return False
+        trained = id(layer) not in adapted and layer.trainable_variables
+        return not trained and chosen(layer)
+
+    # Keras quantizes layers that are exactly its own.
+    with as_original(layers):
+        quantized = [
+            layer.name
+            for layer in tree.layers.values()
+            if getattr(layer, "quantization_mode", None) is not None
+            and frozen_and_chosen(layer)
+        ]
+        if quantized:  # Keras would stop there, half-way.
+            raise ValueError(
+                "A layer can be quantized once. Received: quantized layers "
+                f"{quantized}"
+            )
+        keras_quantize(mode, config=config, filters=frozen_and_chosen, **kwargs)
+
+
+def _as_predicate(filters):
+    """The filters that Keras takes, as a function of a layer."""
+    if filters is None:
+        return lambda layer: True
+    if callable(filters):
+        return filters
+    patterns = [filters] if isinstance(filters, str) else filters
+    if not isinstance(patterns, (list, tuple)) or not all(
+        isinstance(pattern, str) for pattern in patterns
+    ):
+        raise TypeError(
+            "`filters` must be a regular expression, a list of them or a "
+            f"callable. Received: filters={filters!r}"
+        )
+    return lambda layer: any(re.search(p, layer.name) for p in patterns)
+
+
+def float_kernel(layer):
+    """The kernel of an adapted layer, dequantized, as a float32 array."""
+    kernel = float32_array(layer.kernel)
+    if layer.quantization_mode is None:
+        return kernel
+    scale = float32_array(layer.kernel_scale)
+    if layer.quantization_mode == "int8":
+        # The scale is laid out as the layer's output is.
+        geometry = layer.geometry_of(layer)
+        return kernel / geometry.kernel(np.reshape(scale, (1, -1)))
+    rows = np.reshape(kernel, (-1, scale.shape[-1]))
+    if getattr(layer, "kernel_zero", None) is None:
+        rows = rows / scale
+    else:
+        group = float32_array(layer.g_idx).astype("int32")
+        rows = (rows - float32_array(layer.kernel_zero)[group]) * scale[group]
+    return np.reshape(rows, kernel.shape)

@@ -1,0 +1,267 @@
+"""Which layers of a model are adapted, and which are trained in full."""
+
+import dataclasses
+import re
+import warnings
+
+import keras
+
+from keras_dylora import _keras
+from keras_dylora.layers.kinds import ADAPTED_CLASSES
+from keras_dylora.layers.tree import Tree
+from keras_dylora.live.calls import never_called
+
+ALL_LINEAR = "all-linear"
+# In KerasHub's families; fused projections too.
+QUERY_AND_VALUE = (
+    r"(query|value|receptance)(_dense|_projection|_proj|_projector)?"
+    r"|[qv]_proj(_dense|_projection)?|[qv]_dense_layer"
+    r"|(attention_|in_proj_)?qkv(_proj)?|query_key_value"
+)
+# Which expert takes a token isn't an adapter's to change.
+ROUTER = (
+    r"(.*_)?router(_.*)?|sparse_feedforward_gate_dense"
+    r"|shared_expert_gate(_dense)?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What `enable_dylora` adapts and trains; layers by their paths."""
+
+    adapted: dict
+    # Trained in full: each layer with its variables that are.
+    trained: dict
+    # Linear layers that aren't adapted although they were meant, with why.
+    left_out: dict
+
+
+def find_targets(tree, config, backbone=None):
+    """The `Targets` that a config names in a built model, all checked.
+
+    Raises a `ValueError` if there is none or one can't be adapted.
+    """
+    model, paths = tree.model, tree.layers
+    backbones = _backbones(tree, backbone)
+    trained = _trained_layers(tree, backbones, config)
+    linear = {
+        path: layer
+        for path, layer in paths.items()
+        if isinstance(layer, tuple(ADAPTED_CLASSES))
+    }
+    # What is trained in full is adapted only if asked for by name.
+    body = {p: x for p, x in linear.items() if p not in trained}
+    left_out = {}
+    if config.target_layers is None:
+        chosen = {
+            path: layer
+            for path, layer in body.items()
+            if re.fullmatch(QUERY_AND_VALUE, layer.name)
+        }
+    elif config.target_layers == ALL_LINEAR:
+        left_out = {
+            path: "chooses experts"
+            for path, layer in body.items()
+            if re.fullmatch(ROUTER, layer.name)
+        }
+        chosen = {p: x for p, x in body.items() if p not in left_out}
+    else:
+        chosen = _select(linear, config.target_layers, "target_layers")
+    if not chosen:
+        raise ValueError(_no_target(config.target_layers, linear))
+    unused = never_called(tree, chosen)
+    check_targets({p: x for p, x in chosen.items() if p not in unused})
+    if unused:
+        message = (
+            "An adapter needs a layer that the model calls; this one reads "
+            "the kernel alone, or doesn't use it. "
+            f"Received: {listing(unused)}"
+        )
+        if len(unused) == len(chosen):
+            raise ValueError(message)
+        warnings.warn(f"{message}, which are left out", stacklevel=3)
+        left_out |= dict.fromkeys(unused, "the model never calls")
+        chosen = {p: x for p, x in chosen.items() if p not in left_out}
+    untold = config.trainable_layers is None and not backbones
+    if untold and not _is_backbone(model):
+        _warn_of_frozen_output(model, paths, chosen)
+    return Targets(chosen, trained, left_out)
+
+
+def _no_target(wanted, linear):
+    if wanted is None:
+        wanted = (
+            "None, query and value projections by the names "
+            f"{QUERY_AND_VALUE!r}"
+        )
+    else:
+        wanted = repr(wanted)
+    names = sorted({layer.name for layer in linear.values()})
+    return (
+        "`target_layers` must match at least one `Dense` or `EinsumDense` "
+        f"layer. Received: target_layers={wanted}, which matches none of "
+        f"{listing(linear)}. Name some, such as "
+        f"target_layers={names[:3]!r}, or use {ALL_LINEAR!r}"
+        if names
+        else "A model must have a `Dense` or an `EinsumDense` layer to adapt. "
+        "Received: a model without one"
+    )
+
+
+def check_targets(chosen):
+    """Raises a `ValueError` if one of the layers can't take an adapter."""
+    for path, layer in chosen.items():
+        if not layer.built:
+            raise ValueError(
+                "A model must be built before it is enabled: call it on data "
+                f"once. Received: a model whose layer {path!r} isn't built"
+            )
+        if type(layer) not in ADAPTED_CLASSES:
+            raise ValueError(
+                "Only layers that are exactly `Dense` or `EinsumDense` can "
+                f"be adapted. Received: {path!r}, a {type(layer).__name__}"
+            )
+        try:
+            ADAPTED_CLASSES[type(layer)].check_base(layer)
+        except ValueError as error:
+            raise ValueError(f"Layer {path!r}: {error}") from error
+
+
+def _select(paths, patterns, argument):
+    """The entries of `paths` that the user's patterns name, in order."""
+    if callable(patterns):
+        return {p: x for p, x in paths.items() if patterns(p, x)}
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not isinstance(patterns, (list, tuple)) or not all(
+        isinstance(pattern, str) for pattern in patterns
+    ):
+        raise TypeError(
+            f"`{argument}` must be a string, a list of strings or a "
+            f"callable. Received: {argument}={patterns!r}"
+        )
+    chosen = set()
+    for pattern in patterns:
+        found = {p for p, x in paths.items() if _matches(pattern, p, x)}
+        if not found:
+            meant = pattern.replace("_", "-").lower() == ALL_LINEAR
+            hint = f" (did you mean {ALL_LINEAR!r}?)" if meant else ""
+            raise ValueError(
+                f"`{argument}` must name layers of the model. "
+                f"Received: {pattern!r}{hint}, which matches none of "
+                f"{listing(paths)}"
+            )
+        chosen |= found
+    return {p: x for p, x in paths.items() if p in chosen}
+
+
+def _matches(pattern, path, layer):
+    if pattern in (path, layer.name) or path.endswith(f"/{pattern}"):
+        return True
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            "A layer pattern must be a name or a regular expression. "
+            f"Received: {pattern!r} ({error})"
+        ) from error
+    return bool(expression.fullmatch(path) or expression.fullmatch(layer.name))
+
+
+def listing(paths):
+    """Paths for a message, the first of many."""
+    names = list(paths)
+    shown = ", ".join(repr(name) for name in names[:24])
+    more = len(names) - 24
+    return f"[{shown}{f', … and {more} more' if more > 0 else ''}]"
+
+
+def trained_by_default(tree, backbone=None):
+    """The `Targets.trained` of a config that names no layers."""
+    return _trained_outside(tree, _backbones(tree, backbone))
+
+
+def _trained_layers(tree, backbones, config):
+    """The layers that are trained in full, each with the variables that are.
+
+    By default those outside of the backbones.
+    """
+    if config.trainable_layers is None:
+        return _trained_outside(tree, backbones)
+    named = _select(tree.layers, config.trainable_layers, "trainable_layers")
+    return {
+        path: [v for x in tree.below(layer) for v in _keras.trained_weights(x)]
+        for path, layer in named.items()
+    }
+
+
+def _trained_outside(tree, backbones):
+    """The layers outside of backbones that aren't frozen, with variables.
+
+    Weights that a task head shares with a backbone (tied embeddings) stay
+    frozen.
+    """
+    if not backbones:
+        return {}
+    inside = {id(x) for each in backbones for x in _layers_of(each, tree)}
+    shared = {id(v) for each in backbones for v in each.variables}
+    return {
+        path: [
+            v
+            for v in _keras.own_weights(layer)
+            if v.trainable and id(v) not in shared
+        ]
+        for path, layer in tree.layers.items()
+        if id(layer) not in inside and layer.trainable
+    }
+
+
+def _layers_of(backbone, tree):
+    if id(backbone) in tree.paths:
+        return tree.below(backbone)
+    return Tree(backbone).every.values()
+
+
+def _backbones(tree, backbone):
+    """The pretrained bodies within a model; what is outside is its head.
+
+    What the user says, a task's, or those of KerasHub that a model is built
+    around. None of a backbone itself, whose own attribute `backbone` would be
+    a part of it.
+    """
+    if backbone is not None:
+        ids = {id(x) for x in getattr(backbone, "layers", ())}
+        if not ids & tree.paths.keys():
+            raise ValueError(
+                "`backbone` must be the `keras.Model` around whose layers the "
+                f"model is built. Received: backbone={backbone!r}"
+            )
+        return [backbone]
+    if _is_backbone(tree.model):
+        return []
+    own = getattr(tree.model, "backbone", None)
+    if isinstance(own, keras.Model):
+        return [own]
+    return [x for x in tree.layers.values() if _is_backbone(x)]
+
+
+def _is_backbone(layer):
+    """Whether a layer is one of KerasHub's pretrained bodies."""
+    return any(
+        x.__name__ == "Backbone" and x.__module__.startswith("keras_hub.")
+        for x in type(layer).__mro__
+    )
+
+
+def _warn_of_frozen_output(model, paths, adapted):
+    """Says that the last layer of a model stays frozen, which may be new."""
+    *_, last = (path for path, layer in paths.items() if layer.weights)
+    if last not in adapted:
+        warnings.warn(
+            "Nothing but the adapters is trained: the model doesn't tell a "
+            "new head from its pretrained part. Give that part as `backbone`, "
+            f"or name the new layers in `trainable_layers`, such as [{last!r}]"
+            "; `()` says that none is new. "
+            f"Received: {model.name} with trainable_layers=None",
+            stacklevel=4,
+        )

@@ -1,0 +1,60 @@
+"""truncate: a live model cut to a lower maximum rank."""
+
+from keras_dylora import ranks, training
+from keras_dylora.allocation import Rank, RankAllocation
+from keras_dylora.layers.gate import GateRow, RankGate
+from keras_dylora.live.model import Model, adaptation_of
+from keras_dylora.live.recompile import new_optimizer
+
+
+def truncate(model: Model, rank: Rank) -> Model:
+    """Cuts the adapters of a live model to a lower maximum rank, in place.
+
+    Outputs at ranks up to the new maximum stay the same. Training goes on at
+    the same position of the rank sequence, with ranks up to the new maximum
+    and a new optimizer state.
+
+    With a `RankAllocation`, the model computes at it, the highest of its ranks
+    is the new maximum, and what is above the rank of a layer is zero and stays
+    so.
+
+    Args:
+        model: an enabled model or a `DyLoRAModel`.
+        rank: int in `1..config.rank`, the new maximum rank; or
+            `RankAllocation`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: if `rank` isn't an integer.
+        ValueError: if `rank` is out of range or the model isn't enabled.
+
+    Example:
+
+    ```python
+    keras_dylora.truncate(clf, 4)
+    clf.fit(texts, labels)
+    ```
+    """
+    adaptation = adaptation_of(model)
+    adaptation.named.check_alone("`truncate`")
+    kept = ranks.by_layer(rank, adaptation.layers, adaptation.config.rank, 1)
+    training.write_back(model)
+    active = kept
+    if not isinstance(rank, RankAllocation):
+        active = {p: min(b, rank) for p, b in adaptation.ranks.items()}
+    layers = adaptation.layers
+    adaptation.warn_of_cut(rank)
+    config = adaptation.config.at_maximum(max(kept.values()))
+    spec, optimizer = adaptation.spec.with_config(config), new_optimizer(model)
+    cut = {
+        id(gate): RankGate(gate.variable.shape[0], config.scale)
+        for gate in adaptation.gates
+    }
+    for path, layer in layers.items():
+        row = GateRow(cut[id(layer._gate.gate)], layer._gate.index)
+        layer.truncate(spec.adapted[path], row, kept[path])
+    adaptation.reconfigure(config, optimizer)
+    adaptation_of(model).set_ranks(active)
+    return model

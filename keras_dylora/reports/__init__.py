@@ -1,0 +1,1 @@
+"""Reports: ranks compared, and chosen for each layer."""
