@@ -81,6 +81,7 @@ def combined_class(dylora_class, original_class):
             "__module__": dylora_class.__module__,
             "__doc__": original_class.__doc__,
             "original_class": original_class,
+            "is_combined": True,
         },
     )
     # It is saved under the name of the importable class, which revives it.
@@ -101,4 +102,4 @@ def functional_class():
 
 def is_combined(cls):
     """Whether `combined_class` made a class."""
-    return "original_class" in vars(cls) and len(cls.__bases__) > 1
+    return "is_combined" in vars(cls)
