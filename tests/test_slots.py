@@ -84,6 +84,8 @@ def trained(optimizer, epochs=12, **fields):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_behind_the_order(name):
+    if name == "ema" and backend.NAME == "jax":
+        pytest.skip("Keras can't call fit twice with `use_ema` there (3.15)")
     model, losses, before = trained(OPTIMIZERS[name]())
     x, y = data()
     whole = model.predict(x, verbose=0)
