@@ -80,6 +80,17 @@ def test_a_layer_that_training_never_calls_is_warned_of():
     assert not [w for w in caught if "never calls" in str(w.message)]  # once
 
 
+def test_other_layers_of_blocks_that_are_alike():
+    """One block of a kind is traced for the same targets alone."""
+    model = roberta_classifier()
+    paths = [
+        "transformer_layer_0/self_attention_layer/query",
+        "transformer_layer_1/self_attention_layer/key",
+    ]
+    kd.enable_dylora(model, rank=2, target_layers=paths, verbose=0)
+    assert list(model._dylora.layers) == paths
+
+
 def test_nothing_but_layers_that_are_never_called():
     model = reads_a_kernel()
     with pytest.raises(ValueError, match=r"calls.*\['block/value'\]"):

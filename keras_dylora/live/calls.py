@@ -65,7 +65,9 @@ def _trace(tree, model, paths, called, alike):
         if any(_keras.graph_calls(layer)):
             traced |= _trace(tree, layer, inside, called, alike)
         elif inside:
-            kind = _kind(layer, args, kwargs)
+            # Only calls of the layers that matter are recorded.
+            watched = [i for i, x in enumerate(below) if x in inside]
+            kind = _kind(layer, args, kwargs), tuple(watched)
             if kind not in alike:
                 fits = any(_traces(layer, args, kwargs, size) for size in SIZES)
                 places = [i for i, x in enumerate(below) if x in called]

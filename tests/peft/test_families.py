@@ -12,6 +12,7 @@ import torch
 
 import keras_dylora as kd
 from keras_dylora.adapters.peft.families import layout_of
+from keras_dylora.layers.tree import Tree
 from tests import backend
 from tests.models import VOCABULARY, allocation, randomize_adapters
 from tests.peft.families import FAMILIES
@@ -183,7 +184,7 @@ def test_served(pair, dtype, atol, tmp_path):
 
 def test_from_peft_to_keras(pair, tmp_path):
     twin, model = pair()
-    linear = sorted(layout_of(model).modules(model))
+    linear = sorted(layout_of(model).modules(Tree(model)))
     config = peft.LoraConfig(
         r=3, lora_alpha=6, target_modules=linear, init_lora_weights=False
     )
