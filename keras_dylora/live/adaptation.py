@@ -107,9 +107,11 @@ class Adaptation:
 
     def keep_head(self, tree):
         """Copies the values of what is trained in full, where none is kept."""
-        head = self.spec.head(tree).items()
-        values = {p: ops.copy(ops.convert_to_tensor(v)) for p, v in head}
-        self.head = values | (self.head or {})
+        self.head = self.head or {}
+        for path, variable in self.spec.head(tree).items():
+            if path not in self.head:
+                value = ops.convert_to_tensor(variable)
+                self.head[path] = ops.copy(value)
 
     def restore_head(self, tree):
         """Gives what is trained in full the values from before training."""
@@ -133,7 +135,8 @@ class Adaptation:
         spec = Spec.of_flags(tree) if self.open else self.spec.joined(tree)
         if spec == self.spec:
             return
-        more = [p for p in spec.full(tree) if p not in self.spec.full(tree)]
+        known = self.spec.full(tree)
+        more = [path for path in spec.full(tree) if path not in known]
         self.spec = spec
         self.named.join(tree)
         if self.upgraded:

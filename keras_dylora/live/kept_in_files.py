@@ -66,13 +66,13 @@ class KeptInFiles(_Base):
         return _keras.unpickle, arguments
 
     def save_own_variables(self, store: Any) -> None:
-        tree, _ = Tree(self), self._adaptation
+        self._prepare()
         super().save_own_variables(store)
-        save_state(tree, store)
+        save_state(Tree(self), store)
 
     def load_own_variables(self, store: Any) -> None:
-        tree, _ = Tree(self), self._adaptation
-        super().load_own_variables(load_state(tree, store))
+        self._prepare()
+        super().load_own_variables(load_state(Tree(self), store))
 
     def get_compile_config(self) -> dict[str, Any] | None:
         config = _keras.public_optimizers(super().get_compile_config())

@@ -174,12 +174,15 @@ class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
     @trainable.setter
     def trainable(self, value: bool) -> None:
         adaptation = self.__dict__.get("_dylora")
-        if adaptation is not None:
-            adaptation.settle(Tree(self))
+        if adaptation is None:
+            keras.Model.trainable.fset(self, value)
+            return
+        tree = Tree(self)
+        adaptation.settle(tree)
         keras.Model.trainable.fset(self, value)
-        # Keras makes all below it trainable, also what was never to be.
-        if value and adaptation is not None:
-            adaptation.spec.apply(Tree(self))
+        if value:
+            # Keras makes all below it trainable, also what was never to be.
+            adaptation.spec.apply(tree)
 
     def set_rank(self, rank: Rank) -> None:
         """Sets the rank of `predict`, `evaluate`, `generate` and calls.
