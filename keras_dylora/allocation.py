@@ -60,7 +60,7 @@ class RankAllocation(Mapping[str, int]):
 
     @classmethod
     def of(cls, model: keras.Model, ranks: Mapping[str, int]) -> Self:
-        """That of a model with these ranks, a dict of path to int."""
+        """The allocation of a model with these ranks, a dict of path to int."""
         layers = model._dylora.layers
         matrices = {path: matrix_shape(x) for path, x in layers.items()}
         return cls(ranks, matrices, model.dylora_config.rank)

@@ -238,7 +238,7 @@ class RankDraw:
         )
 
     def __call__(self, position):
-        """One rank, int32, by how many were drawn before: scalar tensors."""
+        """Draws an int32 rank by how many were drawn before: scalar tensors."""
         return self._rank_at(_shift(self._hash(position), 32 - _BITS))
 
     def for_examples(self, position, size):

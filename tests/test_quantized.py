@@ -357,3 +357,43 @@ def test_quantizing_twice_changes_nothing():
         model.quantize("int8")
     after = [layer.quantization_mode for layer in model.dylora_layers]
     assert before == after and None in after
+
+
+def attention():
+    inputs = keras.Input((4, 6))
+    outputs = keras.layers.MultiHeadAttention(2, 3)(inputs, inputs)
+    return keras.Model(inputs, outputs)
+
+
+@keras.saving.register_keras_serializable(package="tests.quantized")
+class OwnLayers(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = keras.layers.Dense(4)
+
+    def call(self, x):
+        return self.first(x)
+
+
+def own_layers():
+    model = OwnLayers()
+    model(np.ones((1, 4, 6), "float32"))
+    return model
+
+
+@pytest.mark.parametrize("build", [attention, own_layers])
+def test_nothing_is_saved_that_keras_cannot_load(build, tmp_path):
+    model = kd.enable_dylora(
+        build(), rank=2, target_layers="all-linear", trainable_layers=()
+    )
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="makes its own layers"):
+        model.save(tmp_path / "model.keras")
+    assert not list(tmp_path.iterdir())
+    model.save_weights(tmp_path / "model.weights.h5")
+    x = np.ones((1, 4, 6), "float32")
+    expected = backend.to_numpy(model(x))
+    for variable in model.trainable_variables:
+        variable.assign(variable + 1)
+    model.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(backend.to_numpy(model(x)), expected)

@@ -113,7 +113,7 @@ def test_slots_of_paths_that_begin_alike():
     names += [f"{name}_{i}" for name in names[:2] for i in range(12)]
     optimizer = keras.optimizers.Adam()
     optimizer.build([keras.Variable([0.0], name=name) for name in names])
-    found = [v.name for _, v in _keras.optimizer_slots(optimizer)]
+    found = [v.name for _, v in _keras.optimizers.optimizer_slots(optimizer)]
     assert sorted(found) == sorted([*names, *names])
 
 

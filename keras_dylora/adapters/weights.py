@@ -51,7 +51,7 @@ class AdapterWeights:
         )
 
     def cut(self, ranks):
-        """The same at a rank, by default the highest, or at one for each path.
+        """A copy cut to a rank, the highest by default, or to one a path.
 
         Really smaller. Raises what `ranks.by_layer` does.
         """
@@ -71,7 +71,7 @@ class AdapterWeights:
         )
 
     def placed(self, tree, whole=True, strict=True, name=DEFAULT):
-        """The same by the paths of a model, into which they fit.
+        """A copy by the paths of a model, into which they fit.
 
         Raises a `ValueError` if they don't, see `check`; and if `strict`, if
         the model isn't the one that they are of.

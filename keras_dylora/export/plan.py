@@ -41,7 +41,7 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class ServedAdapter:
-    """One of several adapters that are exported, and its highest rank."""
+    """An adapter among several that are exported, and its highest rank."""
 
     name: str
     rank: int

@@ -19,7 +19,7 @@ TEXTS = ["", "A fine film, and a short one.", "two words", "🙂 emoji"]
 
 @dataclasses.dataclass
 class _Call:
-    """One call of a signature and what the live model makes of it."""
+    """A call of a signature and what the live model makes of it."""
 
     artifact: str
     signature: str

@@ -29,14 +29,14 @@ class Factors:
         return Factors(self.down[:, :rank], self.up[:rank], at)
 
     def padded(self, rank):
-        """The same with columns and rows of zeros up to a rank."""
+        """The same product, with columns and rows of zeros up to a rank."""
         rest = rank - self.rank
         down = np.pad(self.down, ((0, 0), (0, rest)))
         up = np.pad(self.up, ((0, rest), (0, 0)))
         return Factors(down, up, self.scale)
 
     def ordered(self):
-        """The same product, its columns by falling singular values.
+        """Factors of the same product, with columns by falling singular values.
 
         Both sides have a share of each, its root. No matrix is larger than a
         factor: QR of both, SVD of what is between. A column without a share of

@@ -25,7 +25,7 @@ class Geometry:
 
     @classmethod
     def of_equation(cls, equation, shape):
-        """That of an `EinsumDense` layer, by the shape of its kernel.
+        """The geometry of an `EinsumDense` layer, by the shape of its kernel.
 
         Raises a `ValueError` if an axis of it is on both sides or on none.
         """

@@ -24,6 +24,7 @@ _cast = torch_product.cast if torch_product.ON_TORCH else ops.cast
 
 
 @_keras.keeps_own_state
+@_keras.loads_any_number
 class LowRankAdapter(_Base):
     """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
 
@@ -343,10 +344,6 @@ class LowRankAdapter(_Base):
         self.down.assign(store["down"])
         self.up.assign(store["up"])
         self._gate.set_rank(int(np.asarray(store["active_rank"])))
-
-    def _check_load_own_variables(self, store):
-        # The base layers count the variables of a plain layer.
-        pass
 
     def get_config(self) -> dict[str, Any]:
         if self._is_upgraded:

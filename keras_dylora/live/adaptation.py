@@ -265,7 +265,7 @@ class Adaptation:
         return {p: gates[id(x.gate)][x.index] for p, x in rows.items()}
 
     def set_ranks(self, ranks):
-        """Sets them, from a dict of path to int or one for all."""
+        """Sets the ranks, from a dict of path to int or one for all."""
         ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
         for gate, rows in self._by_gate(ranks).items():
             gate.set_ranks([rows[i] for i in range(len(rows))])
@@ -283,44 +283,6 @@ class Adaptation:
     def rank_chosen(self):
         """Within it, the layers know that their rank is meant."""
         return self._gates_with("chosen", dict.fromkeys(self.gates, True))
-
-    def warn_of_idle(self):
-        """Warns once of layers that training never called.
-
-        `enable_dylora` leaves out those of a functional model; what it can't
-        trace shows here.
-        """
-        idle = [
-            path
-            for path, layer in self.layers.items()
-            if layer._gate.index not in layer._gate.gate.read
-        ]
-        if idle and len(idle) < len(self.layers):
-            warnings.warn(
-                "Adapted layers that the model never calls aren't trained, "
-                "and their updates would count in `merge` alone: leave them "
-                f"out of `target_layers`. Received: {idle}",
-                stacklevel=3,
-            )
-            for path in idle:
-                row = self.layers[path]._gate
-                row.gate.read.add(row.index)
-
-    def warn_of_frozen(self):
-        """Warns of adapters that are frozen in a model that trains."""
-        frozen = [
-            path
-            for path, layer in self.layers.items()
-            if not (layer.down.trainable and layer.up.trainable)
-        ]
-        if frozen and self.model.trainable_variables:
-            warnings.warn(
-                "Adapters that are frozen aren't trained: a layer's "
-                "`trainable` is its adapter's too, and the base is frozen "
-                "anyway. Set `model.trainable` to False and to True, and "
-                f"compile again. Received: frozen adapters {frozen}",
-                stacklevel=3,
-            )
 
     def _by_gate(self, values):
         """Dict of gate to dict of row to the value of its layer."""

@@ -10,7 +10,7 @@ LENGTH = 16  # of every free dimension of samples but the batch
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """One tensor of a signature; `None` in the shape is a free dimension."""
+    """A tensor of a signature; `None` in the shape is a free dimension."""
 
     name: str
     shape: tuple

@@ -14,6 +14,7 @@ from keras_dylora.live.plain import as_plain
 from keras_dylora.live.recompile import compile_from
 from keras_dylora.live.saving import (
     NO_HDF5,
+    check_quantized,
     check_savable,
     load_state,
     save_state,
@@ -75,7 +76,9 @@ class KeptInFiles(_Base):
         super().load_own_variables(load_state(Tree(self), store))
 
     def get_compile_config(self) -> dict[str, Any] | None:
-        config = _keras.public_optimizers(super().get_compile_config())
+        config = _keras.optimizers.public_optimizers(
+            super().get_compile_config()
+        )
         if config and self.optimizer is not None:
             # Keras couldn't load what an optimizer saved before it was built
             # into one that is.
@@ -114,6 +117,7 @@ class KeptInFiles(_Base):
         trainable = [w.trainable for w in self.weights]
         dylora = adaptation.get_config(tree)
         with as_plain(tree):
+            check_quantized(tree)
             base = keras.saving.serialize_keras_object(self)
         return {
             "format_version": 1 if adaptation.named.is_plain else 2,

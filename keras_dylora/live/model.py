@@ -23,6 +23,7 @@ from keras_dylora.live.live_class import (
 )
 from keras_dylora.live.quantization import quantize_base
 from keras_dylora.live.recompile import reset_functions
+from keras_dylora.live.untrained import warn_of_frozen, warn_of_idle
 from keras_dylora.live.with_adapters import WithAdapters
 from keras_dylora.ranks import by_layer
 
@@ -312,7 +313,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         fit, order = super().fit, None
         if hasattr(self, "_dylora"):
-            self._dylora.warn_of_frozen()
+            warn_of_frozen(self._dylora)
         if self._full_rank_steps:
             order = training.OrderAfterFullRank(training.write_back)
             args, kwargs = training.with_callback(fit, args, kwargs, order)
@@ -321,7 +322,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
             order.order_what_came_back()
         # On TensorFlow, a subclassed model is built in its first step only.
         if hasattr(self, "_dylora"):
-            self._dylora.warn_of_idle()
+            warn_of_idle(self._dylora)
         return history
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -432,7 +433,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
         ```
         """
         adaptation = adaptation_of(self)
-        quantize = self.__dict__.get("_keras_quantize") or super().quantize
+        quantize = _keras.covered_quantize(self) or super().quantize
         try:
             quantize_base(Tree(self), quantize, mode, config, filters, **kwargs)
         finally:

@@ -187,7 +187,7 @@ class NamedAdapters:
         _replace(self.adaptation.state.values(), kept.state)
         optimizer, slots = self._optimizer(), kept.slots
         if optimizer is not None and kept.optimizer is not optimizer:
-            slots = _values(_slots(_keras.built_anew(optimizer)))
+            slots = _values(_slots(_keras.optimizers.built_anew(optimizer)))
         if optimizer is not None:
             _replace(_slots(optimizer), slots)
 
@@ -260,7 +260,11 @@ class NamedAdapters:
 
 
 def _slots(optimizer):
-    return [] if optimizer is None else _keras.optimizer_state(optimizer)
+    return (
+        []
+        if optimizer is None
+        else _keras.optimizers.optimizer_state(optimizer)
+    )
 
 
 def _copy(variable):

@@ -15,7 +15,9 @@ def compile_as(model, other):
     """
     arguments = _keras.compile_arguments(other)
     optimizer = other.optimizer
-    arguments["optimizer"] = optimizer and _keras.fresh_optimizer(optimizer)
+    arguments["optimizer"] = optimizer and _keras.optimizers.fresh_optimizer(
+        optimizer
+    )
     for name in ("metrics", "weighted_metrics"):
         arguments[name] = keras.tree.map_structure(
             lambda x: _fresh(x) if isinstance(x, keras.metrics.Metric) else x,
@@ -106,7 +108,7 @@ def new_optimizer(model):
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or not optimizer.built:
         return None
-    return _keras.fresh_optimizer(optimizer)
+    return _keras.optimizers.fresh_optimizer(optimizer)
 
 
 def reset_compiled(model, optimizer):

@@ -32,6 +32,42 @@ def check_savable(tree):
         )
 
 
+def check_quantized(tree):
+    """Raises a `ValueError` if no config tells that a layer is quantized.
+
+    A model of a class of its own makes the layers anew as floats, and can't
+    take the integers of the file (Keras 3.15). To be called where configs are
+    those of the plain model.
+    """
+    configs = {}
+
+    def kept(path):
+        parts = path.split("/")
+        for i in range(len(parts) + 1):
+            layer = tree.every.get("/".join(parts[:i]))
+            if layer is None:
+                continue
+            if id(layer) not in configs:
+                configs[id(layer)] = layer.get_config()
+            config = configs[id(layer)]
+            # Keras's own containers hold the configs of the layers within.
+            if "layers" not in config:
+                return "source_name" in str(config)
+        return True
+
+    lost = [
+        path
+        for path, layer in tree.layers.items()
+        if getattr(layer, "quantization_mode", None) and not kept(path)
+    ]
+    if lost:
+        raise ValueError(
+            "A model of a class that makes its own layers can't be loaded once "
+            "they are quantized. Save it before `quantize`, or save its "
+            f"weights. Received: quantized layers {lost}"
+        )
+
+
 @contextlib.contextmanager
 def with_whole_configs(model):
     """Within it, the config of a KerasHub model names all its arguments.

@@ -28,7 +28,7 @@ def parameters(model, rank):
 
 
 def announcement(tree, targets):
-    """One line on what `enable_dylora` did to a model, by its `Targets`."""
+    """A line on what `enable_dylora` did to a model, by its `Targets`."""
     model, adapted = tree.model, targets.adapted
     config, spec = model.dylora_config, model._dylora.spec
     linear = [

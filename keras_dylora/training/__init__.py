@@ -1,4 +1,4 @@
-"""One training step: Keras's own, between a drawn rank and a masked update.
+"""A training step: Keras's own, between a drawn rank and a masked update.
 
 Keras has two step conventions. `stateful` serves TensorFlow and torch,
 `stateless` serves JAX; what a DyLoRA step does is in `step`, what gate and

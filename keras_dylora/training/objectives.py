@@ -90,7 +90,7 @@ class Summed(Sampled):
 
 
 class Matryoshka(Sampled):
-    """One pass at the sum of the ranks' gates: MatryoshkaLoRA's diagonal.
+    """A single pass at the sum of the ranks' gates: MatryoshkaLoRA's diagonal.
 
     Its entry `i` is the sum of the scales of all ranks from `i` on that have a
     positive probability.

@@ -40,7 +40,7 @@ def _anew(x, own, dual):
 
 # How the slots of each optimizer turn. A momentum of steps, whose lengths
 # don't follow the gradients', begins anew.
-_EVERY = {"average": _weights, _keras.ACCUMULATOR: _gradients}
+_EVERY = {"average": _weights, _keras.optimizers.ACCUMULATOR: _gradients}
 _ADAM = {"momentum": _gradients, "velocity": _squares, "velocity_hat": _squares}
 _KINDS = {
     "SGD": _ADAM,
@@ -73,10 +73,10 @@ def unknown(optimizer):
     an optimizer may not be able to make.
     """
     found = {}
-    for part in _keras.optimizer_parts(optimizer):
+    for part in _keras.optimizers.optimizer_parts(optimizer):
         kinds = {kind for _, _, kind in _slots(part)}
         if not kinds <= _kinds_of(part).keys():
-            found[part] = _keras.fresh_optimizer(part)
+            found[part] = _keras.optimizers.fresh_optimizer(part)
             warnings.warn(
                 "What an optimizer keeps turns with the columns that are put "
                 "in order. How is known of Keras's own; any other begins "
@@ -92,9 +92,9 @@ def turn(optimizer, fresh, turns):
     Takes what `unknown` returned before, and a dict of the ids of adapters to
     `own`, `dual`, and the axis of the columns.
     """
-    for part in _keras.optimizer_parts(optimizer):
+    for part in _keras.optimizers.optimizer_parts(optimizer):
         if part in fresh:
-            fresh[part].build(_keras.built_for(part))
+            fresh[part].build(_keras.optimizers.built_for(part))
             pairs = zip(_slots(part), _slots(fresh[part]), strict=True)
             initial = {id(slot): new for (slot, *_), (new, *_) in pairs}
         kinds = _kinds_of(part)
@@ -114,7 +114,7 @@ def turn(optimizer, fresh, turns):
             else:
                 columns = kinds[kind](columns, own, dual)
             slot.assign(np.moveaxis(columns, -1, axis))
-        for owner, *means in _keras.factored_slots(part):
+        for owner, *means in _keras.optimizers.factored_slots(part):
             if id(owner) in turns:
                 own, dual, axis = turns[id(owner)]
                 means[axis].assign(
@@ -127,9 +127,9 @@ def _slots(optimizer):
 
     Those in the shape of their owners.
     """
-    for slot, owner in _keras.optimizer_slots(optimizer, True):
+    for slot, owner in _keras.optimizers.optimizer_slots(optimizer, True):
         if slot.shape == owner.shape:
-            kind = slot.name.removeprefix(_keras.slot_prefix(owner))
+            kind = slot.name.removeprefix(_keras.optimizers.slot_prefix(owner))
             yield slot, owner, kind
 
 

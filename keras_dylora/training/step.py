@@ -99,7 +99,7 @@ def call_argument(model, training):
 
 def check_frozen(optimizer):
     """Raises a `ValueError` for an optimizer that frozen mode can't hold."""
-    parts = _keras.optimizer_parts(optimizer)
+    parts = _keras.optimizers.optimizer_parts(optimizer)
     if any(part.use_ema for part in parts):
         raise ValueError(
             "Frozen mode holds columns, of which moving averages would move. "
@@ -134,7 +134,7 @@ def masked(model):
         adapters = {id(v): by_column for v, by_column in _adapters(model)}
         slots = [
             (slot, adapters[id(owner)])
-            for slot, owner in _keras.optimizer_slots(optimizer)
+            for slot, owner in _keras.optimizers.optimizer_slots(optimizer)
             if id(owner) in adapters and slot.shape == owner.shape
         ]
         if not slots:
@@ -147,7 +147,10 @@ def _check_none(model):
     """Raises a `ValueError` if an optimizer may have slots of adapters."""
     optimizer = model.optimizer
     shapes = {v.shape for v, _ in _adapters(model) if v.trainable}
-    owned = {id(slot) for slot, _ in _keras.optimizer_slots(optimizer, True)}
+    owned = {
+        id(slot)
+        for slot, _ in _keras.optimizers.optimizer_slots(optimizer, True)
+    }
     nobodys = [
         v.name
         for v in optimizer.variables

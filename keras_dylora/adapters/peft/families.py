@@ -16,8 +16,7 @@ def layout_of(model):
             if getattr(body, "vision_encoder", None) is not None:
                 raise ValueError(
                     "PEFT adapters can be exchanged for models of one kind of "
-                    f"input. Received: a {type(body).__name__} that takes "
-                    "images beside text"
+                    f"input. Received: a {type(body).__name__} of images too"
                 )
             return layout
     raise ValueError(
@@ -30,9 +29,6 @@ def layout_of(model):
 
 def _class_names(instance):
     return {cls.__name__ for cls in type(instance).__mro__}
-
-
-# Rows, by what families have in common.
 
 
 def _attention(keras, names, ours="query key value attention_output"):
@@ -85,13 +81,13 @@ def _fused(keras, query, key, value):
     return tuple(f"{keras}/{x}" for x in (query, key, value))
 
 
-def _head(layers):
-    """The weights of a head, by a dict of its layers to ours."""
-    found = {}
-    for name, layer in layers.items():
-        found[f"{name}.weight"] = f"{layer}/kernel"
-        found[f"{name}.bias"] = f"{layer}/bias"
-    return found
+def _head(names, ours):
+    """The weights of a head, by the names of its layers and of ours."""
+    return {
+        f"{name}.{theirs}": f"{layer}/{weight}"
+        for name, layer in zip(names.split(), ours.split(), strict=True)
+        for theirs, weight in (("weight", "kernel"), ("bias", "bias"))
+    }
 
 
 def _t5(keras, number, name):
@@ -140,12 +136,7 @@ def _roberta(family):
         f"{family}TextClassifier",
         "roberta.",
         "SEQ_CLS",
-        _head(
-            {
-                "classifier.dense": "pooled_dense",
-                "classifier.out_proj": "logits",
-            }
-        ),
+        _head("classifier.dense classifier.out_proj", "pooled_dense logits"),
     )
 
 
@@ -165,7 +156,7 @@ LAYOUTS = {
         "BertTextClassifier",
         "bert.",
         "SEQ_CLS",
-        _head({"classifier": "logits"}),
+        _head("classifier", "logits"),
     ),
     **_rows(
         _stack(
@@ -181,7 +172,7 @@ LAYOUTS = {
         "DistilBertTextClassifier",
         "distilbert.",
         "SEQ_CLS",
-        _head({"pre_classifier": "pooled_dense", "classifier": "logits"}),
+        _head("pre_classifier classifier", "pooled_dense logits"),
     ),
     **_rows(
         _stack(
@@ -203,7 +194,7 @@ LAYOUTS = {
         "AlbertTextClassifier",
         "albert.",
         "SEQ_CLS",
-        _head({"classifier": "logits"}),
+        _head("classifier", "logits"),
     ),
     **_rows(
         _stack(
@@ -325,7 +316,7 @@ LAYOUTS = {
         "DebertaV3TextClassifier",
         "deberta.",
         "SEQ_CLS",
-        _head({"pooler.dense": "pooled_dense", "classifier": "logits"}),
+        _head("pooler.dense classifier", "pooled_dense logits"),
     ),
     "ElectraBackbone": _stack(
         "ElectraBackbone",
@@ -402,6 +393,6 @@ LAYOUTS = {
         "ViTImageClassifier",
         "vit.",
         None,
-        _head({"classifier": "predictions"}),
+        _head("classifier", "predictions"),
     ),
 }

@@ -97,14 +97,14 @@ class PeftAdapter:
         return self.tensors[f"{PREFIX}{name}"]
 
     def without_head(self):
-        """The same with the tensors of LoRA alone."""
+        """A copy with the tensors of LoRA alone."""
         lora = (".lora_A.weight", ".lora_B.weight")
         tensors = {k: x for k, x in self.tensors.items() if k.endswith(lora)}
         config = self.config | {"modules_to_save": None}
         return dataclasses.replace(self, config=config, tensors=tensors)
 
     def moved(self, old, new):
-        """The same with another prefix of the layers, such as `"roberta."`."""
+        """A copy with another prefix of the layers, such as `"roberta."`."""
 
         def name(key):
             return new + key.removeprefix(old) if key.startswith(old) else key

@@ -250,7 +250,7 @@ def _fuse(layers, columns):
 
 
 def _of_one_rank(fused, server_rank):
-    """The same `Factors`, padded to one rank and with their scale in `up`."""
+    """Pads `Factors` to one rank, with their scale in `up`."""
     rank = max(x.rank for x in fused.values() if x is not None)
     if server_rank is not None:
         rank = as_rank(server_rank, rank, name="server_rank")

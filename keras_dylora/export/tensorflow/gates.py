@@ -76,7 +76,7 @@ class Gates:
             return tf.broadcast_to(index, [batch])
 
     def rows(self, rank, index, batch):
-        """One for each example, from a scalar rank or one per example."""
+        """Gate rows of the examples, from a scalar rank or one per example."""
         rank, high = tf.reshape(rank, [-1]), self.plan.highest
         checks = [_one_or_each("rank", rank, batch)]
         with tf.control_dependencies(checks):

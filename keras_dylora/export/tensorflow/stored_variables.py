@@ -6,8 +6,9 @@ kernels, or parameters in a shorter dtype.
 
 import contextlib
 
-import keras
 import tensorflow as tf
+
+from keras_dylora import _keras
 
 
 def create(variables, dtype, copies=()):
@@ -35,23 +36,15 @@ def narrowed(value, dtype):
     return value
 
 
-class _Substitution(keras.StatelessScope):
-    """Reads some variables from others; writes go to where they went.
-
-    The seed of a sampler is written inside a loop, out of which no tensor
-    may be kept.
-    """
-
-    def add_update(self, update):
-        variable, value = update
-        variable.value.assign(value)
-
-
 def reading(stored):
-    """Makes Keras read the stored variables, in the dtype it expects."""
+    """Makes Keras read the stored variables, in the dtype it expects.
+
+    Writes go to where they went: the seed of a sampler is written inside a
+    loop, out of which no tensor may be kept.
+    """
     if not stored:
         return contextlib.nullcontext()
-    return _Substitution(
+    return _keras.substituted(
         [(v, tf.cast(x, v.dtype)) for v, x in stored.values()],
-        initialize_variables=False,
+        lambda variable, value: variable.value.assign(value),
     )

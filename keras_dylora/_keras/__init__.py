@@ -4,13 +4,14 @@
 where Keras changes it.
 """
 
-import collections
 import contextlib
 
 import keras
 import numpy as np
 from keras import ops
 from keras.src.backend.common.global_state import get_global_attribute
+
+from keras_dylora._keras import optimizers as optimizers
 
 # Live objects change their class, and built layers their variables.
 
@@ -100,6 +101,19 @@ def keeps_own_state(cls):
     return cls
 
 
+def loads_any_number(cls):
+    """Class decorator: a layer may have more weights than a file of its kind.
+
+    The linear layers of Keras count those of a plain layer before they load.
+    """
+
+    def check(self, store):
+        pass
+
+    cls._check_load_own_variables = check
+    return cls
+
+
 def sublayers(layer):
     """Direct sublayers in order; Keras has this in public for models only."""
     return layer._flatten_layers(include_self=False, recursive=False)
@@ -167,6 +181,21 @@ def graph_arrays(model):
                 yield operation, x
 
 
+def substituted(mapping, write):
+    """A scope in which variables have other values, and writes go elsewhere.
+
+    Args:
+        mapping: pairs of variable and the tensor that it is read as.
+        write: function that is called with a variable and its new value.
+    """
+
+    class Substitution(keras.StatelessScope):
+        def add_update(self, update):
+            write(*update)
+
+    return Substitution(mapping, initialize_variables=False)
+
+
 # Quantization.
 
 
@@ -186,6 +215,11 @@ def cover_quantize(model):
     wrapped = model.__dict__.pop("_keras_quantize", None)
     if wrapped is not None:
         model.__dict__["quantize"] = wrapped
+
+
+def covered_quantize(model):
+    """What `uncover_quantize` has set aside, or `None`."""
+    return model.__dict__.get("_keras_quantize")
 
 
 def settle_dtype_policies(model):
@@ -234,68 +268,6 @@ def put_back(model, state):
     }
     model._jax_state_synced = False
     model.jax_state_sync()
-
-
-ACCUMULATOR = "gradient_accumulator"
-
-
-def slot_prefix(variable):
-    """How the names of what an optimizer keeps for a variable begin."""
-    return variable.path.replace("/", "_") + "_"
-
-
-def optimizer_slots(optimizer, accumulators=False):
-    """Pairs of optimizer variable and the model variable it is kept for.
-
-    Keras names them `{path of the variable}_{name}` and has no other way to
-    tell. Where several variables share a path, theirs are in the same order.
-    Gradient accumulators, which belong to the coming update, are left out
-    unless they are asked for.
-    """
-    owners = collections.defaultdict(list)
-    for variable in built_for(optimizer):
-        owners[slot_prefix(variable)].append(variable)
-    seen = collections.Counter()
-    for slot in optimizer.variables:
-        if slot.name.endswith(ACCUMULATOR) and not accumulators:
-            continue
-        prefix = slot.name
-        while prefix and prefix not in owners:  # the longest that is one
-            prefix = prefix[: prefix.rfind("_", 0, -1) + 1]
-        if prefix:
-            same_path = owners[prefix]
-            yield slot, same_path[seen[slot.name] % len(same_path)]
-            seen[slot.name] += 1
-
-
-def optimizer_parts(optimizer):
-    """The optimizers that update weights: those in one, or just this."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return getattr(inner, "optimizers", [inner])
-
-
-def built_for(optimizer):
-    """The variables that an optimizer was built for."""
-    return optimizer._trainable_variables
-
-
-def factored_slots(optimizer):
-    """What `Adafactor` keeps for each variable: means by row and by column.
-
-    They have the name of the variable alone, without its path.
-    """
-    means = (getattr(optimizer, name, ()) for name in ("_r", "_c"))
-    return zip(built_for(optimizer), *means, strict=False)
-
-
-def optimizer_state(optimizer):
-    """The variables of an optimizer without its learning rate.
-
-    The user's own setting, which Keras has among them.
-    """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    rates = {id(each._learning_rate) for each in (optimizer, inner)}
-    return [v for v in optimizer.variables if id(v) not in rates]
 
 
 # What variables hold, which backends share and copy in their own ways.
@@ -373,64 +345,6 @@ def compile_arguments(model):
     return dict(model._compile_config.config)
 
 
-def fresh_optimizer(optimizer):
-    """The same optimizer without its state.
-
-    A learning-rate schedule is handed over as it is: Keras would serialize it,
-    but trains with one that has no `get_config`. What is excluded from weight
-    decay isn't in the config either.
-    """
-    if hasattr(optimizer, "inner_optimizer"):
-        return type(optimizer)(
-            fresh_optimizer(optimizer.inner_optimizer),
-            initial_scale=optimizer.initial_scale,
-            dynamic_growth_steps=optimizer.dynamic_growth_steps,
-            name=optimizer.name,
-        )
-    rate = optimizer._learning_rate
-    if isinstance(rate, keras.Variable):
-        config = optimizer.get_config()
-    else:
-        object.__setattr__(optimizer, "_learning_rate", None)
-        try:
-            config = optimizer.get_config() | {"learning_rate": rate}
-        finally:
-            object.__setattr__(optimizer, "_learning_rate", rate)
-    fresh = type(optimizer).from_config(config)
-    for name in (
-        "_exclude_from_weight_decay",
-        "_exclude_from_weight_decay_pattern",
-    ):
-        if hasattr(optimizer, name):
-            object.__setattr__(fresh, name, getattr(optimizer, name))
-    return fresh
-
-
-def built_anew(optimizer):
-    """The `fresh_optimizer` of one, built for the same variables.
-
-    Keras doesn't tell them; those that a model trains may be others by now.
-    """
-    fresh = fresh_optimizer(optimizer)
-    fresh.build(built_for(optimizer))
-    return fresh
-
-
-def public_optimizers(compile_config):
-    """A compile config in which torch's own optimizers have public names.
-
-    On torch, Keras saves its optimizers under private modules of that
-    backend, and no other backend can load them (Keras 3.15).
-    """
-    if isinstance(compile_config, dict):
-        config = {k: public_optimizers(v) for k, v in compile_config.items()}
-        if str(config.get("module")).startswith(_TORCH_OPTIMIZERS):
-            config["module"] = "keras.optimizers"
-            config["registered_name"] = None
-        return config
-    return compile_config
-
-
 def stamped_jit(compile_config):
     """A compile config that names the backend which chose `jit_compile`.
 
@@ -452,6 +366,3 @@ def settled_jit(compile_config):
     if config.get("jit_compile") if stamp is None else stamp != backend:
         config["jit_compile"] = "auto"
     return config
-
-
-_TORCH_OPTIMIZERS = "keras.src.backend.torch.optimizers"

@@ -1,0 +1,42 @@
+"""Warnings of adapters that a `fit` doesn't train."""
+
+import warnings
+
+
+def warn_of_frozen(adaptation):
+    """Warns of adapters that are frozen in a model that trains."""
+    frozen = [
+        path
+        for path, layer in adaptation.layers.items()
+        if not (layer.down.trainable and layer.up.trainable)
+    ]
+    if frozen and adaptation.model.trainable_variables:
+        warnings.warn(
+            "Adapters that are frozen aren't trained: a layer's "
+            "`trainable` is its adapter's too, and the base is frozen "
+            "anyway. Set `model.trainable` to False and to True, and "
+            f"compile again. Received: frozen adapters {frozen}",
+            stacklevel=3,
+        )
+
+
+def warn_of_idle(adaptation):
+    """Warns once of layers that training never called.
+
+    `enable_dylora` leaves out those of a functional model; what it can't trace
+    shows after training.
+    """
+    idle = {
+        path: layer._gate
+        for path, layer in adaptation.layers.items()
+        if layer._gate.index not in layer._gate.gate.read
+    }
+    if idle and len(idle) < len(adaptation.layers):
+        warnings.warn(
+            "Adapted layers that the model never calls aren't trained, "
+            "and their updates would count in `merge` alone: leave them "
+            f"out of `target_layers`. Received: {list(idle)}",
+            stacklevel=3,
+        )
+        for row in idle.values():
+            row.gate.read.add(row.index)
