@@ -107,24 +107,24 @@ def track_for_torch():
 
 
 def loads_any_number():
-    for base in (keras.layers.Dense, keras.layers.EinsumDense):
+    store = {"0": np.ones((2, 3)), "1": np.zeros(3), "more": np.zeros(1)}
+    for base, arguments, options in (
+        (keras.layers.Dense, (3,), {}),
+        (keras.layers.EinsumDense, ("ab,bc->ac", 3), {"bias_axes": "c"}),
+    ):
 
         @_keras.loads_any_number
         class Loads(base):
             pass
 
-        arguments = (
-            ("ab,bc->ac", 3) if base is keras.layers.EinsumDense else (3,)
-        )
-        store = {"0": np.zeros((2, 3)), "1": np.zeros(3)}
-        for cls in (Loads, base):
-            layer = cls(*arguments)
+        layers = [cls(*arguments, **options) for cls in (base, Loads)]
+        for layer in layers:
             layer.build((None, 2))
-            if cls is Loads:
-                layer.load_own_variables({"0": np.ones((2, 3)), "more": 1})
-            else:
-                with pytest.raises(ValueError):
-                    layer.load_own_variables({**store, "more": 1})
+        plain, loads = layers
+        with pytest.raises(ValueError, match="expected 2 variables"):
+            plain.load_own_variables(store)
+        loads.load_own_variables(store)
+        assert backend.to_numpy(loads.kernel).all()
 
 
 def substituted():
