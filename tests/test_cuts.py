@@ -33,10 +33,10 @@ def scope(model, folder, rank):
         pass
 
 
-def export(model, folder, rank):
+def export(model, folder, rank, **options):
     (folder / "kept").write_text("")
     with pytest.raises(ValueError):  # the warning comes before the files
-        kd.export_ranks(model, folder, [rank, 3, RANK], verbose=0)
+        kd.export_ranks(model, folder, [rank, 3, RANK], verbose=0, **options)
 
 
 def from_peft(model, folder, rank):
@@ -58,6 +58,9 @@ DOORS = {
     ),
     "from_peft": from_peft,
     "export_ranks": export,
+    "export_ranks-adapters": lambda m, folder, b: export(
+        m, folder, b, adapters="all"
+    ),
 }
 
 

@@ -144,8 +144,7 @@ def export_ranks(
     _check_model(model, plan)
     metrics = _check_report(report, named, plan)
     _check_packages(plan, verify)
-    if not served:
-        adaptation.warn_of_cut(*named.values())
+    _warn_of_cuts(model, plan)
     progress = keras.utils.Progbar(
         plan.steps + bool(verify), verbose=int(bool(verbose)), unit_name="step"
     )
@@ -158,6 +157,19 @@ def export_ranks(
         manifest.write(
             folder, config, plan, verified, metrics, list(adaptation.layers)
         )
+
+
+def _warn_of_cuts(model, plan):
+    adaptation, active = model._dylora, model.active_adapter
+    try:
+        for adapter in plan.adapters or (ServedAdapter(active, None),):
+            model.set_adapter(adapter.name)
+            ranks = [
+                x for name, x in plan.choices if name in (adapter.name, None)
+            ]
+            adaptation.warn_of_cut(*(x.ranks(adaptation.layers) for x in ranks))
+    finally:
+        model.set_adapter(active)
 
 
 def _write(model, folder, plan, on_step):
