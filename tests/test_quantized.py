@@ -359,6 +359,15 @@ def test_quantizing_twice_changes_nothing():
     assert before == after and None in after
 
 
+def test_a_head_that_is_frozen_for_a_while_stays_float():
+    model = kd.enable_dylora(roberta_classifier(num_layers=1), rank=2)
+    head = [v.path for v in model.trainable_variables]
+    model.trainable = False
+    model.quantize("int8")
+    model.trainable = True
+    assert [v.path for v in model.trainable_variables] == head
+
+
 def attention():
     inputs = keras.Input((4, 6))
     outputs = keras.layers.MultiHeadAttention(2, 3)(inputs, inputs)

@@ -245,7 +245,7 @@ class Machine(RuleBasedStateMachine):
         """The weights that are trained or were, with their statistics."""
         trained = self.chosen | self.joined
         layers = {key.split("/")[0] for key in trained}
-        if "out" in layers:
+        if self.has_statistics:
             layers.add("statistics")
         return trained | {
             f"{layer}/{name}"
@@ -412,7 +412,9 @@ class Machine(RuleBasedStateMachine):
             self.dropout["second"] = 0.0
         factors = {f"{x}/{name}" for x in ADAPTED for name in ("down", "up")}
         self.chosen = factors | {"out/kernel", "out/bias"}
-        self.joined = set()
+        self.joined, self.has_statistics = set(), True
+        # Flags say what a hand-built model trains until it is trained.
+        self.open = self.by_hand
         weights = weights_of(self.model)
         self.flags = {key: key in self.chosen for key in weights}
         self.layer_flags = {"statistics": True, "inner": False}
@@ -500,7 +502,7 @@ class Machine(RuleBasedStateMachine):
             lambda: self.model.fit(X, Y, epochs=STEPS, verbose=0), False
         ):
             self.check_moved(read(self.model))
-            self.live.limit = None
+            self.live.limit, self.open = None, False
 
     def check_moved(self, found):
         """Every trained weight has moved, and no other."""
@@ -566,12 +568,22 @@ class Machine(RuleBasedStateMachine):
             for layer in self.layer_flags.keys() & set(leaves):
                 self.layer_flags[layer] = value
         self.stale = True
+        if self.model_flag:
+            self.account_of_chosen()
         late = {key for key, on in self.flags.items() if on} - self.own
         values = self.values
         self.joined |= late
         for adapter in self.adapters.values():
             for key in self.own - adapter.values.keys():
                 adapter.values[key] = values[key]
+
+    def account_of_chosen(self):
+        on = self.layer_flags["statistics"]
+        if self.open:
+            factors = {key for key in self.chosen if key.startswith(ADAPTED)}
+            flagged = {key for key, value in self.flags.items() if value}
+            self.chosen, self.has_statistics = factors | flagged, on
+        self.has_statistics |= on
 
     def account_of_model_flag(self, value):
         """What was chosen comes back, and what joined may.
@@ -587,7 +599,7 @@ class Machine(RuleBasedStateMachine):
                 key in self.chosen or (open_ and weights[key].trainable)
             )
         inner = layers_of(self.model).get("inner")
-        self.layer_flags["statistics"] = value
+        self.layer_flags["statistics"] = value and self.has_statistics
         if inner is not None:
             self.layer_flags["inner"] = value and self.flags["inner/gamma"]
 
@@ -679,7 +691,7 @@ class Machine(RuleBasedStateMachine):
             assert not fresh[f"{layer}/up"].any()
         ranks = dict.fromkeys(ADAPTED, self.arguments.rank)
         self.adapters[name] = Adapter(fresh, ranks)
-        self.active = name
+        self.active, self.open = name, False
         self.check_ranks()
 
     @precondition(lambda self: self.enabled)
@@ -772,6 +784,7 @@ class Machine(RuleBasedStateMachine):
         limit = rank if rank < arguments.rank else None
         self.adapters[name] = Adapter(values, dict(ranks), limit)
         self.active = name
+        self.open = self.open and not new
         self.assert_outputs(self.computed(saved["ranks"]), saved["outputs"])
         self.check_ranks()
 
@@ -794,7 +807,7 @@ class Machine(RuleBasedStateMachine):
         refused = self.quantized and self.kind.build is subclassed
         if not self.attempt(lambda: self.model.save(path), refused):
             return
-        self.model = keras.saving.load_model(path)
+        self.model, self.open = keras.saving.load_model(path), False
         if self.kind.build is subclassed:
             # Keras keeps no flag of a layer that a class makes itself.
             for name in self.before["flags"]:

@@ -15,7 +15,7 @@ def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
     """Lets Keras quantize a model, whose adapters stay as they are.
 
     Args:
-        tree: `Tree` of the model.
+        tree: `Tree` of the model. What is trained in full is left out.
         keras_quantize: the `quantize` method that Keras has for the model.
         mode: as in `DyLoRAModel.quantize`, like what follows.
     """
@@ -28,14 +28,16 @@ def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
     chosen = _as_predicate(filters)
     layers = tree.adapted.values()
     adapted = {id(layer) for layer in layers}
+    # Also those that a flag freezes for a while.
+    in_full = {id(tree.every[path]) for path in tree.model._dylora.spec.trained}
 
     def frozen_and_chosen(layer):
         # Keras refuses a tokenizer that hasn't run, and warns of each layer
         # that it has no quantized form for.
         if type(layer).quantize is keras.Layer.quantize:
             return False
-        trained = id(layer) not in adapted and layer.trainable_variables
-        return not trained and chosen(layer)
+        trained = id(layer) in in_full or layer.trainable_variables
+        return (id(layer) in adapted or not trained) and chosen(layer)
 
     # Keras quantizes layers that are exactly its own.
     with as_original(layers):
