@@ -14,6 +14,7 @@ import pytest
 
 import keras_dylora as kd
 from keras_dylora import _keras
+from keras_dylora._keras import tracing
 from tests import backend
 from tests.models import (
     classification_loss,
@@ -140,6 +141,58 @@ def substituted():
     assert variable is layer.bias
     np.testing.assert_array_equal(backend.to_numpy(value), np.ones(3))
     np.testing.assert_array_equal(backend.to_numpy(layer.bias), np.zeros(3))
+
+
+def compile_state():
+    model = compiled()
+    before = _keras.compile_state(model)
+    assert before == _keras.compile_state(model)
+    model.compile(keras.optimizers.AdamW(0.1), "mse", metrics=["mae"])
+    assert before != _keras.compile_state(model)
+
+
+def jit_compile():
+    model = compiled()
+    before = model.jit_compile
+    with _keras.jit_compile(model, not before):
+        assert model.jit_compile != before
+    assert model.jit_compile == before
+
+
+def traceable():
+    if backend.NAME != "torch":
+        return
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    variable = keras.Variable([1.0, 2.0])
+    seed = keras.random.SeedGenerator(3)
+    variables = [variable, seed.state]
+
+    def add():
+        variable.value.add_(1)  # as optimizers of torch do
+        return variable.value * 2
+
+    def step(x, values):
+        pairs = list(zip(variables, [v.detach() for v in values], strict=True))
+        with keras.StatelessScope(state_mapping=pairs) as scope:
+            y = keras.ops.cond(x > 0, add, lambda: variable.value * 1)
+            y = y + 0 * keras.random.uniform((2,), seed=seed)
+        return y, [scope.get_current_value(v) for v in variables]
+
+    values = [v.value.detach().clone() for v in variables]
+    with tracing.traceable(variables):
+        graph = make_fx(step, tracing_mode="fake")(torch.tensor(1.0), values)
+    for x, factor, more in ((1.0, 2, 1), (-1.0, 1, 0)):
+        outputs, (after, state) = graph(torch.tensor(x), values)
+        np.testing.assert_array_equal(
+            backend.to_numpy(outputs), factor * np.array([1.0 + more, 2 + more])
+        )
+        np.testing.assert_array_equal(
+            backend.to_numpy(after), [1.0 + more, 2.0 + more]
+        )
+        assert (backend.to_numpy(state) != backend.to_numpy(seed.state)).any()
+    np.testing.assert_array_equal(backend.to_numpy(variable), [1.0, 2.0])
 
 
 def sublayers():
@@ -440,6 +493,9 @@ BREAKS = {
     track_for_torch: "torch: zero_grad and to() miss the adapters",
     loads_any_number: "files of adapted layers can't be loaded",
     substituted: "exports of merged kernels and of shorter dtypes",
+    compile_state: "torch: steps of before a `compile` go on",
+    jit_compile: "torch: Keras compiles step by step, in minutes",
+    traceable: "torch: steps that accumulate or warm up aren't traced",
     sublayers: "paths of layers, and so every file",
     submodels: "functions of a backbone are those of before",
     graph_calls: "adapters of layers that are never called",
@@ -481,9 +537,11 @@ def test_canary(touch):
 def test_every_private_touch_has_a_canary():
     functions = {
         name
-        for module in (_keras, _keras.optimizers)
+        for module in (_keras, _keras.optimizers, tracing)
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
     }
     canaries = {touch.__name__ for touch in BREAKS}
     assert (
@@ -492,6 +550,7 @@ def test_every_private_touch_has_a_canary():
             "cover_quantize",
             "covered_quantize",
             "stamped_jit",
+            "storage",
         }
         == canaries
     )

@@ -345,6 +345,21 @@ def compile_arguments(model):
     return dict(model._compile_config.config)
 
 
+def compile_state(model):
+    """What changes when a model is compiled again, or its optimizer is."""
+    return id(model._compile_config), id(model.optimizer)
+
+
+@contextlib.contextmanager
+def jit_compile(model, value):
+    """Within it, a model is as if compiled with this `jit_compile`."""
+    before, model._jit_compile = model._jit_compile, value
+    try:
+        yield
+    finally:
+        model._jit_compile = before
+
+
 def stamped_jit(compile_config):
     """A compile config that names the backend which chose `jit_compile`.
 

@@ -74,7 +74,9 @@ class GateRows:
 
     def _row(self, variable, index, name, function):
         value = variable.value
-        if torch.compiler.is_compiling() or value.is_inference():
+        # While a step is traced, a value stands for those to come.
+        now = type(value) in (torch.Tensor, torch.nn.Parameter)
+        if not now or torch.compiler.is_compiling() or value.is_inference():
             return function(value[index])
         # `_version` counts what is assigned; another place is another device.
         state = value.data_ptr(), value._version

@@ -342,27 +342,14 @@ class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
         layers = Tree(self).adapted.values()
         if layers and all(layer.built for layer in layers):
             self.start_training()
-        return self._restoring("train", super().make_train_function, force)
+        return training.make(self, "train", super().make_train_function, force)
 
     def make_test_function(self, force: bool = False) -> Callable[..., Any]:
-        return self._restoring("test", super().make_test_function, force)
+        return training.make(self, "test", super().make_test_function, force)
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
-        return self._restoring("predict", super().make_predict_function, force)
-
-    def _restoring(self, kind, make, force):
-        """A function that Keras makes, or one that leaves no trace of failure.
-
-        If it is new; `kind` is what it does.
-        """
-        name = f"{kind}_function"
-        before = getattr(self, name)
-        make(force)
-        made = getattr(self, name)
-        if made is not before:
-            made = training.restore_on_error(self, kind, made)
-            setattr(self, name, made)
-        return made
+        make = super().make_predict_function
+        return training.make(self, "predict", make, force)
 
     def start_training(self) -> None:
         """Makes what a step needs beside the layers, once they are built."""

@@ -7,6 +7,7 @@ loss it has in `objectives`.
 
 import keras
 
+from keras_dylora.training import functions
 from keras_dylora.training.full_rank import (
     OrderAfterFullRank,
     at_full_rank,
@@ -25,7 +26,10 @@ match keras.backend.backend():
         )
 
 forward = skin.forward
-restore_on_error = skin.restore_on_error
 tracing = skin.tracing
 train_step = skin.train_step
 write_back = skin.write_back
+
+
+def make(model, kind, keras_make, force):
+    return functions.make(model, kind, keras_make, skin.restore_on_error, force)

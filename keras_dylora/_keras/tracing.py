@@ -1,0 +1,118 @@
+"""What a step of Keras does on the host on torch, in a form that can be traced.
+
+Two functions of Keras's backend read values: `cond` is a Python `if`, and a
+generator of random numbers is seeded by `int(tensor)`.
+"""
+
+import contextlib
+import threading
+
+import keras
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+
+@contextlib.contextmanager
+def traceable(variables):
+    """Within it, a step reads no value on the host. For this thread alone.
+
+    Both branches of a `cond` are computed, on copies of the variables, and
+    what they return and assign is selected. Random numbers are of torch's own
+    generator; Keras's seeds move on as ever.
+
+    Args:
+        variables: list of variables that a branch may assign.
+    """
+    import torch
+    from keras.src.backend.torch import core, random
+
+    own_cond, own_generator = core.cond, random.torch_seed_generator
+    thread = threading.get_ident()
+
+    def cond(pred, true_fn, false_fn):
+        here = threading.get_ident() == thread
+        if not here or not isinstance(pred, torch.Tensor):
+            return own_cond(pred, true_fn, false_fn)
+        scope = get_stateless_scope()
+        now = [scope.get_current_value(v) for v in variables]
+        pred = pred.bool()
+        (on, with_it), (off, without) = (
+            _branch(function, variables, now)
+            for function in (true_fn, false_fn)
+        )
+        for variable, value, a, b in zip(
+            variables, now, with_it, without, strict=True
+        ):
+            if a is not None or b is not None:
+                chosen = torch.where(
+                    pred,
+                    (value if a is None else a).detach(),
+                    (value if b is None else b).detach(),
+                )
+                scope.add_update((variable, chosen.to(value.dtype)))
+        if on is None:
+            return None
+        return keras.tree.map_structure(
+            lambda a, b: torch.where(
+                pred, torch.as_tensor(a), torch.as_tensor(b)
+            ),
+            on,
+            off,
+        )
+
+    def generator(seed):
+        if threading.get_ident() != thread:
+            return own_generator(seed)
+        random.draw_seed(seed)
+        return None  # torch's own
+
+    core.cond, random.torch_seed_generator = cond, generator
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        core.cond, random.torch_seed_generator = own_cond, own_generator
+
+
+def _branch(function, variables, now):
+    """What a branch returns, and what it leaves in the variables, if new."""
+    start = [value.detach().clone() for value in now]
+    pairs = list(zip(variables, start, strict=True))
+    with (
+        _written() as written,
+        keras.StatelessScope(state_mapping=pairs) as scope,
+    ):
+        outputs = function()
+    after = [scope.get_current_value(v) for v in variables]
+    return outputs, [
+        None if x is value and storage(x) not in written else x
+        for x, value in zip(after, start, strict=True)
+    ]
+
+
+def storage(tensor):
+    """What two tensors that share memory have in common, traced ones too."""
+    return tensor.untyped_storage()._cdata
+
+
+def _written():
+    """A context that yields the `storage` of tensors changed in place."""
+    from torch.utils import _pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Writes(TorchDispatchMode):
+        def __enter__(self):
+            super().__enter__()
+            self.storages = set()
+            return self.storages
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            given = dict(zip(func._schema.arguments, args, strict=False))
+            for argument in func._schema.arguments:
+                if argument.alias_info and argument.alias_info.is_write:
+                    value = given.get(argument, kwargs.get(argument.name))
+                    for x in _pytree.tree_leaves(value):
+                        self.storages.add(storage(x))
+            return func(*args, **kwargs)
+
+    return Writes()

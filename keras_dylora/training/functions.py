@@ -1,0 +1,66 @@
+"""The functions of a batch that `fit`, `evaluate` and `predict` call."""
+
+import contextlib
+
+import keras
+
+from keras_dylora import _keras
+
+
+def make(model, kind, keras_make, restoring, force):
+    """A function that Keras makes, or one that leaves no trace of failure.
+
+    On torch, `jit_compile` traces it whole.
+
+    Args:
+        model: a `DyLoRAModel`.
+        kind: str. What the function does, `"train"`, `"test"` or `"predict"`.
+        keras_make: Keras's method that makes it.
+        restoring: function of the model, the kind and the function, see
+            `stateful.restore_on_error`.
+        force: bool. Whether it is made anew if there is one.
+    """
+    name = f"{kind}_function"
+    before = getattr(model, name)
+    traced = keras.backend.backend() == "torch" and model.jit_compile
+    with _keras.jit_compile(model, False) if traced else _as_it_is():
+        keras_make(force)
+    made = getattr(model, name)
+    if made is not before:
+        if traced:
+            made = _Traced(model, kind, made)
+        made = restoring(model, kind, made)
+        setattr(model, name, made)
+    return made
+
+
+_as_it_is = contextlib.nullcontext
+
+
+class _Traced:
+    """A function of Keras's, traced whole for what a model is compiled with.
+
+    To compile a model again keeps its functions.
+    """
+
+    def __init__(self, model, kind, function):
+        self.model, self.kind, self.function = model, kind, function
+        self.compiled_as = None
+
+    def __call__(self, data):
+        from keras_dylora.training.traced import TracedStep
+
+        model = self.model
+        compiled_as = _keras.compile_state(model)
+        if compiled_as != self.compiled_as:
+            variables = [*model.variables, *model.metrics_variables]
+            if self.kind == "train":
+                variables += model.optimizer.variables
+            self.step = TracedStep(
+                self.function,
+                list({id(v): v for v in variables}.values()),
+                model.name,
+                compiled=model.jit_compile != "trace",
+            )
+            self.compiled_as = compiled_as
+        return self.step(data)

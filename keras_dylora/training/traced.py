@@ -1,0 +1,211 @@
+"""A step on torch traced whole: a graph without Python, replayed.
+
+Nothing here knows of ranks: a model's own `train_step`, with its `backward` and
+optimizer, is traced as JAX would, all variables being inputs and outputs.
+`docs/traced.md` says how.
+"""
+
+import linecache
+import traceback
+import warnings
+
+import keras
+import numpy as np
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree
+
+from keras_dylora._keras.tracing import storage, traceable
+
+SHAPES = 8  # of batches; from the next on, steps are eager
+
+
+class TracedStep:
+    """A function of a batch that changes variables, as a replayed graph.
+
+    Traced anew for a batch of other shapes, dtypes or structure, and when
+    other variables are trained. A value that changes, such as a rank or a
+    learning rate, is no new trace.
+
+    Args:
+        step: function of `[batch]` that returns logs or predictions.
+        variables: list of all variables that the step may read or change.
+        name: str. Of the model, in warnings.
+        compiled: bool. Whether the graph goes to `torch.compile`, which takes
+            minutes and makes it faster. Defaults to `False`: the operations
+            of the eager step, one after another.
+    """
+
+    def __init__(self, step, variables, name, compiled=False):
+        self.step = step
+        self.variables = variables
+        self.name = name
+        self.compiled = compiled
+        self.traces = {}  # by what a trace depends on; `None` is eager
+
+    def __call__(self, data):
+        # Without what is `None`, as sample weights may be.
+        leaves, structure = _pytree.tree_flatten(data[0])
+        places = tuple(i for i, x in enumerate(leaves) if x is not None)
+        batch, structure = [leaves[i] for i in places], (structure, places)
+        if not all(map(_is_array, batch)):
+            return self.step(data)
+        batch = [keras.ops.convert_to_tensor(x) for x in batch]
+        key = (
+            structure,
+            *((x.shape, x.dtype, x.device) for x in batch),
+            self.variables[0].value.device,
+            *(v.trainable for v in self.variables),
+        )
+        if key not in self.traces:
+            self.traces[key] = self._trace(batch, structure)
+        trace = self.traces[key]
+        return self.step(data) if trace is None else trace(batch)
+
+    def _trace(self, batch, structure):
+        if len(self.traces) >= SHAPES:
+            if len(self.traces) == SHAPES:
+                warnings.warn(
+                    "Steps of further shapes of batches are eager: pad "
+                    "batches, or sort them into a few lengths. Received: "
+                    f"{[tuple(x.shape) for x in batch]} after {SHAPES} others",
+                    stacklevel=2,
+                )
+            return None
+        try:
+            return _Trace(
+                self.step, batch, structure, self.variables, self.compiled
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            warnings.warn(
+                "A step that can't be traced runs eagerly. "
+                f"Received: {self.name}{_place(error)}: "
+                f"{type(error).__name__}: {str(error).strip()[:300]}",
+                stacklevel=2,
+            )
+        return None
+
+
+class _Trace:
+    """A graph of one step, which is called with the tensors of a batch."""
+
+    def __init__(self, step, batch, structure, state, compiled):
+        self.values = [v.value for v in state]
+
+        def traced(values, batch):
+            leaves = [
+                x.detach().requires_grad_() if v.trainable else x.detach()
+                for v, x in zip(state, values, strict=True)
+            ]
+            pairs = list(zip(state, leaves, strict=True))
+            with keras.StatelessScope(state_mapping=pairs) as scope:
+                logs = step([_batch(batch, *structure)])
+            after = [scope.get_current_value(v) for v in state]
+            taken = {storage(x) for x in leaves}
+            logs, self.structure = _pytree.tree_flatten(logs)
+            self.logs = len(logs)
+            for x in logs:
+                if not isinstance(x, torch.Tensor):
+                    raise TypeError(f"a result that is no tensor: {x!r}")
+            # What is changed in place is the leaf still.
+            new = [
+                (value, x)
+                for value, x, leaf in zip(
+                    self.values, after, leaves, strict=True
+                )
+                if x is not leaf
+            ]
+            self.changed = [value for value, _ in new]
+            return [_apart(x, taken) for x in (*logs, *(x for _, x in new))]
+
+        with traceable(state):
+            graph = make_fx(
+                traced, tracing_mode="fake", _allow_non_fake_inputs=True
+            )(self.values, batch)
+        _check_constants(graph, state)
+        _drop_detach(graph)
+        self.graph = graph
+        self.call = self._compile if compiled else graph
+
+    def _compile(self, values, batch):
+        """The first call, which compiles the graph for those that follow."""
+        call = torch.compile(self.graph, fullgraph=True, dynamic=False)
+        try:
+            found = call(values, batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            warnings.warn(
+                "A step that can't be compiled runs as it is traced. "
+                f"Received: {type(error).__name__}: {str(error).strip()[:300]}",
+                stacklevel=2,
+            )
+            call = self.graph
+            found = call(values, batch)
+        self.call = call
+        return found
+
+    def __call__(self, batch):
+        with torch.no_grad():
+            found = self.call(self.values, batch)
+            logs, after = found[: self.logs], found[self.logs :]
+            if self.changed:
+                torch._foreach_copy_(self.changed, after)
+        return _pytree.tree_unflatten(logs, self.structure)
+
+
+def _batch(tensors, structure, places):
+    leaves = [None] * structure.num_leaves
+    for i, x in zip(places, tensors, strict=True):
+        leaves[i] = x
+    return _pytree.tree_unflatten(leaves, structure)
+
+
+def _is_array(x):
+    return isinstance(x, (torch.Tensor, np.ndarray)) and (
+        isinstance(x, torch.Tensor) or x.dtype.kind in "biuf"
+    )
+
+
+def _place(error):
+    """The innermost layer that an error comes from, and the line in it."""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        layer = frame.f_locals.get("self")
+        if isinstance(layer, keras.Layer) and "call" in frame.f_code.co_name:
+            code = linecache.getline(frame.f_code.co_filename, line).strip()
+            place = f", `{code}` in {layer.path}"
+    return place
+
+
+def _apart(x, taken):
+    """A result that shares no memory with the state, which changes."""
+    x = x.detach()
+    return x.clone() if storage(x) in taken else x
+
+
+def _check_constants(graph, state):
+    """Raises a `ValueError` if a constant of a graph is of a variable.
+
+    Its value of now would be that of all steps.
+    """
+    own = {v.value.untyped_storage().data_ptr(): v.path for v in state}
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = getattr(graph, node.target)
+        if not isinstance(value, torch.Tensor):
+            continue
+        path = own.get(value.untyped_storage().data_ptr())
+        if path is not None or isinstance(value, torch.nn.Parameter):
+            raise ValueError(
+                f"a weight that is read past Keras's variables: {path}"
+            )
+
+
+def _drop_detach(graph):
+    """Drops nodes that only say that no gradient is wanted: none is."""
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()

@@ -1,0 +1,282 @@
+"""Steps on torch that are traced whole: equal to the eager ones."""
+
+import threading
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dylora as kd
+from tests import backend
+from tests.models import (
+    classification_loss,
+    labels,
+    mlp,
+    mlp_data,
+    randomize,
+    randomize_adapters,
+    roberta_classifier,
+    tokens,
+)
+
+pytestmark = pytest.mark.skipif(
+    backend.NAME != "torch", reason="other backends trace by themselves"
+)
+
+
+def adam(**options):
+    return keras.optimizers.Adam(0.01, **options)
+
+
+def warm_up():
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.001, 20, warmup_target=0.01, warmup_steps=5
+    )
+    return keras.optimizers.AdamW(schedule, clipnorm=0.1)
+
+
+def scaled():
+    return keras.optimizers.LossScaleOptimizer(
+        adam(), initial_scale=8.0, dynamic_growth_steps=4
+    )
+
+
+OPTIMIZERS = {
+    "adamw": keras.optimizers.AdamW,
+    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "lion": lambda: keras.optimizers.Lion(0.001),
+    "muon": lambda: keras.optimizers.Muon(0.01),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.01),
+    "accumulates": lambda: adam(gradient_accumulation_steps=3),
+    "averages": lambda: adam(use_ema=True, ema_overwrite_frequency=3),
+    "clips": lambda: adam(clipnorm=0.1),
+    "warms-up": warm_up,
+    "scales": scaled,
+}
+CONFIGS = {
+    "sampled": {},
+    "example": {"draw": "example"},
+    "frozen": {"frozen": True},
+    "summed": {"objective": "summed"},
+    "matryoshka": {"objective": "matryoshka"},
+    "progressive": {"draw": "example", "full_rank_steps": 10},
+}
+
+
+def trained(jit_compile, optimizer="adamw", config="sampled", **fit):
+    """A model after 25 steps, the last batches smaller, and its logs."""
+    keras.utils.set_random_seed(0)
+    options = dict(CONFIGS[config])
+    frozen = options.pop("frozen", False)
+    model = randomize_adapters(randomize(mlp(frozen=frozen, options=options)))
+    model.compile(
+        OPTIMIZERS[optimizer](),
+        "mse",
+        metrics=["mae"],
+        jit_compile=jit_compile,
+    )
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        history = model.fit(
+            *mlp_data(36), batch_size=8, epochs=5, verbose=0, **fit
+        ).history
+    return model, history
+
+
+def assert_equal(found, expected, x):
+    for a, b in zip(found.variables, expected.variables, strict=True):
+        np.testing.assert_array_equal(
+            backend.to_numpy(a), backend.to_numpy(b), err_msg=a.path
+        )
+    np.testing.assert_array_equal(
+        found.predict(x, verbose=0), expected.predict(x, verbose=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "config", "policy"),
+    [
+        *((name, "sampled", "float32") for name in OPTIMIZERS),
+        *(("adamw", name, "float32") for name in CONFIGS),
+        ("accumulates", "frozen", "float32"),
+        ("adamw", "sampled", "mixed_bfloat16"),
+    ],
+)
+def test_a_traced_step_is_the_eager_one_to_the_last_bit(
+    optimizer, config, policy
+):
+    keras.config.set_dtype_policy(policy)
+    weights = {"sample_weight": np.linspace(0, 1, 36)}
+    found, logs = trained("trace", optimizer, config, **weights)
+    expected, wanted = trained(False, optimizer, config, **weights)
+    assert logs == wanted
+    assert_equal(found, expected, mlp_data()[0])
+
+
+def traces(model, kind):
+    """How often a function of a model was traced."""
+    function = getattr(model, f"{kind}_function")
+    step = (
+        next(
+            cell.cell_contents
+            for cell in function.__closure__ or ()
+            if hasattr(cell.cell_contents, "step")
+        )
+        if kind == "train"
+        else function
+    )
+    return len(step.step.traces)
+
+
+def test_new_ranks_rates_and_adapters_are_no_new_trace():
+    x, y = mlp_data(36)
+    model, _ = trained("trace", config="progressive")
+    assert traces(model, "train") == 2  # with the last, smaller batch
+    kd.evaluate_ranks(model, x, y, batch_size=18, verbose=0)
+    assert traces(model, "test") == 1
+    model.optimizer.learning_rate = 0.5
+    model.add_adapter("second")
+    model.fit(x, y, batch_size=8, verbose=0)
+    model.set_adapter("default")
+    model.fit(x, y, batch_size=8, verbose=0)
+    model.set_rank(1)
+    model.evaluate(x, y, batch_size=18, verbose=0)
+    assert (traces(model, "train"), traces(model, "test")) == (2, 1)
+    model.compile("sgd", "mae", jit_compile="trace")
+    before = backend.to_numpy(model.dylora_layers[0].down)
+    first = model.train_on_batch(x, y, return_dict=True)
+    second = model.train_on_batch(x, y, return_dict=True)
+    assert first["loss"] != second["loss"]
+    assert (backend.to_numpy(model.dylora_layers[0].down) != before).any()
+
+
+def test_kerashub_with_dropout_trains_and_seeds_move_on():
+    found = []
+    for _ in range(2):
+        keras.utils.set_random_seed(1)
+        model = kd.enable_dylora(
+            roberta_classifier(num_layers=1, dropout=0.1), rank=2, verbose=0
+        )
+        model.compile(adam(), classification_loss(), jit_compile="trace")
+        losses = [
+            float(model.train_on_batch(tokens(), labels())[0]) for _ in range(4)
+        ]
+        assert len(set(losses)) == 4
+        found.append(losses)
+    assert found[0] == found[1]
+
+
+def test_after_many_shapes_steps_are_eager():
+    model, _ = trained("trace")
+    x, y = mlp_data(40)
+    with pytest.warns(UserWarning, match="shapes of batches") as caught:
+        for size in range(9, 30):
+            model.train_on_batch(x[:size], y[:size])
+    assert sum("shapes of batches" in str(w.message) for w in caught) == 1
+
+
+class Reads(keras.Layer):
+    def call(self, x):
+        return x * 2 if float(keras.ops.sum(x)) > 0 else x
+
+
+def test_what_reads_a_value_is_named_and_runs_eagerly():
+    x, y = mlp_data(16)
+    inputs = keras.Input((10,))
+    outputs = kd.DyLoRADense(3, rank=2)(Reads(name="reads")(inputs))
+    results = []
+    for jit_compile in (False, "trace"):
+        keras.utils.set_random_seed(0)
+        model = kd.DyLoRAModel(inputs, outputs)
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.predict(x, verbose=0)
+            results.append(model.evaluate(x, y, verbose=0))
+        named = [w for w in caught if "in reads" in str(w.message)]
+        assert bool(named) == (jit_compile == "trace")
+    assert results[0] == results[1]
+
+
+def test_a_weight_that_keras_does_not_know_is_refused():
+    import torch
+
+    class Wrapped(keras.Layer):
+        def build(self, shape):
+            self.tensor = self.add_weight(shape=(10,), initializer="ones")
+            self.alias = self.tensor.value.data
+
+        def call(self, x):
+            return x * self.alias
+
+    x, y = mlp_data(16)
+    inputs = keras.Input((10,))
+    layer = Wrapped()
+    model = kd.DyLoRAModel(inputs, kd.DyLoRADense(3, rank=2)(layer(inputs)))
+    model.compile("sgd", "mse", jit_compile="trace")
+    with pytest.warns(UserWarning, match="past Keras's variables"):
+        before = model.predict(x, verbose=0)
+    with torch.no_grad():
+        layer.alias.mul_(2)
+    assert (model.predict(x, verbose=0) != before).any()
+
+
+def test_an_interrupted_trace_leaves_the_model(monkeypatch):
+    x, y = mlp_data(16)
+    model, _ = trained("trace")
+    before = backend.snapshot(model.variables)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kd.DyLoRAModel, "compute_metrics", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.train_on_batch(x, y)
+    for a, b in zip(backend.snapshot(model.variables), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    model.train_on_batch(x, y)
+
+
+def test_a_trace_minds_its_own_thread():
+    x, _ = mlp_data(16)
+    model, plain = (
+        trained("trace")[0],
+        keras.Sequential(
+            [keras.Input((10,)), keras.layers.Dropout(0.5, seed=1)]
+        ),
+    )
+    errors = []
+
+    def call():
+        try:
+            for _ in range(50):
+                plain(x, training=True)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    for size in range(1, 6):
+        model.predict(x[:size], verbose=0)
+    thread.join()
+    assert not errors
+
+
+def test_without_a_compiler_the_graph_runs_as_it_is(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="can't be compiled"):
+        with torch._inductor.utils.fresh_cache():
+            keras.utils.set_random_seed(0)
+            model = randomize_adapters(randomize(mlp()))
+            model.compile(adam(), "mse", jit_compile=True)
+            model.fit(*mlp_data(16), batch_size=8, verbose=0)
+    keras.utils.set_random_seed(0)
+    expected = randomize_adapters(randomize(mlp()))
+    expected.compile(adam(), "mse")
+    expected.fit(*mlp_data(16), batch_size=8, verbose=0)
+    for a, b in zip(model.variables, expected.variables, strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(a), backend.to_numpy(b))
