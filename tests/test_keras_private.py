@@ -159,6 +159,15 @@ def jit_compile():
     assert model.jit_compile == before
 
 
+def changed_besides():
+    known, other = keras.Variable(1.0), keras.Variable(1.0)
+    with keras.StatelessScope(state_mapping=[(known, known + 1)]) as scope:
+        known.assign(3.0)
+        assert not tracing.changed_besides(scope, [known])
+        other.assign(3.0)
+    assert tracing.changed_besides(scope, [known])
+
+
 def traceable():
     if backend.NAME != "torch":
         return
@@ -495,6 +504,7 @@ BREAKS = {
     substituted: "exports of merged kernels and of shorter dtypes",
     compile_state: "torch: steps of before a `compile` go on",
     jit_compile: "torch: Keras compiles step by step, in minutes",
+    changed_besides: "torch: what a step assigns is lost",
     traceable: "torch: steps that accumulate or warm up aren't traced",
     sublayers: "paths of layers, and so every file",
     submodels: "functions of a backbone are those of before",

@@ -175,6 +175,49 @@ def test_after_many_shapes_steps_are_eager():
     assert sum("shapes of batches" in str(w.message) for w in caught) == 1
 
 
+def test_to_compile_again_changes_how_a_step_runs():
+    x, y = mlp_data(16)
+    model = randomize_adapters(randomize(mlp()))
+    for jit_compile in (False, "trace", False, "trace"):
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        model.fit(x, y, verbose=0)
+        model.evaluate(x, y, verbose=0)
+        if jit_compile:
+            assert (traces(model, "train"), traces(model, "test")) == (1, 1)
+        else:
+            assert not model.train_function.traced
+            assert not model.test_function.traced
+
+
+class Counts(keras.metrics.Metric):
+    """A metric that keeps a variable where the model doesn't see it."""
+
+    hidden = []
+
+    def update_state(self, *args, **kwargs):
+        if not self.hidden:
+            self.hidden.append(keras.Variable(0.0))
+        self.hidden[0].assign_add(1.0)
+
+    def result(self):
+        return self.hidden[0] + 0.0
+
+
+def test_a_variable_that_the_model_does_not_list_is_refused():
+    x, y = mlp_data(16)
+    Counts.hidden.clear()
+    model = randomize_adapters(randomize(mlp()))
+    model.compile("sgd", "mse", metrics=[Counts()], jit_compile="trace")
+    model.build((None, 10))
+    Counts().update_state()
+    with pytest.warns(UserWarning, match="doesn't list|past Keras"):
+        for _ in range(3):
+            logs = model.train_on_batch(x, y, return_dict=True)
+    before = float(logs["counts"])
+    after = float(model.train_on_batch(x, y, return_dict=True)["counts"])
+    assert after == before + 1
+
+
 class Reads(keras.Layer):
     def call(self, x):
         return x * 2 if float(keras.ops.sum(x)) > 0 else x

@@ -347,7 +347,7 @@ def compile_arguments(model):
 
 def compile_state(model):
     """What changes when a model is compiled again, or its optimizer is."""
-    return id(model._compile_config), id(model.optimizer)
+    return model._compile_config, model.optimizer
 
 
 @contextlib.contextmanager

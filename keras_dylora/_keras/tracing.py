@@ -89,6 +89,11 @@ def _branch(function, variables, now):
     ]
 
 
+def changed_besides(scope, variables):
+    """Whether a `StatelessScope` has values of other variables than these."""
+    return bool(scope.state_mapping.keys() - {id(v) for v in variables})
+
+
 def storage(tensor):
     """What two tensors that share memory have in common, traced ones too."""
     return tensor.untyped_storage()._cdata

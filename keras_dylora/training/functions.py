@@ -23,6 +23,8 @@ def make(model, kind, keras_make, restoring, force):
     name = f"{kind}_function"
     before = getattr(model, name)
     traced = keras.backend.backend() == "torch" and model.jit_compile
+    # To compile a model again keeps its functions.
+    force = force or getattr(before, "traced", traced) != traced
     with _keras.jit_compile(model, False) if traced else _as_it_is():
         keras_make(force)
     made = getattr(model, name)
@@ -30,6 +32,8 @@ def make(model, kind, keras_make, restoring, force):
         if traced:
             made = _Traced(model, kind, made)
         made = restoring(model, kind, made)
+        if keras.backend.backend() == "torch":
+            made.traced = traced
         setattr(model, name, made)
     return made
 
@@ -38,10 +42,7 @@ _as_it_is = contextlib.nullcontext
 
 
 class _Traced:
-    """A function of Keras's, traced whole for what a model is compiled with.
-
-    To compile a model again keeps its functions.
-    """
+    """A function of Keras's, traced whole for what a model is compiled with."""
 
     def __init__(self, model, kind, function):
         self.model, self.kind, self.function = model, kind, function

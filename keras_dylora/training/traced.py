@@ -15,7 +15,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 
-from keras_dylora._keras.tracing import storage, traceable
+from keras_dylora._keras.tracing import changed_besides, storage, traceable
 
 SHAPES = 8  # of batches; from the next on, steps are eager
 
@@ -100,6 +100,8 @@ class _Trace:
             pairs = list(zip(state, leaves, strict=True))
             with keras.StatelessScope(state_mapping=pairs) as scope:
                 logs = step([_batch(batch, *structure)])
+            if changed_besides(scope, state):
+                raise ValueError("a variable that the model doesn't list")
             after = [scope.get_current_value(v) for v in state]
             taken = {storage(x) for x in leaves}
             logs, self.structure = _pytree.tree_flatten(logs)
