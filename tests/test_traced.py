@@ -93,13 +93,20 @@ def assert_equal(found, expected, x):
     )
 
 
+COMBINATIONS = [
+    *((name, "sampled", "float32") for name in OPTIMIZERS),
+    *(("adamw", name, "float32") for name in CONFIGS if name != "sampled"),
+    ("accumulates", "frozen", "float32"),
+    ("adamw", "sampled", "mixed_bfloat16"),
+]
+SHORT = {"adamw", "muon", "accumulates", "warms-up", "scales"}
+
+
 @pytest.mark.parametrize(
     ("optimizer", "config", "policy"),
     [
-        *((name, "sampled", "float32") for name in OPTIMIZERS),
-        *(("adamw", name, "float32") for name in CONFIGS),
-        ("accumulates", "frozen", "float32"),
-        ("adamw", "sampled", "mixed_bfloat16"),
+        pytest.param(*each, marks=[] if each[0] in SHORT else pytest.mark.long)
+        for each in COMBINATIONS
     ],
 )
 def test_a_traced_step_is_the_eager_one_to_the_last_bit(
@@ -306,6 +313,7 @@ def test_a_trace_minds_its_own_thread():
     assert not errors
 
 
+@pytest.mark.long
 def test_without_a_compiler_the_graph_runs_as_it_is(monkeypatch):
     import torch
 
