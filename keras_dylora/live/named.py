@@ -260,11 +260,9 @@ class NamedAdapters:
 
 
 def _slots(optimizer):
-    return (
-        []
-        if optimizer is None
-        else _keras.optimizers.optimizer_state(optimizer)
-    )
+    if optimizer is None:
+        return []
+    return _keras.optimizers.optimizer_state(optimizer)
 
 
 def _copy(variable):

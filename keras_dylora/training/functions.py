@@ -1,7 +1,5 @@
 """The functions of a batch that `fit`, `evaluate` and `predict` call."""
 
-import contextlib
-
 import keras
 
 from keras_dylora import _keras
@@ -22,23 +20,21 @@ def make(model, kind, keras_make, restoring, force):
     """
     name = f"{kind}_function"
     before = getattr(model, name)
-    traced = keras.backend.backend() == "torch" and model.jit_compile
+    on_torch = keras.backend.backend() == "torch"
+    traced = on_torch and model.jit_compile
     # To compile a model again keeps its functions.
     force = force or getattr(before, "traced", traced) != traced
-    with _keras.jit_compile(model, False) if traced else _as_it_is():
+    with _keras.jit_compile(model, False if traced else model.jit_compile):
         keras_make(force)
     made = getattr(model, name)
     if made is not before:
         if traced:
             made = _Traced(model, kind, made)
         made = restoring(model, kind, made)
-        if keras.backend.backend() == "torch":
+        if on_torch:
             made.traced = traced
         setattr(model, name, made)
     return made
-
-
-_as_it_is = contextlib.nullcontext
 
 
 class _Traced:

@@ -162,8 +162,8 @@ def _batch(tensors, structure, places):
 
 
 def _is_array(x):
-    return isinstance(x, (torch.Tensor, np.ndarray)) and (
-        isinstance(x, torch.Tensor) or x.dtype.kind in "biuf"
+    return isinstance(x, torch.Tensor) or (
+        isinstance(x, np.ndarray) and x.dtype.kind in "biuf"
     )
 
 
