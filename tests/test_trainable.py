@@ -15,6 +15,15 @@ def test_trainable_again_is_what_was_chosen():
     assert [v.path for v in model.trainable_variables] == chosen
 
 
+def test_trainable_brings_back_a_head_that_is_frozen_alone():
+    model = enabled()
+    chosen = [v.path for v in model.trainable_variables]
+    model.get_layer("logits").trainable = False
+    assert [v.path for v in model.trainable_variables] != chosen
+    model.trainable = True  # as it is already
+    assert [v.path for v in model.trainable_variables] == chosen
+
+
 def test_trainable_is_anything_once_disabled():
     model = kd.disable_dylora(enabled())
     model.trainable = False

@@ -185,6 +185,14 @@ class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
             # Keras makes all below it trainable, also what was never to be.
             adaptation.spec.apply(tree)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "trainable":
+            # TensorFlow would skip a value that is so already; what is below
+            # may differ from it.
+            DyLoRAModel.trainable.fset(self, value)  # type: ignore[attr-defined]
+        else:
+            super().__setattr__(name, value)
+
     def set_rank(self, rank: Rank) -> None:
         """Sets the rank of `predict`, `evaluate`, `generate` and calls.
 
