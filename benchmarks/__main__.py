@@ -37,7 +37,14 @@ def main(argv=None):
     )
     parser.add_argument(
         "--size",
-        choices=("tiny", "minilm", "roberta-base", "gpt2-medium", "llama-1b"),
+        choices=(
+            "tiny",
+            "small",
+            "minilm",
+            "roberta-base",
+            "gpt2-medium",
+            "llama-1b",
+        ),
         help="minilm; of gpu roberta-base and gpt2-medium; of large llama-1b",
     )
     parser.add_argument(

@@ -35,6 +35,8 @@ class Size:
 
 SIZES = {
     "tiny": Size(1000, 2, 2, 32),
+    # At which next to nothing but Python takes time.
+    "small": Size(1000, 6, 4, 48, batch=2, length=8),
     "minilm": Size(30522, 6, 12, 384),
     "roberta-base": Size(50265, 12, 12, 768),
     "tiny-gpt2": Size(1000, 2, 2, 32, writes=True),
@@ -104,9 +106,10 @@ class KerasTraining:
     Args:
         size: a `Size`.
         prepare: function that makes a task what is compared.
+        jit_compile: as in `compile`.
     """
 
-    def __init__(self, size, prepare):
+    def __init__(self, size, prepare, jit_compile="auto"):
         import keras
 
         self.size = size
@@ -116,6 +119,7 @@ class KerasTraining:
         self.model.compile(
             optimizer=keras.optimizers.AdamW(1e-3),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=jit_compile,
         )
         self.parameters = sum(
             int(np.prod(v.shape)) for v in self.model.trainable_variables
@@ -330,17 +334,29 @@ TRAINED = {
 FORWARD = "forward"
 PEFT = "PEFT LoRA 8, q+v"
 PEFT_LINEAR = "PEFT LoRA 8, linear"
-PEFT_COMPILED = "PEFT LoRA 8, q+v, compiled"
+# What a name ends in that isn't eager on torch, with Keras's `jit_compile`.
+TRACED, COMPILED = ", traced", ", compiled"
+STAGES = {TRACED: "trace", COMPILED: True}
 
 
 def make(name, size):
     """The competitor of this name: it has `seconds(steps)`, `parameters`."""
+    stage = next((x for x in STAGES if name.endswith(x)), "")
+    name = name.removesuffix(stage)
     if name == FORWARD:
         return KerasForward(size, whole)
     if "PEFT" in name:
         targets = PEFT_TARGETS[name == PEFT_LINEAR, size.writes]
-        return PeftTraining(size, targets, compiled=name == PEFT_COMPILED)
-    return KerasTraining(size, TRAINED[name])
+        return PeftTraining(size, targets, compiled=stage == COMPILED)
+    return KerasTraining(size, TRAINED[name], STAGES.get(stage, "auto"))
+
+
+def run_on(backend, *names):
+    """Whether all of these run on a backend, which on torch any does."""
+    of_torch = ("PEFT", *STAGES)
+    return backend == "torch" or not any(
+        word in name for name in names for word in of_torch
+    )
 
 
 # GPT-2's query, key and value are one layer there, whose adapter has as many

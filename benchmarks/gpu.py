@@ -7,23 +7,38 @@ import statistics
 import time
 
 from benchmarks import competitors, grid, table
-from benchmarks.competitors import PEFT, PEFT_COMPILED, PEFT_LINEAR, SIZES
+from benchmarks.competitors import (
+    COMPILED,
+    PEFT,
+    PEFT_LINEAR,
+    SIZES,
+    TRACED,
+)
 from benchmarks.peaks import device
 
 RIVALS = {
     "DyLoRA, q+v": (
         "LoRA of ours, q+v",
         "Keras LoRA 8, q+v",
+        "DyLoRA, q+v" + TRACED,
+        "DyLoRA, q+v" + COMPILED,
         PEFT,
-        PEFT_COMPILED,
+        PEFT + COMPILED,
     ),
-    "DyLoRA, linear": ("Keras LoRA 8, linear", PEFT_LINEAR),
+    "DyLoRA, linear": (
+        "Keras LoRA 8, linear",
+        "DyLoRA, linear" + TRACED,
+        "DyLoRA, linear" + COMPILED,
+        PEFT_LINEAR,
+        PEFT_LINEAR + COMPILED,
+    ),
 }
 OTHERS = ("fine-tuning",)
 RANKS = range(1, 9)
 # What evaluates and writes: the ranks of it.
 SERVED = {
     "DyLoRA, q+v": (1, 8),
+    "DyLoRA, q+v" + COMPILED: (1, 8),
     "Keras LoRA 8, q+v": (None,),
     PEFT: (None,),
 }
@@ -93,7 +108,7 @@ def names(backend):
     """The methods that are compared on a backend."""
     rivals = [name for names in RIVALS.values() for name in names]
     every = [*RIVALS, *rivals, *OTHERS]
-    return [n for n in every if backend == "torch" or "PEFT" not in n]
+    return [name for name in every if competitors.run_on(backend, name)]
 
 
 def installed():

@@ -7,8 +7,11 @@ import resource
 
 def import_packages(with_peft):
     """Imports what trains, before what a training holds is counted."""
+    import keras
     import keras_hub  # noqa: F401
 
+    if keras.backend.backend() == "torch":
+        import torch._inductor.compile_fx  # noqa: F401
     if with_peft:
         import peft  # noqa: F401
         import transformers  # noqa: F401

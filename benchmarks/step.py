@@ -3,7 +3,13 @@
 import sys
 
 from benchmarks import competitors, grid, table
-from benchmarks.competitors import FORWARD, PEFT, PEFT_LINEAR
+from benchmarks.competitors import (
+    COMPILED,
+    FORWARD,
+    PEFT,
+    PEFT_LINEAR,
+    TRACED,
+)
 
 # What is compared, and what the divisor counts for.
 RATIOS = [
@@ -20,6 +26,18 @@ RATIOS = [
     ("DyLoRA, q+v", "DyLoRA, first layer", 1),
     ("DyLoRA 64, q+v", "DyLoRA, q+v", 1),
     ("DyLoRA, 4 of 6 layers", "DyLoRA, 1 of 6 layers", 1),
+    *(
+        (ours + stage, rival + theirs, 1)
+        for ours, rival in (
+            ("DyLoRA, q+v", PEFT),
+            ("DyLoRA, linear", PEFT_LINEAR),
+        )
+        for stage, theirs in (
+            (TRACED, ""),
+            (COMPILED, ""),
+            (COMPILED, COMPILED),
+        )
+    ),
 ]
 
 
@@ -27,7 +45,7 @@ def main(args):
     ratios = [
         ratio
         for ratio in RATIOS
-        if (args.backend == "torch" or "PEFT" not in ratio[1])
+        if competitors.run_on(args.backend, *ratio[:2])
         and args.over in ratio[1]
     ]
     if not ratios:

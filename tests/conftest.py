@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import keras
 import pytest
 
+import keras_dylora as kd
+
 if keras.backend.backend() == "jax":
     import jax
 
@@ -19,6 +21,29 @@ if keras.backend.backend() == "jax":
 
 def pytest_report_header():
     return f"keras {keras.__version__} on {keras.backend.backend()}"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--jit-compile",
+        choices=("trace", "true"),
+        help="what `compile` of a `DyLoRAModel` does where a test doesn't say",
+    )
+
+
+@pytest.fixture(autouse=True)
+def jit_compile(request, monkeypatch):
+    given = request.config.getoption("jit_compile")
+    if given is None:
+        return
+    own = keras.Model.compile
+
+    def compile(model, *args, **kwargs):
+        if isinstance(model, kd.DyLoRAModel) and not kwargs.get("run_eagerly"):
+            kwargs.setdefault("jit_compile", given == "true" or given)
+        own(model, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "compile", compile)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.families.zoo import FAMILIES
 from tests.models import (
     classification_loss,
     labels,
@@ -120,27 +121,30 @@ def test_a_traced_step_is_the_eager_one_to_the_last_bit(
     assert_equal(found, expected, mlp_data()[0])
 
 
-def traces(model, kind):
-    """How often a function of a model was traced."""
-    function = getattr(model, f"{kind}_function")
-    step = (
-        next(
-            cell.cell_contents
-            for cell in function.__closure__ or ()
-            if hasattr(cell.cell_contents, "step")
-        )
-        if kind == "train"
-        else function
-    )
-    return len(step.step.traces)
+@pytest.fixture
+def graphs(monkeypatch):
+    """A list that has the graph of every trace."""
+    from keras_dylora.training import traced
+
+    found, own = [], traced.make_fx
+
+    def make_fx(function, **options):
+        def trace(*args):
+            found.append(own(function, **options)(*args))
+            return found[-1]
+
+        return trace
+
+    monkeypatch.setattr(traced, "make_fx", make_fx)
+    return found
 
 
-def test_new_ranks_rates_and_adapters_are_no_new_trace():
+def test_new_ranks_rates_and_adapters_are_no_new_trace(graphs):
     x, y = mlp_data(36)
     model, _ = trained("trace", config="progressive")
-    assert traces(model, "train") == 2  # with the last, smaller batch
+    assert len(graphs) == 2  # with the last, smaller batch
     kd.evaluate_ranks(model, x, y, batch_size=18, verbose=0)
-    assert traces(model, "test") == 1
+    assert len(graphs) == 3
     model.optimizer.learning_rate = 0.5
     model.add_adapter("second")
     model.fit(x, y, batch_size=8, verbose=0)
@@ -148,7 +152,7 @@ def test_new_ranks_rates_and_adapters_are_no_new_trace():
     model.fit(x, y, batch_size=8, verbose=0)
     model.set_rank(1)
     model.evaluate(x, y, batch_size=18, verbose=0)
-    assert (traces(model, "train"), traces(model, "test")) == (2, 1)
+    assert len(graphs) == 3
     model.compile("sgd", "mae", jit_compile="trace")
     before = backend.to_numpy(model.dylora_layers[0].down)
     first = model.train_on_batch(x, y, return_dict=True)
@@ -182,18 +186,93 @@ def test_after_many_shapes_steps_are_eager():
     assert sum("shapes of batches" in str(w.message) for w in caught) == 1
 
 
-def test_to_compile_again_changes_how_a_step_runs():
+@pytest.mark.parametrize("optimizer", ["adamw", "scales"])
+def test_no_operation_waits_for_the_host(graphs, optimizer):
+    import torch
+
+    model, _ = trained("trace", optimizer, config="progressive")
+    model.evaluate(*mlp_data(16), verbose=0)
+    assert len(graphs) == 3
+    waits = {
+        torch.Tag.data_dependent_output,
+        torch.Tag.dynamic_output_shape,
+    }
+    for graph in graphs:
+        operations = [
+            node.target
+            for node in graph.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload)
+        ]
+        assert len(operations) > 10
+        assert not [op for op in operations if waits & set(op.tags)]
+
+
+def causal_model(family):
+    model = kd.enable_dylora(FAMILIES[family].build(), rank=2, verbose=0)
+    return randomize_adapters(model, scale=1.0)
+
+
+LANGUAGE_MODELS = [
+    "bloom", "falcon", "gemma", "gemma3n", "gemma4", "gpt-neo-x", "gpt-oss",
+    "gpt2", "llama", "llama3", "mistral", "mixtral", "opt", "phi3", "qwen-moe",
+    "qwen2", "qwen3", "qwen3-moe", "qwen3.5", "qwen3.5-moe", "smollm3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name == "gpt2" else pytest.mark.long)
+        for name in LANGUAGE_MODELS
+    ],
+)
+def test_generation_is_traced_once_for_all_ranks(graphs, family):
+    model = causal_model(family)
+    prompt = {
+        "token_ids": tokens(size=2, length=8)["token_ids"],
+        "padding_mask": np.arange(8) < np.array([[3], [4]]),
+    }
+    found = {}
+    for jit_compile in (False, "trace"):
+        model.compile(sampler="greedy", jit_compile=jit_compile)
+        for rank in (0, 1, 2):
+            model.set_rank(rank)
+            written = model.generate(dict(prompt), stop_token_ids=None)
+            found[jit_compile, rank] = np.asarray(written["token_ids"])
+    # SmolLM3's first token takes another form of the index.
+    assert len(graphs) == (2 if family == "smollm3" else 1)
+    for rank in (0, 1, 2):
+        np.testing.assert_array_equal(found["trace", rank], found[False, rank])
+    assert (found["trace", 0] != found["trace", 2]).any()
+    assert "call_with_cache" not in model.__dict__
+
+
+def test_an_allocation_is_found_by_one_trace(graphs):
+    x, y = mlp_data(36)
+    model = randomize_adapters(randomize(mlp()))
+    found = []
+    for jit_compile in (False, "trace"):
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        found.append(
+            kd.allocate_ranks(model, x, y, 0.5, batch_size=18, verbose=0)
+        )
+    assert found[0] == found[1]
+    assert len(graphs) == 1
+
+
+def test_to_compile_again_changes_how_a_step_runs(graphs):
     x, y = mlp_data(16)
     model = randomize_adapters(randomize(mlp()))
-    for jit_compile in (False, "trace", False, "trace"):
+    for count, jit_compile in [
+        (0, False),
+        (2, "trace"),
+        (2, False),
+        (4, "trace"),
+    ]:
         model.compile("sgd", "mse", jit_compile=jit_compile)
         model.fit(x, y, verbose=0)
         model.evaluate(x, y, verbose=0)
-        if jit_compile:
-            assert (traces(model, "train"), traces(model, "test")) == (1, 1)
-        else:
-            assert not model.train_function.traced
-            assert not model.test_function.traced
+        assert len(graphs) == count
 
 
 class Counts(keras.metrics.Metric):

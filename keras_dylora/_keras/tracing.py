@@ -1,7 +1,8 @@
 """What a step of Keras does on the host on torch, in a form that can be traced.
 
-Two functions of Keras's backend read values: `cond` is a Python `if`, and a
-generator of random numbers is seeded by `int(tensor)`.
+Three functions of Keras's backend read values: `cond` is a Python `if`, a
+generator of random numbers is seeded by `int(tensor)`, and a `slice` begins
+where a tensor says.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ def traceable(variables):
     from keras.src.backend.torch import core, random
 
     own_cond, own_generator = core.cond, random.torch_seed_generator
+    own_slice = core.slice
     thread = threading.get_ident()
 
     def cond(pred, true_fn, false_fn):
@@ -65,12 +67,26 @@ def traceable(variables):
         random.draw_seed(seed)
         return None  # torch's own
 
+    def slice_(inputs, start_indices, shape):
+        here = threading.get_ident() == thread
+        if not here or all(isinstance(x, int) for x in start_indices):
+            return own_slice(inputs, start_indices, shape)
+        found = core.convert_to_tensor(inputs)
+        for axis, (start, size) in enumerate(
+            zip(start_indices, shape, strict=True)
+        ):
+            places = torch.arange(size, device=found.device) + start
+            found = torch.index_select(found, axis, places)
+        return found
+
     core.cond, random.torch_seed_generator = cond, generator
+    core.slice = slice_
     try:
         with torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
         core.cond, random.torch_seed_generator = own_cond, own_generator
+        core.slice = own_slice
 
 
 def _branch(function, variables, now):

@@ -7,7 +7,7 @@ import functools
 
 import keras
 
-from keras_dylora import _keras
+from keras_dylora import _keras, training
 from keras_dylora.live.recompile import new_optimizer, reset_compiled
 
 _PLAIN = (
@@ -72,6 +72,9 @@ def _refuse(method, *args, **kwargs):
 @functools.cache
 def combined_class(dylora_class, original_class):
     """The class that is both a `DyLoRAModel` and the original one."""
+    methods = {}
+    if hasattr(original_class, "call_with_cache"):  # one that generates
+        methods["make_generate_function"] = _make_generate_function
     # A subclass of a user's keeps its name.
     ours = "original_class" in vars(dylora_class)
     cls = type(
@@ -82,6 +85,7 @@ def combined_class(dylora_class, original_class):
             "__doc__": original_class.__doc__,
             "original_class": original_class,
             "is_combined": True,
+            **methods,
         },
     )
     # It is saved under the name of the importable class, which revives it.
@@ -91,6 +95,10 @@ def combined_class(dylora_class, original_class):
     for registered in (cls, dylora_class) if package else ():
         keras.saving.register_keras_serializable(package, name)(registered)
     return cls
+
+
+def _make_generate_function(model):
+    return training.make_generate(model, model.original_class)
 
 
 @functools.cache

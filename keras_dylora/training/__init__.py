@@ -29,6 +29,7 @@ forward = skin.forward
 tracing = skin.tracing
 train_step = skin.train_step
 write_back = skin.write_back
+make_generate = functions.make_generate
 
 
 def make(model, kind, keras_make, force):

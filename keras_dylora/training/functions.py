@@ -37,6 +37,37 @@ def make(model, kind, keras_make, restoring, force):
     return made
 
 
+def make_generate(model, original_class):
+    """The function of a batch that `generate` of a causal model calls.
+
+    On torch, `jit_compile` traces the call for one more token, which the loop
+    of KerasHub's sampler makes.
+    """
+    before = model.generate_function
+    made = original_class.make_generate_function(model)
+    on_torch = keras.backend.backend() == "torch"
+    if made is before or not (on_torch and model.jit_compile):
+        return made
+
+    def with_cache(data):
+        args, kwargs = data[0]
+        return original_class.call_with_cache(model, *args, **kwargs)
+
+    traced = _Traced(model, "generate", with_cache)
+
+    def generate(inputs, stop_token_ids=None):
+        model.__dict__["call_with_cache"] = lambda *args, **kwargs: traced(
+            [(args, kwargs)]
+        )
+        try:
+            return made(inputs, stop_token_ids)
+        finally:
+            model.__dict__.pop("call_with_cache", None)
+
+    model.generate_function = generate
+    return generate
+
+
 class _Traced:
     """A function of Keras's, traced whole for what a model is compiled with."""
 
@@ -45,19 +76,23 @@ class _Traced:
         self.compiled_as = None
 
     def __call__(self, data):
-        from keras_dylora.training.traced import TracedStep
-
         model = self.model
         compiled_as = _keras.compile_state(model)
         if compiled_as != self.compiled_as:
-            variables = [*model.variables, *model.metrics_variables]
-            if self.kind == "train":
-                variables += model.optimizer.variables
-            self.step = TracedStep(
-                self.function,
-                list({id(v): v for v in variables}.values()),
-                model.name,
-                compiled=model.jit_compile != "trace",
-            )
+            slots = model.optimizer.variables if self.kind == "train" else ()
+            self.step = traced_step(model, self.function, slots)
             self.compiled_as = compiled_as
         return self.step(data)
+
+
+def traced_step(model, function, slots=()):
+    """A function of `[batch]` as a `TracedStep` of what a model has now."""
+    from keras_dylora.training.traced import TracedStep
+
+    variables = [*model.variables, *model.metrics_variables, *slots]
+    return TracedStep(
+        function,
+        list({id(v): v for v in variables}.values()),
+        model.name,
+        compiled=model.jit_compile != "trace",
+    )

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora.training import step
+from keras_dylora.training import functions, step
 
 
 def gate_gradient(model):
@@ -70,13 +70,15 @@ def _by_tensorflow(model, loss):
 def _by_torch(model, loss):
     import torch
 
-    def gradient(gates, batch):
-        gates = gates.requires_grad_()
+    def gradient(data):
+        gates, batch = data[0]
         with torch.enable_grad():
-            value = loss(gates, batch)
-            return torch.autograd.grad(value, gates)[0]
+            gates = gates.detach().requires_grad_()
+            return torch.autograd.grad(loss(gates, batch), gates)[0]
 
-    return gradient
+    if model.jit_compile:
+        gradient = functions.traced_step(model, gradient)
+    return lambda gates, batch: gradient([(gates, batch)])
 
 
 _DIFFERENTIATED = {
