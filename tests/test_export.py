@@ -353,6 +353,7 @@ def test_serve_text_equals_predict_on_strings(tmp_path, make, layout, ranks):
     assert b"never" not in blob
 
 
+@pytest.mark.long
 def test_verified_export_with_a_manifest(tmp_path):
     model = roberta()
     metrics = {b: {"accuracy": b / 10} for b in RANKS}

@@ -215,6 +215,7 @@ def test_a_file_keeps_all(tmp_path):
         loaded.set_rank(3)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_a_file(tmp_path):
     """The place of each in its rank sequence, and that its steps at the
     maximum are over; also with another optimizer."""
