@@ -1,5 +1,6 @@
 """Every test runs on the backend that KERAS_BACKEND names."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -44,6 +45,17 @@ def jit_compile(request, monkeypatch):
         own(model, *args, **kwargs)
 
     monkeypatch.setattr(keras.Model, "compile", compile)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect():
+    """Keras collects garbage when a layer loses a variable.
+
+    That takes a second where backends have traced for many tests, unless what
+    they keep is out of the way.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
