@@ -161,6 +161,29 @@ def test_new_ranks_rates_and_adapters_are_no_new_trace(graphs):
     assert_equal(*models, x)
 
 
+@pytest.mark.parametrize("objective", ["sampled", "summed"])
+def test_losses_of_layers_are_traced(objective):
+    x, y = mlp_data(16)
+    losses = []
+    for jit_compile in (False, "trace"):
+        inputs = keras.Input((10,))
+        layer = kd.DyLoRADense(
+            3, rank=4, alpha=8, name="first", activity_regularizer="l2"
+        )
+        model = randomize(
+            kd.DyLoRAModel(inputs, layer(inputs), objective=objective)
+        )
+        model.compile("sgd", loss="mse", jit_compile=jit_compile)
+        y = np.zeros((16, 3), "float32")
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            logs = [
+                model.train_on_batch(x, y, return_dict=True) for _ in range(4)
+            ]
+            logs.append(model.evaluate(x, y, verbose=0, return_dict=True))
+            losses.append([float(each["loss"]) for each in logs])
+    np.testing.assert_array_equal(*losses)
+
+
 def test_another_loss_is_a_new_trace():
     x, y = mlp_data(36)
     model, _ = trained("trace")

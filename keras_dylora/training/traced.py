@@ -98,7 +98,11 @@ class _Trace:
                 for v, x in zip(state, values, strict=True)
             ]
             pairs = list(zip(state, leaves, strict=True))
-            with keras.StatelessScope(state_mapping=pairs) as scope:
+            with keras.StatelessScope(
+                # Such as those of activity regularization.
+                collect_losses=True,
+                state_mapping=pairs,
+            ) as scope:
                 logs = step([_batch(batch, *structure)])
             if changed_besides(scope, state):
                 raise ValueError("a variable that the model doesn't list")
