@@ -47,9 +47,7 @@ def main(args):
     columns = {
         "": lambda row: row["method"],
         **{
-            f"{heading}, MB": lambda row, key=key: (
-                f"{table.middle(row, key) / 1e6:.0f}"
-            )
+            f"{heading}, MB": lambda row, key=key: f"{peak(row, key):.0f}"
             for key, heading in PEAKS.items()
         },
     }
@@ -64,7 +62,7 @@ def main(args):
             table.of_rows(columns, rows),
             table.of_ratios(("ratio", *PEAKS.values()), rows, ratios, PEAKS),
         ],
-        {row["method"]: table.middle(row, "peak") / 1e6 for row in rows},
+        {row["method"]: peak(row) for row in rows},
         "peak memory, MB",
     )
 
