@@ -15,6 +15,7 @@ from keras_dylora.live.truncate import truncate
 from keras_dylora.reports.allocate import allocate_ranks
 from keras_dylora.reports.evaluation import RankEvaluation, evaluate_ranks
 from keras_dylora.reports.report import RankReport
+from keras_dylora.reports.tune import tune_ranks
 from keras_dylora.version import __version__
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
     "RankReport", "Uniform", "__version__", "allocate_ranks", "disable_dylora",
     "enable_dylora", "evaluate_ranks", "export_ranks", "from_peft",
     "load_adapter", "merge", "order_ranks", "save_adapter", "to_peft",
-    "truncate",
+    "truncate", "tune_ranks",
 ]  # fmt: skip
 
 

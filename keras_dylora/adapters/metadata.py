@@ -7,13 +7,13 @@ from keras_dylora import files
 from keras_dylora.adapters.identity import Identity
 from keras_dylora.config import DyLoRAConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # that of files with tuned cuts; 2 of all others
 
 
 def write(path, weights, adapter):
     """Writes what a file of `AdapterWeights` has no place for beside it."""
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if adapter.cuts else 2,
         "config": adapter.config.get_config(),
         "model": adapter.identity.get_config(),
         "sha256": files.sha256(weights),

@@ -35,6 +35,10 @@ def save_adapter(
     that of an adapter trained at rank `b`. With a `RankAllocation`, each has
     as many as its layer has ranks, and a model that loads it computes at it.
 
+    Tuned cuts, see `tune_ranks`, are in the file at the maximum rank, as
+    `tuned/<number>/<layer path>/left` and `right`. At a tuned rank its columns
+    are those of its cut, as in any other adapter.
+
     Args:
         model: an enabled model.
         directory: str or path. Written beside, then renamed.
@@ -57,7 +61,8 @@ def save_adapter(
     """
     weights = AdapterWeights.of(Tree(model)).cut(rank)
     adaptation_of(model).warn_of_cut(rank)
-    tensors = {name: x.copy("C") for name, x in weights.tensors().items()}
+    tensors = weights.tensors() | weights.cut_tensors()
+    tensors = {name: x.copy("C") for name, x in tensors.items()}
     written = files.together(WEIGHTS_NAME, CONFIG_NAME)
     with files.new_directory(directory, overwrite, written) as folder:
         safetensors.save_file(tensors, folder / WEIGHTS_NAME)

@@ -14,6 +14,7 @@ from keras_dylora.adapters.identity import Identity, renamed
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers.factors import Factors, float32_array
 from keras_dylora.layers.kinds import ADAPTED_CLASSES, matrix_shape
+from keras_dylora.layers.tuned import TunedCut, find
 from keras_dylora.live.enable import upgrade
 from keras_dylora.live.model import DyLoRAModel, adaptation_of
 from keras_dylora.live.named import DEFAULT, check_name
@@ -26,13 +27,15 @@ class AdapterWeights:
 
     Each layer has a rank and a scale of its own; the config's rank is the
     highest. Moving averages beside what was trained are with it. The identity
-    of the model that they are of may be unknown, in an old file.
+    of the model that they are of may be unknown, in an old file. Tuned cuts
+    are of the columns of all layers at the highest rank.
     """
 
     layers: dict[str, Factors]
     trained: dict[str, np.ndarray]
     config: DyLoRAConfig
     identity: Identity | None = None
+    cuts: tuple[TunedCut, ...] = ()
 
     @classmethod
     def of(cls, tree):
@@ -48,12 +51,15 @@ class AdapterWeights:
             {p: float32_array(v) for p, v in trained.items()},
             config,
             Identity.of(tree, trained),
+            tuple(x.of_columns(config.rank) for x in adaptation.named.cuts),
         )
 
     def cut(self, ranks):
         """A copy cut to a rank, the highest by default, or to one a path.
 
-        Really smaller. Raises what `ranks.by_layer` does.
+        Really smaller. Where the cut is tuned, its mixtures are the columns.
+        Tuned cuts of lower ranks stay only if all columns do. Raises what
+        `ranks.by_layer` does.
         """
         ranks = rank_functions.by_layer(
             self.config.rank if ranks is None else ranks,
@@ -61,12 +67,15 @@ class AdapterWeights:
             self.config.rank,
             1,
         )
+        tuned, scale = find(self.cuts, ranks), self.config.scale
+        whole = ranks == self.ranks
         return dataclasses.replace(
             self,
             layers={
-                path: factors.cut(ranks[path], self.config.scale)
-                for path, factors in self.layers.items()
+                p: factors.cut(ranks[p], scale, tuned and tuned.sides(p))
+                for p, factors in self.layers.items()
             },
+            cuts=self.cuts if whole else (),
             config=self.config.at_maximum(max(ranks.values())),
         )
 
@@ -90,6 +99,7 @@ class AdapterWeights:
             self,
             layers={paths.get(p, p): x for p, x in self.layers.items()},
             trained={renamed(p, paths): x for p, x in self.trained.items()},
+            cuts=tuple(cut.renamed(paths) for cut in self.cuts),
         )
         placed.check(tree, whole, name)
         if strict:
@@ -186,6 +196,9 @@ class AdapterWeights:
             layer.down.assign(np.hstack([padded.down[:, :rank], fresh]))
             layer.up.assign(padded.up * np.float32(padded.scale / scale))
         adaptation.named.limit = None
+        adaptation.set_tuned_cuts(
+            [cut.of_columns(config.rank) for cut in self.cuts]
+        )
         if rank < config.rank:
             adaptation.set_ranks(rank)
             adaptation.named.limit = rank
@@ -226,13 +239,23 @@ class AdapterWeights:
             named |= tensor_names(path, factors.down, factors.up)
         return named
 
+    def cut_tensors(self):
+        """The tuned cuts by their names in our own files."""
+        return {
+            f"tuned/{i}/{path}/{side}": x
+            for i, cut in enumerate(self.cuts)
+            for side in ("left", "right")
+            for path, x in getattr(cut, side).items()
+        }
+
     @classmethod
     def of_tensors(cls, tensors, config, identity=None, ranks=None):
-        """Undoes `tensors`; a `ValueError` says what they aren't.
+        """Undoes `tensors` and `cut_tensors`, or a `ValueError` says why not.
 
         `ranks` has that of each layer, where they aren't all the config's.
         """
         kinds = {"adapter": {}, "head": {}}
+        numbers = {x.split("/")[1] for x in tensors if x.startswith("tuned/")}
         for name in tensors:
             kind, _, path = name.partition("/")
             if kind == "adapter":
@@ -246,7 +269,21 @@ class AdapterWeights:
         )
         for path, b in ranks.items():
             shapes |= tensor_names(path, (None, b), (b, None))
-        check_shapes(shapes, tensors)
+        sides, high = {}, config.rank
+        for left in (f"tuned/{i}/{p}/left" for i in numbers for p in ranks):
+            b = tensors[left].shape[-1] if left in tensors else None
+            sides[left] = high, b
+            sides[f"{left.removesuffix('left')}right"] = b, high
+        check_shapes(shapes | sides, tensors)
+        cuts = tuple(
+            TunedCut(
+                *(
+                    {p: tensors[f"tuned/{i}/{p}/{side}"] for p in ranks}
+                    for side in ("left", "right")
+                )
+            )
+            for i in sorted(numbers, key=int)
+        )
         layers = {
             path: Factors(
                 *(tensors[x] for x in tensor_names(path, 0, 0)),
@@ -255,7 +292,7 @@ class AdapterWeights:
             for path, b in ranks.items()
         }
         trained = {path: tensors[x] for path, x in kinds["head"].items()}
-        return cls(layers, trained, config, identity)
+        return cls(layers, trained, config, identity, cuts)
 
 
 def check_float(weights):

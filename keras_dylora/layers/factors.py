@@ -23,10 +23,16 @@ class Factors:
     def rank(self):
         return self.down.shape[1]
 
-    def cut(self, rank, scale):
-        """The first `rank` columns and rows, at what a `Scale` says of it."""
+    def cut(self, rank, scale, sides=None):
+        """The first `rank` columns and rows, at what a `Scale` says of it.
+
+        Or the mixtures of all that the `sides` of a `TunedCut` say.
+        """
         at = scale.at(max(rank, 1))
-        return Factors(self.down[:, :rank], self.up[:rank], at)
+        if sides is None:
+            return Factors(self.down[:, :rank], self.up[:rank], at)
+        left, right = sides
+        return Factors(self.down @ left, right @ self.up, at)
 
     def padded(self, rank):
         """The same product, with columns and rows of zeros up to a rank."""

@@ -25,6 +25,9 @@ class RankGate:
         self.chosen = False  # whether a step or a `rank_scope` set the rank
         self.folds = False  # whether a step had more rows than examples
         self.read = set()  # the rows that a call has read
+        self.tuned = True  # whether layers read the cores, if there are any
+        self.changed = None  # called without arguments after `set_rank`
+        self.cores = None  # a variable, once there is a tuned cut
         self.variable = keras.Variable(
             # Callable, as a layer may be built while JAX traces.
             lambda shape, dtype: scale.gate([scale.rank] * layers),
@@ -36,6 +39,13 @@ class RankGate:
             name="gate",
         )
         self._rows = GateRows() if ON_TORCH else None
+        self._core_rows = GateRows() if ON_TORCH else None
+
+    @property
+    def variables(self):
+        """Dict of name to variable."""
+        found = {"gate": self.variable}
+        return found if self.cores is None else {**found, "core": self.cores}
 
     @property
     def active_ranks(self):
@@ -52,8 +62,33 @@ class RankGate:
 
     def set_ranks(self, active_ranks):
         """Sets the rank of each layer, a list of int in `0..rank`."""
+        self.assign_ranks(active_ranks)
+        if self.changed is not None:
+            self.changed()
+
+    def assign_ranks(self, active_ranks):
+        """`set_ranks`, where the cores are set besides."""
         checked = [ranks.as_rank(b, 0, self.scale.rank) for b in active_ranks]
         self.variable.assign(self.scale.gate(checked))
+
+    def set_cores(self, cores):
+        """Sets what layers multiply by in place of the gate.
+
+        `cores` is `(layers, rank, rank)`. Returns whether the variable is new.
+        """
+        new = self.cores is None
+        if new:
+            self.cores = keras.Variable(
+                cores,
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+                aggregation="only_first_replica",
+                name="core",
+            )
+        else:
+            self.cores.assign(cores)
+        return new
 
     def rescale(self, scale):
         """Takes another `Scale` of the same rank."""
@@ -61,10 +96,13 @@ class RankGate:
         self.set_ranks(active_ranks)
 
     def row(self, index, dtype):
-        """What one layer reads, `(rank,)`; for traced functions too."""
-        if self._rows:
-            return self._rows.row(self.variable, index, dtype)
-        return ops.cast(ops.convert_to_tensor(self.variable)[index], dtype)
+        """What one layer reads, as `GateRow.value`; for traced functions too.
+
+        `(rank,)`, or with cores `(1, rank, rank)`.
+        """
+        if self.cores is not None and self.tuned:
+            return _read(self.cores, self._core_rows, index, dtype)[None]
+        return _read(self.variable, self._rows, index, dtype)
 
     def newest(self, index):
         """Which column is that of the rank of one layer, a mask `(rank,)`."""
@@ -85,7 +123,11 @@ class GateRow:
     index: int = 0
 
     def value(self, dtype):
-        """`(rank,)`, or `(batch, rank)` where examples have their own rank."""
+        """The gate of a layer, or the core that stands in its place.
+
+        A gate is `(rank,)`, or `(batch, rank)` where examples have their own
+        rank. A core is `(1, rank, rank)`, or `(batch, rank, rank)`.
+        """
         self.gate.read.add(self.index)
         if self.override is not None:
             return ops.cast(self.override, dtype)
@@ -139,3 +181,9 @@ class GateRow:
         active_ranks = self.gate.active_ranks
         active_ranks[self.index] = rank
         self.gate.set_ranks(active_ranks)
+
+
+def _read(variable, rows, index, dtype):
+    if rows:
+        return rows.row(variable, index, dtype)
+    return ops.cast(ops.convert_to_tensor(variable)[index], dtype)

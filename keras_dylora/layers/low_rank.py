@@ -13,6 +13,7 @@ from keras_dylora.cuts import warn_of_cut
 from keras_dylora.layers import torch_product
 from keras_dylora.layers.factors import Factors, float32_array
 from keras_dylora.layers.gate import GateRow, RankGate
+from keras_dylora.layers.gated import gated
 
 if TYPE_CHECKING:
     # What it is mixed into.
@@ -27,6 +28,9 @@ _cast = torch_product.cast if torch_product.ON_TORCH else ops.cast
 @_keras.loads_any_number
 class LowRankAdapter(_Base):
     """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
+
+    At a `TunedCut`, a core of `(rank, rank)` stands in the place of the gate:
+    `h = base(x) + (x @ down) @ core @ up`.
 
     The concrete class says which matrix its base layer's kernel is, as
     `geometry_of(layer)`.
@@ -160,14 +164,14 @@ class LowRankAdapter(_Base):
         self._gate = row
 
     def truncate(
-        self, arguments: AdapterArguments, row: GateRow, rank: int
+        self, arguments: AdapterArguments, row: GateRow, factors: Factors
     ) -> None:
-        """Cuts `down` and `up` to a new maximum rank.
+        """Puts `Factors` of a new maximum rank, or below, on the layer.
 
         With the `AdapterArguments` at that rank, and its `GateRow`. Columns
-        above a `rank` of its own are zero.
+        above the rank of the factors are zero.
         """
-        factors = self.factors(rank).padded(arguments.rank)
+        factors = factors.padded(arguments.rank)
         trainable = [v.trainable for v in (self.down, self.up)]
         _keras.forget(self, "down", "up")
         self.set_arguments(arguments)
@@ -199,7 +203,7 @@ class LowRankAdapter(_Base):
 
     def _own_state(self):
         row = getattr(self, "_gate", None)
-        return {"gate": row.gate.variable} if row else {}
+        return row.gate.variables if row else {}
 
     @property
     def base_weights(self) -> list[keras.Variable]:
@@ -260,7 +264,7 @@ class LowRankAdapter(_Base):
         return self.activation(outputs) if self.activation else outputs
 
     def _bottleneck(self, rows, kept, training):
-        """`(rows @ down) * gate`, and `up`, with which it is multiplied.
+        """`(rows @ down) * gate`, or `@ core`, and `up` to multiply it with.
 
         The rows are those of an input that has the axes `kept` beside.
         """
@@ -279,39 +283,7 @@ class LowRankAdapter(_Base):
             rows = keras.random.dropout(
                 rows, self.dropout, seed=self._dropout_seed
             )
-        bottleneck = rows @ down
-        if len(gate.shape) == 1:
-            return bottleneck * gate, up
-        gate = self._gate_of_examples(gate, kept)
-        bottleneck = ops.reshape(bottleneck, (*kept, self.rank)) * gate
-        return ops.reshape(bottleneck, (-1, self.rank)), up
-
-    def _gate_of_examples(self, gate, kept):
-        """A gate `(batch, rank)`, to be multiplied by `(*kept, rank)`.
-
-        An input may have more rows than there are examples, those of each
-        together: beam search folds its beams into the batch, other models
-        their windows or tokens.
-        """
-        size, rows = ops.shape(gate)[0], kept[0]
-        if isinstance(size, int) and isinstance(rows, int):
-            size = max(size, 1)
-            if rows % size:
-                raise ValueError(
-                    "With a rank for each example, the input of every adapted "
-                    "layer must have the examples along its first axis. Use "
-                    "`draw='step'` or other `target_layers`. Received: an "
-                    f"input of shape {(*kept, *self._geometry.inputs)} of "
-                    f"{self.path} for {size} examples"
-                )
-            copies = rows // size
-            if copies > 1:
-                self._gate.warn_of_rows(self.path, kept, size)
-        else:
-            copies = rows // ops.maximum(size, 1)
-        if not isinstance(copies, int) or copies > 1:
-            gate = ops.repeat(gate, copies, axis=0)
-        return ops.reshape(gate, (-1, *(1,) * (len(kept) - 1), self.rank))
+        return gated(self, rows @ down, gate, kept), up
 
     def factors(self, rank: int | None = None) -> Factors:
         """The adapter as `Factors`, cut to a rank, by default the highest."""
@@ -324,9 +296,16 @@ class LowRankAdapter(_Base):
         return whole if rank is None else whole.cut(rank, scale)
 
     def delta_kernel(self, rank: int) -> np.ndarray:
-        """The update of the kernel at a rank in `0..self.rank`, in NumPy."""
+        """The update of the kernel at a rank in `0..self.rank`, in NumPy.
+
+        Of the cut of the first columns, whether or not there is a tuned one.
+        """
         ranks.as_rank(rank, 0, self.rank)
-        return self._geometry.kernel(self.factors(rank).product())
+        return self.kernel_update(self.factors(rank))
+
+    def kernel_update(self, factors: Factors) -> np.ndarray:
+        """The update of the kernel that `Factors` are, in NumPy."""
+        return self._geometry.kernel(factors.product())
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)

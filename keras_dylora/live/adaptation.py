@@ -1,6 +1,5 @@
 """Adaptation: all that was done to a model, so that it can be undone."""
 
-import contextlib
 import dataclasses
 import warnings
 
@@ -8,23 +7,22 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import _keras, training
-from keras_dylora import ranks as rank_functions
+from keras_dylora import _keras
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
-from keras_dylora.cuts import are_ordered, users_line, warn_of_cut
+from keras_dylora.cuts import users_line
 from keras_dylora.distributions import RankDraw
 from keras_dylora.layers.gate import GateRow, RankGate
 from keras_dylora.layers.kinds import ADAPTED_CLASSES
 from keras_dylora.layers.tree import Tree
+from keras_dylora.live.active_ranks import ActiveRanks
 from keras_dylora.live.named import NamedAdapters
 from keras_dylora.live.plain import flags, restore
 from keras_dylora.live.recompile import reset_compiled
 from keras_dylora.live.spec import Spec
-from keras_dylora.training.full_rank import at_full_rank
 from keras_dylora.training.objectives import OBJECTIVES
 
 
-class Adaptation:
+class Adaptation(ActiveRanks):
     """All that was done to a model, so that it can be trained and undone.
 
     A model that is built from adapted layers has one with nothing to undo.
@@ -199,109 +197,6 @@ class Adaptation:
         self.configure(config, **place)
         _keras.track_for_torch(self.model)
         reset_compiled(self.model, optimizer)
-
-    @property
-    def max_rank(self):
-        """int. The highest rank of the live adapter."""
-        return self.named.max_rank
-
-    @property
-    def lowest_trained(self):
-        """int. Of training so far, which within `full_rank_steps` is of one."""
-        # The place last: to read it waits for the device.
-        begun = at_full_rank(self) and ops.convert_to_numpy(self.ranks_drawn)
-        lowest = self.config.rank if begun else self.config.min_rank
-        return min(lowest, self.max_rank)
-
-    @property
-    def is_ordered(self):
-        """Whether a cut to any rank is a good one."""
-        return are_ordered(self._factors())
-
-    def warn_of_cut(self, *ranks):
-        """Warns where a rank, or that of a layer, is a bad cut.
-
-        To be called by all that compute or write at ranks which a user names,
-        before they do. Raises what `ranks.by_layer` does; `None` is the
-        highest.
-        """
-        training.write_back(self.model)
-        by_layer = [
-            rank_functions.by_layer(rank, self.layers, self.max_rank)
-            for rank in ranks
-            if rank is not None
-        ]
-        every = (b for each in by_layer for b in each.values())
-        warn_of_cut(every, self.lowest_trained, self._factors)
-
-    def _factors(self):
-        return [layer.factors() for layer in self.layers.values()]
-
-    @contextlib.contextmanager
-    def at(self, ranks):
-        """Within it, the layers compute at ranks, as `set_ranks` takes them."""
-        training.write_back(self.model)
-        before = [(x.variable, ops.copy(x.variable)) for x in self.gates]
-        try:
-            self.set_ranks(ranks)
-            with self.rank_chosen():
-                yield
-        finally:
-            training.write_back(self.model)
-            for variable, value in before:
-                variable.assign(value)
-
-    @property
-    def gates(self):
-        """The `RankGate` of the layers, or that of each hand-built one."""
-        gates = [layer._gate.gate for layer in self.layers.values()]
-        return list({id(gate): gate for gate in gates}.values())
-
-    @property
-    def ranks(self):
-        """The rank that each layer computes at, a dict of path to int."""
-        gates = {id(gate): gate.active_ranks for gate in self.gates}
-        rows = {path: layer._gate for path, layer in self.layers.items()}
-        return {p: gates[id(x.gate)][x.index] for p, x in rows.items()}
-
-    def set_ranks(self, ranks):
-        """Sets the ranks, from a dict of path to int or one for all."""
-        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
-        for gate, rows in self._by_gate(ranks).items():
-            gate.set_ranks([rows[i] for i in range(len(rows))])
-
-    def overridden(self, value):
-        """Within it, the layers read a tensor in place of their gates.
-
-        It is `(rank,)`, or `(batch, rank)` with a gate for each example; or a
-        dict of path to such tensors.
-        """
-        if not isinstance(value, dict):
-            value = dict.fromkeys(self.layers, value)
-        return self._gates_with("override", self._by_gate(value))
-
-    def rank_chosen(self):
-        """Within it, the layers know that their rank is meant."""
-        return self._gates_with("chosen", dict.fromkeys(self.gates, True))
-
-    def _by_gate(self, values):
-        """Dict of gate to dict of row to the value of its layer."""
-        found = {}
-        for path, layer in self.layers.items():
-            row = layer._gate
-            found.setdefault(row.gate, {})[row.index] = values[path]
-        return found
-
-    @contextlib.contextmanager
-    def _gates_with(self, attribute, values):
-        before = [(gate, getattr(gate, attribute)) for gate in values]
-        for gate, value in values.items():
-            setattr(gate, attribute, value)
-        try:
-            yield
-        finally:
-            for gate, previous in before:
-                setattr(gate, attribute, previous)
 
     def forget_replaced(self):
         """Lets go of the variables that the model no longer has."""

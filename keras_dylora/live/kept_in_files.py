@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-FORMAT_VERSION = 2  # that of files with several adapters; 1 of all others
+# That of files with tuned cuts; 2 of those with several adapters, 1 of others.
+FORMAT_VERSION = 3
 
 
 class KeptInFiles(_Base):
@@ -119,8 +120,10 @@ class KeptInFiles(_Base):
         with as_plain(tree):
             check_quantized(tree)
             base = keras.saving.serialize_keras_object(self)
+        named = adaptation.named
+        version = FORMAT_VERSION if named.are_tuned else 2 - named.is_plain
         return {
-            "format_version": 1 if adaptation.named.is_plain else 2,
+            "format_version": version,
             "base": base,
             "dylora": dylora,
             "trainable": trainable,

@@ -72,7 +72,8 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     _keras.settle_dtype_policies(merged)
     # By position: Keras numbers unnamed layers anew.
     here, there = (list(x.layers.values()) for x in (tree, Tree(merged)))
-    by_id = {id(x): chosen[path] for path, x in adaptation.layers.items()}
+    factors = adaptation.factors(chosen)
+    by_id = {id(x): factors[path] for path, x in adaptation.layers.items()}
     pairs = zip(here, there, strict=False)
     adapted = [(layer, target) for layer, target in pairs if id(layer) in by_id]
     sources = _other_weights(model, [layer for layer, _ in adapted])
@@ -86,7 +87,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
             f"shapes of weights before and after {differ[:3]}"
         )
     for layer, target in adapted:
-        update = layer.delta_kernel(by_id[id(layer)])
+        update = layer.kernel_update(by_id[id(layer)])
         target.kernel.assign(float_kernel(layer) + update)
         if layer.bias is not None:
             target.bias.assign(_keras.value_for_another(layer.bias))

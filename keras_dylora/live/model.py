@@ -1,7 +1,6 @@
 """DyLoRAModel: a Keras model that trains its adapters for every rank."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar
 
@@ -23,9 +22,8 @@ from keras_dylora.live.live_class import (
 )
 from keras_dylora.live.quantization import quantize_base
 from keras_dylora.live.recompile import reset_functions
-from keras_dylora.live.untrained import warn_of_frozen, warn_of_idle
+from keras_dylora.live.trains import Trains
 from keras_dylora.live.with_adapters import WithAdapters
-from keras_dylora.ranks import by_layer
 
 # What a function that changes a model in place takes, and gives back.
 Model = TypeVar("Model", bound=keras.Model)
@@ -47,7 +45,7 @@ def adaptation_of(model: keras.Model) -> Adaptation:
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
 @_keras.keeps_own_state
-class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
+class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
     """A Keras model that trains its adapters for every rank at once.
 
     Each training step draws a rank `b`, runs Keras's own step with the first
@@ -260,10 +258,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
         """
         adaptation = adaptation_of(self)
         if adaptation.training or training.tracing():
-            ranks = by_layer(rank, adaptation.layers, adaptation.max_rank)
-            gate = adaptation.config.scale.gate
-            gates = {b: gate(b) for b in set(ranks.values())}
-            with adaptation.overridden({p: gates[ranks[p]] for p in ranks}):
+            with adaptation.overridden(adaptation.gates_at(rank)):
                 yield self
             return
         # A graph of TensorFlow has no values to look at.
@@ -271,125 +266,6 @@ class DyLoRAModel(KeptInFiles, WithAdapters, keras.Model):
             adaptation.warn_of_cut(rank)
         with adaptation.at(rank):
             yield self
-
-    @contextlib.contextmanager
-    def draw_ranks(
-        self, x: Any, non_trainable_variables: Sequence[Any] | None = None
-    ) -> Iterator[list[Any] | None]:
-        """For a training loop of your own: calls are at drawn ranks.
-
-        Within a `with` block, calls of the model compute what a step of `fit`
-        does: at one drawn rank, or at one for each example. The next block
-        draws the next ranks of the same sequence. `full_rank_steps` end when
-        `order_ranks` is called.
-
-        Args:
-            x: the inputs of the batch, array or structure of arrays with the
-                examples along the first axis.
-            non_trainable_variables: list of tensors, on JAX: the state that
-                `stateless_call` takes. Defaults to `None`, the variables.
-
-        Returns:
-            A context manager. It yields the state to call the model with, in
-            which the place in the rank sequence has moved on, or `None` where
-            there are variables.
-
-        Raises:
-            ValueError: if the model is `frozen` or has `objective="summed"`,
-                which take more than a call, or JAX traces without a state.
-
-        Example:
-
-        ```python
-        with model.draw_ranks(x), tf.GradientTape() as tape:
-            loss = loss_function(y, model(x, training=True))
-        ```
-
-        `examples/own_loop.py` has a whole loop for each backend.
-        """
-        adaptation, state = adaptation_of(self), non_trainable_variables
-        if state is None and training.tracing():
-            raise ValueError(
-                "On JAX, a traced function needs the state of the model. "
-                "Received: non_trainable_variables=None"
-            )
-        adaptation.named.limit = None  # all columns are trained
-        gate, state = training.drawn(self, x, state)
-        with adaptation.rank_chosen(), adaptation.overridden(gate):
-            yield state
-
-    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        fit, order = super().fit, None
-        if hasattr(self, "_dylora"):
-            warn_of_frozen(self._dylora)
-        if self._full_rank_steps:
-            order = training.OrderAfterFullRank(training.write_back)
-            args, kwargs = training.with_callback(fit, args, kwargs, order)
-        history = training.interruptible(self, fit, args, kwargs)
-        if order is not None:
-            order.order_what_came_back()
-        # On TensorFlow, a subclassed model is built in its first step only.
-        if hasattr(self, "_dylora"):
-            warn_of_idle(self._dylora)
-        return history
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        return training.interruptible(self, super().evaluate, args, kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        return training.interruptible(self, super().predict, args, kwargs)
-
-    @property
-    def _full_rank_steps(self):
-        if hasattr(self, "_dylora"):
-            return self._dylora.config.full_rank_steps
-        return self._dylora_options["full_rank_steps"]
-
-    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
-        # On TensorFlow, a subclassed model is built in its first step only.
-        layers = Tree(self).adapted.values()
-        if layers and all(layer.built for layer in layers):
-            self.start_training()
-        return training.make(self, "train", super().make_train_function, force)
-
-    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
-        return training.make(self, "test", super().make_test_function, force)
-
-    def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
-        make = super().make_predict_function
-        return training.make(self, "predict", make, force)
-
-    def start_training(self) -> None:
-        """Makes what a step needs beside the layers, once they are built."""
-        self._prepare()
-        self._dylora.settle(Tree(self))
-        self._dylora.open = False
-        self._dylora.named.limit = None  # all columns are trained
-        if self.optimizer is None:
-            return
-        if self._dylora.config.frozen:
-            training.check_frozen(self.optimizer)
-        if not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
-        training.masked(self)
-
-    def train_step(self, *args: Any) -> Any:
-        return training.train_step(self, super().train_step, *args)
-
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        compute = super().compute_loss
-        if hasattr(self, "_dylora") and self._dylora.training:
-            compute = functools.partial(
-                self._dylora.objective.loss, self, training.forward, compute
-            )
-        return compute(x, y, y_pred, sample_weight, **kwargs)
 
     def quantize(
         self,

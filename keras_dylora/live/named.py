@@ -8,10 +8,13 @@ from keras import ops
 
 from keras_dylora import _keras
 from keras_dylora.layers.factors import float32_array
+from keras_dylora.layers.tuned import TunedCut
 
 DEFAULT = "default"
-# What a file of weights has of the adapters that aren't live.
+# What a file of weights has of the adapters that aren't live, and of the tuned
+# cuts of all.
 STORE = "adapters"
+TUNED = "tuned"
 
 
 def check_name(name):
@@ -33,6 +36,7 @@ class _Kept:
         values: dict of path to tensor, of all that belongs to the adapter.
         limit: int. Its maximum rank, or `None`, the model's.
         ranks: list of int, at which the layers compute.
+        cuts: list of `TunedCut`.
         state: list of tensors, of its place in the rank sequence.
         optimizer: the one that trained it, or `None`.
         slots: list of tensors, what that kept.
@@ -41,6 +45,7 @@ class _Kept:
     values: dict
     limit: int | None
     ranks: list
+    cuts: list
     state: list
     optimizer: object = None
     slots: list | tuple = ()
@@ -58,6 +63,7 @@ class NamedAdapters:
         self.adaptation = adaptation
         self.active = DEFAULT
         self.limit = None  # the live one's maximum rank, if below the model's
+        self.cuts = []  # the `TunedCut`s of the live one
         self._kept = {DEFAULT: None}  # `None` is in the variables
 
     @property
@@ -75,10 +81,20 @@ class NamedAdapters:
         limit = self.limit if kept is None else kept.limit
         return limit or self.adaptation.config.rank
 
+    def cuts_of(self, name):
+        """The list of `TunedCut`s of an adapter."""
+        kept = self._kept[name]
+        return self.cuts if kept is None else kept.cuts
+
     @property
     def is_plain(self):
         """Whether there is but one, as before there were names."""
         return self.names == [DEFAULT] and self.limit is None
+
+    @property
+    def are_tuned(self):
+        """Whether one has tuned cuts."""
+        return any(map(self.cuts_of, self._kept))
 
     def add(self, name, tree):
         """Makes a fresh one live, with the head of the one that was."""
@@ -96,7 +112,7 @@ class NamedAdapters:
             np.full(v.shape, name == "full_rank")
             for name, v in self.adaptation.state.items()
         ]
-        self._change(name, _Kept(values, None, ranks, state), tree)
+        self._change(name, _Kept(values, None, ranks, [], state), tree)
 
     def check_free(self, name):
         """Raises what `check_name` does, or if there is one of the name."""
@@ -173,6 +189,7 @@ class NamedAdapters:
             {path: _keras.own_value(v) for path, v in own.items()},
             self.limit,
             list(self.adaptation.ranks.values()),
+            self.cuts,
             _values(self.adaptation.state.values()),
             optimizer,
             _values(_slots(optimizer)),
@@ -182,6 +199,7 @@ class NamedAdapters:
         _replace([*own.values()], [kept.values[path] for path in own])
         self.limit = None  # the ranks are within the new one
         layers = self.adaptation.layers
+        self.adaptation.set_tuned_cuts(kept.cuts)
         self.adaptation.set_ranks(dict(zip(layers, kept.ranks, strict=True)))
         self.limit = kept.limit
         _replace(self.adaptation.state.values(), kept.state)
@@ -204,6 +222,7 @@ class NamedAdapters:
 
     def save(self, store, tree):
         """Puts what isn't in the variables into a store of arrays."""
+        self._save_cuts(store)
         if self.is_plain:
             return
         own = self._own(tree)
@@ -217,8 +236,7 @@ class NamedAdapters:
                 for name, x in kept
             ],
         }
-        encoded = json.dumps(content).encode()
-        store[STORE] = np.frombuffer(encoded, "uint8")
+        store[STORE] = _encoded(content)
         for i, (_, x) in enumerate(kept):
             values = [x.values[path] for path in own]
             for j, value in enumerate([*values, *x.state]):
@@ -229,10 +247,14 @@ class NamedAdapters:
 
         A file of one adapter is of the live one, at the maximum rank.
         """
+        self._load_adapters(stored, tree)
+        self._load_cuts(stored)
+
+    def _load_adapters(self, stored, tree):
         if STORE not in stored:
             self.limit = None
             return
-        content = json.loads(bytes(np.asarray(stored.pop(STORE))))
+        content = _decoded(stored.pop(STORE))
         own, kept = self._own(tree), dict.fromkeys(content["names"])
         wanted = [
             tuple(v.shape)
@@ -253,10 +275,47 @@ class NamedAdapters:
                 dict(zip(own, values, strict=False)),
                 x["limit"],
                 x["ranks"],
+                [],
                 values[len(own) :],
             )
         self._kept, self.active = kept, content["active"]
         self.limit = content["limit"]
+
+    def _save_cuts(self, store):
+        if not self.are_tuned:
+            return
+        content = {}
+        for i, name in enumerate(self._kept):
+            cuts = self.cuts_of(name)
+            content[name] = [list(cut.ranks.values()) for cut in cuts]
+            for j, cut in enumerate(cuts):
+                store[f"{TUNED}_{i}_{j}"] = cut.flat()
+        store[TUNED] = _encoded(content)
+
+    def _load_cuts(self, stored):
+        content = _decoded(stored.pop(TUNED)) if TUNED in stored else {}
+        paths, columns = self.adaptation.layers, self.adaptation.config.rank
+        for i, (name, kept) in enumerate(self._kept.items()):
+            cuts = [
+                TunedCut.of_flat(
+                    stored.pop(f"{TUNED}_{i}_{j}"),
+                    dict(zip(paths, ranks, strict=True)),
+                    columns,
+                )
+                for j, ranks in enumerate(content.get(name, ()))
+            ]
+            if kept is None:
+                self.adaptation.set_tuned_cuts(cuts)
+            else:
+                kept.cuts = cuts
+
+
+def _encoded(content):
+    return np.frombuffer(json.dumps(content).encode(), "uint8")
+
+
+def _decoded(array):
+    return json.loads(bytes(np.asarray(array)))
 
 
 def _slots(optimizer):

@@ -3,6 +3,8 @@
 import dataclasses
 import warnings
 
+import numpy as np
+
 from keras_dylora import training
 from keras_dylora.live.model import Model, adaptation_of
 
@@ -15,6 +17,8 @@ def order_ranks(model: Model) -> Model:
     rank can be used at each: `order_ranks`, then `set_rank`, `truncate` or
     `evaluate_ranks`. What the model computes at the maximum rank stays, and
     what the optimizer keeps for the columns is turned with them.
+
+    At a rank that `tune_ranks` tuned, the model computes what it did.
 
     Lower ranks are at the scale of the maximum then: `scaling` becomes
     `"constant"`. Within `full_rank_steps` it ends them, and `scaling` stays;
@@ -67,12 +71,24 @@ def order_ranks(model: Model) -> Model:
             f"order only. Received: scaling={config.scaling!r}",
             stacklevel=2,
         )
-    alpha = config.scale.at(config.rank) * config.rank
+    alpha, before = config.scale.at(config.rank) * config.rank, config.scale
     config = dataclasses.replace(config, scaling="constant", alpha=alpha)
+    cuts = [
+        cut.mapped(
+            lambda _, x: x,
+            lambda _, x: x * np.float32(_ratio(before, config.scale, len(x))),
+        )
+        for cut in adaptation.named.cuts
+    ]
     spec = adaptation.spec.with_config(config)
     for path, layer in adaptation.layers.items():
         layer.set_arguments(spec.adapted[path])
     for gate in adaptation.gates:
         gate.rescale(config.scale)
     adaptation.reconfigure(config)
+    adaptation.set_tuned_cuts(cuts)
     return model
+
+
+def _ratio(before, after, rank):
+    return before.at(rank) / after.at(rank) if rank else 1.0

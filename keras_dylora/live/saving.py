@@ -150,6 +150,7 @@ def _seed_states(model):
     """
     adaptation = model._dylora
     skip = [*model.weights, *adaptation.state.values()]
-    skip = {id(v) for v in skip + [g.variable for g in adaptation.gates]}
+    skip += [v for x in adaptation.gates for v in x.variables.values()]
+    skip = {id(v) for v in skip}
     states = [v for v in model.variables if id(v) not in skip]
     return {f"{SEED_STATE}{i}": v for i, v in enumerate(states)}

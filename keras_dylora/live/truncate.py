@@ -1,5 +1,7 @@
 """truncate: a live model cut to a lower maximum rank."""
 
+import warnings
+
 from keras_dylora import ranks, training
 from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.layers.gate import GateRow, RankGate
@@ -13,6 +15,10 @@ def truncate(model: Model, rank: Rank) -> Model:
     Outputs at ranks up to the new maximum stay the same. Training goes on at
     the same position of the rank sequence, with ranks up to the new maximum
     and a new optimizer state.
+
+    If the new maximum is a rank that `tune_ranks` tuned, the model keeps what
+    it computes there. Tuned cuts of lower ranks are dropped, as they mix
+    columns that are gone.
 
     With a `RankAllocation`, the model computes at it, the highest of its ranks
     is the new maximum, and what is above the rank of a layer is zero and stays
@@ -30,6 +36,9 @@ def truncate(model: Model, rank: Rank) -> Model:
         TypeError: if `rank` isn't an integer.
         ValueError: if `rank` is out of range or the model isn't enabled.
 
+    Warns:
+        UserWarning: if tuned cuts of lower ranks are dropped.
+
     Example:
 
     ```python
@@ -46,6 +55,16 @@ def truncate(model: Model, rank: Rank) -> Model:
         active = {p: min(b, rank) for p, b in adaptation.ranks.items()}
     layers = adaptation.layers
     adaptation.warn_of_cut(rank)
+    factors = adaptation.factors(kept)
+    lost = [cut for cut in adaptation.named.cuts if cut.ranks != kept]
+    if lost and max(kept.values()) < adaptation.config.rank:
+        warnings.warn(
+            "A tuned cut mixes all columns of an adapter, so `truncate` keeps "
+            "that of the new maximum alone. Call `tune_ranks` again for lower "
+            f"ranks. Received: rank={rank!r} for a model with "
+            f"{len(lost)} other tuned cuts",
+            stacklevel=2,
+        )
     config = adaptation.config.at_maximum(max(kept.values()))
     spec, optimizer = adaptation.spec.with_config(config), new_optimizer(model)
     cut = {
@@ -54,7 +73,8 @@ def truncate(model: Model, rank: Rank) -> Model:
     }
     for path, layer in layers.items():
         row = GateRow(cut[id(layer._gate.gate)], layer._gate.index)
-        layer.truncate(spec.adapted[path], row, kept[path])
+        layer.truncate(spec.adapted[path], row, factors[path])
+    adaptation.named.cuts = []
     adaptation.reconfigure(config, optimizer)
     adaptation_of(model).set_ranks(active)
     return model

@@ -7,7 +7,6 @@ bring there. The ranks go along it, per parameter, for as many parameters up as
 down; at the end they are rounded.
 """
 
-import itertools
 import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -20,7 +19,7 @@ from keras_dylora.allocation import RankAllocation
 from keras_dylora.layers.kinds import matrix_shape
 from keras_dylora.live.model import adaptation_of
 from keras_dylora.reports.evaluation import check_compiled
-from keras_dylora.reports.evaluation_data import EvaluationData
+from keras_dylora.reports.evaluation_data import cycled
 
 STEPS = 24  # of a search for one budget, each with a batch
 FIRST, LAST = 0.1, 0.0125  # the largest change in a step, over the maximum
@@ -109,7 +108,7 @@ def allocate_ranks(
     sizes = search.sizes(budget)
     adaptation.warn_of_cut(1)
     steps = STEPS * len(sizes)
-    batches = _batches(model, x, y, sample_weight, batch_size, steps)
+    batches = cycled(model, x, y, sample_weight, batch_size, steps)
     bar = keras.utils.Progbar(steps, verbose=int(verbose != 0))
     training.write_back(model)
     found = [
@@ -164,7 +163,11 @@ class _Search:
 
     def run(self, sizes, batches, bar):
         """Integer ranks for each size, ascending, each within the next."""
-        gradient = training.gate_gradient(self.model)
+        layers = self.model._dylora.layers
+        gradient = training.loss_gradient(
+            self.model,
+            lambda values, _: {p: values[0][i] for i, p in enumerate(layers)},
+        )
         lowest, found = np.zeros(len(self.costs), int), []
         for size in sizes:
             free = self.high - lowest
@@ -198,7 +201,8 @@ class _Search:
         low = np.maximum(above - 1, 0).astype(int)
         high = np.minimum(below + 1, self.high).astype(int)
         slope = (self.gates[high] - self.gates[low]) / (high - low)[:, None]
-        return -np.sum(gradient(gates, batch) * slope, axis=1) / self.costs
+        _, (found,) = gradient([gates], (), batch)
+        return -np.sum(found * slope, axis=1) / self.costs
 
     def moved(self, ranks, gain, change, size, lowest):
         """The ranks after a step of at most `change`, at a size.
@@ -230,12 +234,3 @@ class _Search:
                 return whole
             lost = ranks[free] - whole[free]
             whole[free[np.argmax(lost)]] += 1
-
-
-def _batches(model, x, y, sample_weight, batch_size, steps):
-    """`(x, y, sample_weight)` in NumPy, over and over."""
-    kwargs = {"steps": steps}
-    if sample_weight is not None:
-        kwargs["sample_weight"] = sample_weight
-    data = EvaluationData(model, x, y, kwargs)
-    return itertools.cycle(itertools.islice(data.batches(batch_size), steps))

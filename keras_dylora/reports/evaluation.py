@@ -72,6 +72,7 @@ def evaluate_ranks(
         adaptation.lowest_trained,
         {b: sizes.parameters(model, b) for b in chosen},
         directions=directions_of(model, metrics[chosen[0]]),
+        tuned=[b for b in chosen if adaptation.tuned_cut(b) is not None],
     )
     if "untrained" in map(report.state, chosen):
         report.ordered = adaptation.is_ordered

@@ -94,6 +94,18 @@ class EvaluationData:
         return metrics
 
 
+def cycled(model, x, y, sample_weight, batch_size, steps):
+    """Yields `steps` batches of `EvaluationData` in NumPy, over and over.
+
+    Raises what `EvaluationData` does, at once.
+    """
+    kwargs = {"steps": steps}
+    if sample_weight is not None:
+        kwargs["sample_weight"] = sample_weight
+    data = EvaluationData(model, x, y, kwargs)
+    return itertools.cycle(itertools.islice(data.batches(batch_size), steps))
+
+
 def _needs_targets(model, x):
     """Whether `x` is inputs alone, and the model is compiled for more."""
     return model.compiled and model.loss is not None and _is_array(x)

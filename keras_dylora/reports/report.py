@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,6 +32,8 @@ class RankReport:
             `min_rank` is a good cut. Defaults to `False`.
         directions: dict of metric name to `"max"` or `"min"`, what is best.
             Defaults to `None`: well-known names tell.
+        tuned: list of the ranks whose cut `tune_ranks` tuned. Defaults to
+            `()`.
 
     Raises:
         ValueError: if there is a `RankAllocation` and `parameters` lack that
@@ -55,6 +57,7 @@ class RankReport:
         parameters: Mapping[Any, int] | None = None,
         ordered: bool = False,
         directions: Mapping[str, str] | None = None,
+        tuned: Iterable[Any] = (),
     ) -> None:
         by_rank = {_rank(b): values for b, values in metrics.items()}
         known = {_rank(b): size for b, size in (parameters or {}).items()}
@@ -74,6 +77,7 @@ class RankReport:
         self.min_rank = min_rank
         self.ordered = ordered
         self.directions = dict(directions or {})
+        self.tuned = [_rank(b) for b in tuned]
         self.parameters: dict[Rank, int] = {
             b: known[b] for b in self.metrics if b in known
         }
@@ -90,11 +94,15 @@ class RankReport:
         return sorted(names, key=lambda name: name == "loss")
 
     def state(self, rank: Rank) -> str:
-        """`"trained"`, `"cut"`, `"untrained"` or `"base model"`, of a rank.
+        """What was done for a rank, as the table names it.
 
-        Of an allocation, it is that of the lowest rank above 0. A cut was not
-        trained, but the columns are in order.
+        One of `"trained"`, `"tuned"`, `"cut"`, `"untrained"` and
+        `"base model"`. Of an allocation that isn't tuned, it is that of the
+        lowest rank above 0. A cut was not trained, but the columns are in
+        order.
         """
+        if rank in self.tuned:
+            return "tuned"
         ranks: list = [rank]
         if isinstance(rank, RankAllocation):
             ranks = list(rank.values())
@@ -106,8 +114,11 @@ class RankReport:
         return "cut" if self.ordered else "untrained"
 
     def is_trained(self, rank: Rank) -> bool:
-        """Whether a rank was trained: not the base, not below `min_rank`."""
-        return self.state(rank) == "trained"
+        """Whether a rank was trained or tuned.
+
+        That isn't so of the base model, nor below `min_rank`.
+        """
+        return self.state(rank) in ("trained", "tuned")
 
     def values(self, metric: str) -> list[float]:
         """The values of one metric, in the order of `ranks`.
@@ -131,7 +142,7 @@ class RankReport:
     ) -> Rank:
         """The smallest rank within a tolerance of the best one.
 
-        Of those that were trained, or are cuts of columns in order.
+        Of those that were trained or tuned, or are cuts of columns in order.
 
         Args:
             metric: str. Name of the metric.
@@ -180,7 +191,8 @@ class RankReport:
         scores = {
             b: sign * value
             for b, value in values.items()
-            if self.state(b) in ("trained", "cut") and math.isfinite(value)
+            if self.state(b) in ("trained", "tuned", "cut")
+            and math.isfinite(value)
         }
         if not scores:
             found = {b: (self.state(b), value) for b, value in values.items()}
@@ -250,10 +262,11 @@ class RankReport:
             for b, row in zip(self.ranks, rows, strict=True):
                 size = self.parameters.get(b)
                 row.append("" if size is None else f"{size:,}")
-        if not all(map(self.is_trained, self.ranks)):
+        states = [self.state(b) for b in self.ranks]
+        if set(states) != {"trained"}:
             names.append("")
-            for b, row in zip(self.ranks, rows, strict=True):
-                row.append("" if self.is_trained(b) else self.state(b))
+            for state, row in zip(states, rows, strict=True):
+                row.append("" if state == "trained" else state)
         return names, rows
 
     def __str__(self) -> str:
@@ -294,10 +307,10 @@ class RankReport:
 
         Returns:
             str: `{"min_rank": 1, "ordered": false, "directions": {"accuracy":
-            "max", …}, "metrics": {"1": {"accuracy": …}, …}, "parameters":
-            {"1": …}}`. A value that isn't finite is `null`. The
+            "max", …}, "tuned": [1], "metrics": {"1": {"accuracy": …}, …},
+            "parameters": {"1": …}}`. A value that isn't finite is `null`. The
             allocations are in a list, `{"allocations": [{"ranks": {path: 2,
-            …}, "metrics": {…}, "parameters": …}, …]}`.
+            …}, "metrics": {…}, "parameters": …, "tuned": false}, …]}`.
         """
         metrics = {
             b: {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -309,6 +322,7 @@ class RankReport:
             "min_rank": self.min_rank,
             "ordered": self.ordered,
             "directions": self.directions,
+            "tuned": [b for b in self.tuned if b not in mixed],
             "metrics": metrics,
             "parameters": {b: n for b, n in sizes if b not in mixed},
         }
@@ -318,6 +332,7 @@ class RankReport:
                     "ranks": b.ranks,
                     "metrics": values,
                     "parameters": self.parameters[b],
+                    "tuned": b in self.tuned,
                 }
                 for b, values in mixed.items()
             ]

@@ -13,8 +13,8 @@ from keras_dylora.training.full_rank import (
     at_full_rank,
     order_columns,
 )
-from keras_dylora.training.gate_gradient import gate_gradient
 from keras_dylora.training.interruption import interruptible, with_callback
+from keras_dylora.training.loss_gradient import loss_gradient
 from keras_dylora.training.step import check_frozen, drawn, masked
 
 match keras.backend.backend():

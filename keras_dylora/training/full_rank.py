@@ -45,7 +45,15 @@ def order_columns(model, optimizer):
         )
     found = [factors.ordered() for factors in whole.values()]
     fresh = {} if optimizer is None else slots.unknown(optimizer)
-    turns = {}
+    turns, named = {}, adaptation.named
+    by_path = dict(zip(adaptation.layers, found, strict=True))
+    cuts = [
+        cut.mapped(
+            lambda path, x: (by_path[path][2] @ x).astype("float32"),
+            lambda path, x: (x @ by_path[path][1]).astype("float32"),
+        )
+        for cut in named.cuts
+    ]
     for layer, (factors, turn, back) in zip(layers, found, strict=True):
         layer.down.assign(factors.down)
         layer.up.assign(factors.up)
@@ -53,6 +61,7 @@ def order_columns(model, optimizer):
         turns[id(layer.up)] = back.T, turn, 0
     if optimizer is not None:
         slots.turn(optimizer, fresh, turns)
+    adaptation.set_tuned_cuts(cuts)
     if adaptation.config.full_rank_steps:
         adaptation.full_rank.assign(0)
     return any(np.any(factors.up) for factors, *_ in found)

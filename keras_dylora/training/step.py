@@ -85,7 +85,11 @@ def training(model, gates):
     adaptation = model._dylora
     adaptation.training = True
     try:
-        with adaptation.rank_chosen(), adaptation.overridden(gates):
+        with (
+            adaptation.rank_chosen(),
+            adaptation.untuned(),
+            adaptation.overridden(gates),
+        ):
             yield
     finally:
         adaptation.training = False

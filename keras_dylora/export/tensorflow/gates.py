@@ -3,9 +3,13 @@
 import numpy as np
 import tensorflow as tf
 
+from keras_dylora.layers.tuned import find
+
 
 class Gates:
     """The gates of a plan's ranks: one for all layers, or one for each.
+
+    Where a rank is tuned, cores stand in their place, see `TunedCut`.
 
     Where several adapters are served, the layers hold the columns of all side
     by side, and a gate opens those of one.
@@ -13,12 +17,22 @@ class Gates:
     Args:
         plan: `Plan`.
         scale: the `Scale` of the model.
-        layers: int. How many adapted layers it has.
+        paths: list of str, of the adapted layers.
+        cuts: list of the `TunedCut`s of each adapter.
     """
 
-    def __init__(self, plan, scale, layers):
-        self.plan = plan
-        self.by_layer = plan.by_layer
+    def __init__(self, plan, scale, paths, cuts):
+        self.plan, self.paths, layers = plan, paths, len(paths)
+        ranks = {
+            b: dict.fromkeys(paths, b) for b in range(1, plan.highest + 1)
+        } | {x.value: x.ranks(paths) for x in plan.ranks}
+        tuned = {
+            (i, b): find(own, each)
+            for i, own in enumerate(cuts)
+            for b, each in ranks.items()
+        }
+        self.tuned = any(tuned.values())
+        self.by_layer = plan.by_layer or self.tuned
         self.names = [x.name for x in plan.adapters]
         widths = [x.rank for x in plan.adapters] or [scale.rank]
         self.own = [x.value for x in plan.ranks if x.by_layer]
@@ -27,6 +41,8 @@ class Gates:
         shape = (sum(widths),)
         if self.by_layer:
             shape = layers, *shape
+        if self.tuned:
+            shape = *shape, *shape[1:]
         size = len(widths), max(gates) + 1
         self.shape = shape
         self.table = np.zeros((*size, *shape), "float32")
@@ -40,8 +56,31 @@ class Gates:
                 if self.by_layer:
                     gate = np.broadcast_to(gate, (layers, scale.rank))
                 self.known[i, b] = True
-                self.table[i, b, ..., start : start + width] = gate[..., :width]
+                own = slice(start, start + width)
+                if self.tuned:
+                    cut, each = (
+                        tuned[i, b],
+                        gate[..., None] * np.eye(scale.rank),
+                    )
+                    if cut is not None:
+                        each = np.stack([cut.core(p, scale) for p in paths])
+                    self.table[i, b, :, own, own] = each[:, :width, :width]
+                else:
+                    self.table[i, b, ..., own] = gate[..., :width]
             start += width
+
+    def by_path(self, gate, batched):
+        """Dict of path to what its layer reads, of a row of the table.
+
+        Or of a row for each example, if `batched`.
+        """
+        axes = 2 if self.tuned else 1
+        found = {}
+        for i, path in enumerate(self.paths):
+            each = gate[(..., i, *[slice(None)] * axes)]
+            alone = self.tuned and not batched
+            found[path] = each[None] if alone else each
+        return found
 
     def of(self, served):
         """The gate of a rank of the one adapter, in NumPy."""

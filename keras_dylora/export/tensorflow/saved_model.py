@@ -94,7 +94,10 @@ def _endpoints(model, plan):
 
 def _write_shared(model, folder, plan):
     adaptation = adaptation_of(model)
-    gates = Gates(plan, adaptation.config.scale, len(adaptation.layers))
+    named = adaptation.named
+    names = [x.name for x in plan.adapters] or [named.active]
+    cuts = [named.cuts_of(name) for name in names]
+    gates = Gates(plan, adaptation.config.scale, list(adaptation.layers), cuts)
     heads = stack(model, plan.adapters, plan.dtype) if plan.adapters else None
     stored = stored_variables.create(model.weights, plan.dtype)
     endpoints = _endpoints(model, plan)
@@ -150,7 +153,7 @@ def _traced(endpoint, adaptation, stored, gates, heads, batch):
 
     def call(tensors, gate, index=None):
         if gates.by_layer:
-            gate = {p: gate[..., i, :] for i, p in enumerate(adaptation.layers)}
+            gate = gates.by_path(gate, batched=bool(batch))
         with stored_variables.reading(stored), adaptation.overridden(gate):
             if index is None:
                 return endpoint.run(tensors)
@@ -194,7 +197,8 @@ def _at_rank(run, gate):
 
 
 def _write_merged(model, folder, plan):
-    layers = adaptation_of(model).layers.values()
+    adaptation = adaptation_of(model)
+    layers = adaptation.layers.values()
     adapters = {id(v) for x in layers for v in (x.down, x.up)}
     base = [w for w in model.weights if id(w) not in adapters]
     kernels = [layer.kernel for layer in layers]
@@ -205,10 +209,10 @@ def _write_merged(model, folder, plan):
         function = _without_rank(endpoint, layers, stored)
         artifact.add(endpoint.name, function, endpoint.signature)
     for served in plan.ranks:
-        ranks = served.ranks(layers).values()
-        for layer, kernel, b in zip(layers, kernels, ranks, strict=True):
+        factors = adaptation.factors(served.ranks(adaptation.layers)).values()
+        for layer, kernel, x in zip(layers, kernels, factors, strict=True):
             _, target = stored[id(kernel)]
-            merged = tf.cast(kernel.value, tf.float32) + layer.delta_kernel(b)
+            merged = tf.cast(kernel.value, tf.float32) + layer.kernel_update(x)
             target.assign(tf.cast(merged, target.dtype))
         artifact.save(folder / served.name, default="serve")
         yield

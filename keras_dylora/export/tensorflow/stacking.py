@@ -43,7 +43,8 @@ def stack(model, adapters, dtype):
     for i, (layer, own) in enumerate(
         zip(layers, zip(*factors, strict=True), strict=True)
     ):
-        layer.truncate(AdapterArguments.of(config), GateRow(gate, i), 0)
+        row = GateRow(gate, i)
+        layer.truncate(AdapterArguments.of(config), row, layer.factors(0))
         layer.down.assign(np.hstack([x.down for x in own]))
         layer.up.assign(np.vstack([x.up for x in own]))
     stacked = {

@@ -1,0 +1,227 @@
+"""ActiveRanks: the ranks that the layers of a model compute at, and how."""
+
+import contextlib
+import warnings
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_dylora import _keras, training
+from keras_dylora import ranks as rank_functions
+from keras_dylora.cuts import are_ordered, users_line, warn_of_cut
+from keras_dylora.layers.tuned import find
+from keras_dylora.live.recompile import reset_functions
+from keras_dylora.training.full_rank import at_full_rank
+
+
+class ActiveRanks:
+    """The part of an `Adaptation` that reads and sets the ranks of layers.
+
+    A rank is an int for all layers, or a dict of path to int.
+    """
+
+    model: Any
+    config: Any
+    layers: dict[str, Any]
+    named: Any
+    training: bool
+    ranks_drawn: Any
+
+    @property
+    def max_rank(self):
+        """int. The highest rank of the live adapter."""
+        return self.named.max_rank
+
+    @property
+    def lowest_trained(self):
+        """int. Of training so far, which within `full_rank_steps` is of one."""
+        # The place last: to read it waits for the device.
+        begun = at_full_rank(self) and ops.convert_to_numpy(self.ranks_drawn)
+        lowest = self.config.rank if begun else self.config.min_rank
+        return min(lowest, self.max_rank)
+
+    @property
+    def is_ordered(self):
+        """Whether a cut to any rank is a good one."""
+        return are_ordered(self._factors())
+
+    def warn_of_cut(self, *ranks):
+        """Warns where a rank, or that of a layer, is a bad cut.
+
+        To be called by all that compute or write at ranks which a user names,
+        before they do. Raises what `ranks.by_layer` does; `None` is the
+        highest.
+        """
+        training.write_back(self.model)
+        by_layer = [
+            rank_functions.by_layer(rank, self.layers, self.max_rank)
+            for rank in ranks
+            if rank is not None
+        ]
+        every = (
+            b
+            for each in by_layer
+            if self.tuned_cut(each) is None
+            for b in each.values()
+        )
+        warn_of_cut(every, self.lowest_trained, self._factors)
+
+    def _factors(self):
+        return [layer.factors() for layer in self.layers.values()]
+
+    def tuned_cut(self, ranks):
+        """The `TunedCut` of ranks, or `None`."""
+        if not self.named.cuts:
+            return None
+        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
+        return find(self.named.cuts, ranks)
+
+    def set_tuned_cuts(self, cuts):
+        """Gives the live adapter tuned cuts, in place of those that it has.
+
+        The layers read cores from the first one on; functions that were traced
+        before read gates, so they are made anew.
+        """
+        self.named.cuts = list(cuts)
+        for gate in self.gates if cuts else ():
+            gate.tuned = True
+        if cuts and any(gate.cores is None for gate in self.gates):
+            for gate in self.gates:
+                gate.set_cores(_diagonal(gate.variable))
+                gate.changed = self._set_cores
+            _keras.track_for_torch(self.model)
+            reset_functions(self.model)
+        self._set_cores()
+
+    def has_stale_cuts(self):
+        """Whether there are tuned cuts of columns that training would move."""
+        return bool(self.named.cuts) and any(
+            v.trainable for x in self.layers.values() for v in (x.down, x.up)
+        )
+
+    def drop_tuned_cuts(self):
+        """Forgets the tuned cuts of the live adapter, and warns.
+
+        No variable changes, so that a function may do so that is traced.
+        """
+        warnings.warn(
+            "Training moves the columns that cuts are tuned for, so tuned cuts "
+            "are dropped: call `tune_ranks` once more when it has ended. "
+            f"Received: a step of a model with {len(self.named.cuts)} of them",
+            stacklevel=users_line(),
+        )
+        self.named.cuts = []
+        for gate in self.gates:
+            gate.tuned = False
+        reset_functions(self.model)
+
+    def _set_cores(self, ranks=None):
+        """Sets the cores to the cut of the ranks, those that are set."""
+        if all(gate.cores is None for gate in self.gates):
+            return
+        cut = self.tuned_cut(self.ranks if ranks is None else ranks)
+        if cut is None:
+            for gate in self.gates:
+                gate.set_cores(_diagonal(gate.variable))
+            return
+        cores = {p: cut.core(p, self.config.scale) for p in self.layers}
+        for gate, rows in self._by_gate(cores).items():
+            gate.set_cores(np.stack([rows[i] for i in range(len(rows))]))
+
+    def factors(self, ranks):
+        """Dict of path to `Factors` at ranks."""
+        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
+        cut, scale = self.tuned_cut(ranks), self.config.scale
+        return {
+            p: x.factors().cut(ranks[p], scale, cut and cut.sides(p))
+            for p, x in self.layers.items()
+        }
+
+    def gates_at(self, ranks):
+        """Dict of path to what a layer reads at ranks, for `overridden`."""
+        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
+        scale = self.config.scale
+        cut = None if self.training else self.tuned_cut(ranks)
+        if cut is not None:
+            cores = {p: cut.core(p, scale)[None] for p in self.layers}
+            return {p: ops.convert_to_tensor(x) for p, x in cores.items()}
+        gates = {b: scale.gate(b) for b in set(ranks.values())}
+        return {path: gates[b] for path, b in ranks.items()}
+
+    @contextlib.contextmanager
+    def at(self, ranks):
+        """Within it, the layers compute at ranks."""
+        training.write_back(self.model)
+        state = [v for x in self.gates for v in x.variables.values()]
+        before = [(v, ops.copy(v)) for v in state]
+        try:
+            self.set_ranks(ranks)
+            with self.rank_chosen():
+                yield
+        finally:
+            training.write_back(self.model)
+            for variable, value in before:
+                variable.assign(value)
+
+    @property
+    def gates(self):
+        """The `RankGate` of the layers, or that of each hand-built one."""
+        gates = [layer._gate.gate for layer in self.layers.values()]
+        return list({id(gate): gate for gate in gates}.values())
+
+    @property
+    def ranks(self):
+        """The rank that each layer computes at, a dict of path to int."""
+        gates = {id(gate): gate.active_ranks for gate in self.gates}
+        rows = {path: layer._gate for path, layer in self.layers.items()}
+        return {p: gates[id(x.gate)][x.index] for p, x in rows.items()}
+
+    def set_ranks(self, ranks):
+        """Sets the ranks, from a dict of path to int or one for all."""
+        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
+        for gate, rows in self._by_gate(ranks).items():
+            gate.assign_ranks([rows[i] for i in range(len(rows))])
+        self._set_cores(ranks)
+
+    def overridden(self, value):
+        """Within it, the layers read a tensor in place of their gates.
+
+        It is what `GateRow.value` is, or a dict of path to such tensors.
+        """
+        if not isinstance(value, dict):
+            value = dict.fromkeys(self.layers, value)
+        return self._gates_with("override", self._by_gate(value))
+
+    def untuned(self):
+        """Within it, the layers read their gates, as training does."""
+        return self._gates_with("tuned", dict.fromkeys(self.gates, False))
+
+    def rank_chosen(self):
+        """Within it, the layers know that their rank is meant."""
+        return self._gates_with("chosen", dict.fromkeys(self.gates, True))
+
+    def _by_gate(self, values):
+        """Dict of gate to dict of row to the value of its layer."""
+        found = {}
+        for path, layer in self.layers.items():
+            row = layer._gate
+            found.setdefault(row.gate, {})[row.index] = values[path]
+        return found
+
+    @contextlib.contextmanager
+    def _gates_with(self, attribute, values):
+        before = [(gate, getattr(gate, attribute)) for gate in values]
+        for gate, value in values.items():
+            setattr(gate, attribute, value)
+        try:
+            yield
+        finally:
+            for gate, previous in before:
+                setattr(gate, attribute, previous)
+
+
+def _diagonal(variable):
+    """Gates `(layers, rank)` as cores."""
+    gates = ops.convert_to_tensor(variable)
+    return gates[:, :, None] * ops.eye(gates.shape[-1], dtype="float32")

@@ -1,0 +1,99 @@
+"""The gradient of a model's loss by what its layers read in place of gates."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora.training import functions, step
+
+
+def loss_gradient(model, gates_of):
+    """A function that differentiates the mean loss of a batch.
+
+    The loss is that of `evaluate`: no dropout, and no weight changes.
+
+    Args:
+        model: an enabled model.
+        gates_of: function of a list of tensors that gives what the layers
+            read, a dict of path to tensor as `GateRow.value`. It takes a
+            structure of integer tensors besides.
+
+    Returns:
+        A function of the list, of the structure, and of a batch
+        `(x, y, sample_weight)`, all in NumPy; `y` and `sample_weight` may be
+        `None`. It gives the loss, a float, and a list of gradients in NumPy.
+    """
+
+    def loss(values, indices, batch):
+        x, y, sample_weight = batch
+        with model._dylora.overridden(gates_of(values, indices)):
+            y_pred = model(x, **step.call_argument(model, training=False))
+            return model.compute_loss(x, y, y_pred, sample_weight)
+
+    gradient = _DIFFERENTIATED[keras.backend.backend()](model, loss)
+
+    def computed(values, indices, batch):
+        values = [ops.convert_to_tensor(np.asarray(v, "f4")) for v in values]
+        indices, batch = keras.tree.map_structure(
+            lambda v: None if v is None else ops.convert_to_tensor(v),
+            (indices, batch),
+        )
+        found, gradients = gradient(values, indices, batch)
+        return float(ops.convert_to_numpy(found)), [
+            np.asarray(ops.convert_to_numpy(x), "float64") for x in gradients
+        ]
+
+    return computed
+
+
+def _by_jax(model, loss):
+    import jax
+
+    variables = {id(v): v for v in [*model.variables, *model.metrics_variables]}
+    variables = list(variables.values())
+
+    def stateless(values, state, indices, batch):
+        pairs = list(zip(variables, state, strict=True))
+        # Without it, Keras would leave out the losses of layers.
+        with keras.StatelessScope(state_mapping=pairs, collect_losses=True):
+            return loss(values, indices, batch)
+
+    differentiated = jax.jit(jax.value_and_grad(stateless))
+    # As arguments: constants would be compiled into the function.
+    state = [v.value for v in variables]
+    return lambda values, *data: differentiated(values, state, *data)
+
+
+def _by_tensorflow(model, loss):
+    import tensorflow as tf
+
+    @tf.function(autograph=False)
+    def differentiated(values, *data):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            found = loss(values, *data)
+        return found, tape.gradient(found, values)
+
+    return differentiated
+
+
+def _by_torch(model, loss):
+    import torch
+
+    def gradient(data):
+        values, *rest = data[0]
+        with torch.enable_grad():
+            values = [v.detach().requires_grad_() for v in values]
+            found = loss(values, *rest)
+            return found.detach(), list(torch.autograd.grad(found, values))
+
+    if model.jit_compile:
+        gradient = functions.traced_step(model, gradient)
+    return lambda *data: gradient([data])
+
+
+_DIFFERENTIATED = {
+    "jax": _by_jax,
+    "tensorflow": _by_tensorflow,
+    "torch": _by_torch,
+}
