@@ -13,6 +13,8 @@ PYTHON ?= python3
 KERAS_BACKEND ?= tensorflow
 export KERAS_BACKEND
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+# The tests start many processes, each of which would compile all it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 RUN := $(VENV)/bin/python
