@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 )
 
 import keras_dylora as kd
+from keras_dylora.layers.tuned import TunedCut
 from tests import backend
 
 ADAPTED = ("first", "second")
@@ -184,17 +185,22 @@ class Arguments:
         return Arguments(rank, min(self.min_rank, rank), alpha, self.scaling)
 
 
-def outputs(kind, values, arguments, ranks):
+def outputs(kind, values, arguments, ranks, cuts):
     """What a model computes at the ranks of its layers."""
-    x = X.astype("float64")
+    x, cut = X.astype("float64"), cuts.get(key_of(ranks), {})
     for name in kind.chain:
-        x = layer_outputs(name, x, values, arguments, ranks.get(name, 0))
+        b, sides = ranks.get(name, 0), cut.get(name)
+        x = layer_outputs(name, x, values, arguments, b, sides)
         if name in ("first", "second", "plain"):
             x = np.tanh(x)
     return x
 
 
-def layer_outputs(name, x, values, arguments, b):
+def key_of(ranks):
+    return tuple(ranks[name] for name in ADAPTED)
+
+
+def layer_outputs(name, x, values, arguments, b, sides):
     own = {k.split("/")[1]: v for k, v in values.items() if k.startswith(name)}
     if "kernel" in own:
         y = x @ own["kernel"]
@@ -203,7 +209,8 @@ def layer_outputs(name, x, values, arguments, b):
             y = np.round(x / step) @ own["kernel"].astype("float64")
             y = y * step / own["kernel_scale"]
         if b:
-            update = own["down"][:, :b] @ own["up"][:b]
+            down, up = cut_at(b, sides, own["down"], own["up"])
+            update = down @ up
             y = y + arguments.scale(b) * (x @ update)
         return y + own["bias"]
     if name == "norm":
@@ -214,13 +221,42 @@ def layer_outputs(name, x, values, arguments, b):
     return y * own.get("gamma", 1.0) + own.get("beta", 0.0)
 
 
+def cut_at(b, sides, down, up):
+    """The factors at a rank, of a tuned cut with the sides or of none."""
+    if sides is None:
+        return down[:, :b], up[:b]
+    left, right = sides
+    return down @ left, right @ up
+
+
+def of_columns(cuts, columns):
+    """Tuned cuts of adapters with more or fewer columns."""
+    return {
+        ranks: {
+            name: (resized(left, columns), resized(right.T, columns).T)
+            for name, (left, right) in cut.items()
+        }
+        for ranks, cut in cuts.items()
+    }
+
+
+def resized(left, columns):
+    wide = np.zeros((columns, left.shape[1]), left.dtype)
+    wide[: len(left)] = left[:columns]
+    return wide
+
+
 @dataclasses.dataclass
 class Adapter:
-    """What an adapter has of its own; the limit is its highest rank."""
+    """What an adapter has of its own; the limit is its highest rank.
+
+    A tuned cut has a pair of sides for each layer, and goes by its ranks.
+    """
 
     values: dict
     ranks: dict
     limit: int | None = None
+    cuts: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -283,6 +319,7 @@ class Machine(RuleBasedStateMachine):
             self.values if values is None else values,
             self.arguments if arguments is None else arguments,
             ranks,
+            self.live.cuts,
         )
 
     def allocation(self, ranks):
@@ -503,6 +540,9 @@ class Machine(RuleBasedStateMachine):
         ):
             self.check_moved(read(self.model))
             self.live.limit, self.open = None, False
+            factors = [x for x in self.flags if x.endswith(("down", "up"))]
+            if any(self.flags[x] for x in factors):
+                self.live.cuts = {}
 
     def check_moved(self, found):
         """Every trained weight has moved, and no other."""
@@ -620,6 +660,38 @@ class Machine(RuleBasedStateMachine):
         self.live.ranks = dict(zip(ADAPTED, ranks, strict=True))
 
     @precondition(lambda self: self.enabled)
+    @rule(ranks=st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any))
+    def tune(self, ranks):
+        """A cut as `tune_ranks` leaves it, without the time that it takes."""
+        ranks = tuple(min(b, self.highest) for b in ranks)
+        if set(ranks) == {self.highest}:
+            return
+        most, paths = self.arguments.rank, self.paths
+        self.seed += 1
+        cut = {}
+        for name, b in zip(ADAPTED, ranks, strict=True):
+            left, right = (
+                random_value(side, (most, b), self.seed)
+                for side in ("left", "right")
+            )
+            for side in (left, right):
+                side[self.highest :] = 0
+            cut[name] = left, right.T
+        adaptation = self.model._dylora
+        left, right = (
+            {paths[name]: sides[i] for name, sides in cut.items()}
+            for i in range(2)
+        )
+        known = [
+            x
+            for x in adaptation.named.cuts
+            if tuple(x.ranks[paths[name]] for name in ADAPTED) != ranks
+        ]
+        adaptation.set_tuned_cuts([*known, TunedCut(left, right)])
+        self.live.cuts[ranks] = cut
+        self.check_ranks()
+
+    @precondition(lambda self: self.enabled)
     @rule(
         rank=st.integers(1, 3)
         | st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any)
@@ -640,11 +712,19 @@ class Machine(RuleBasedStateMachine):
         rank = max(kept.values())
         self.arguments = self.arguments.cut(rank)
         self.live.ranks = ranks
+        cut, values = self.live.cuts.get(key_of(kept), {}), self.live.values
         for name in ADAPTED:
-            down, up = f"{name}/down", f"{name}/up"
-            values, b = self.live.values, kept[name]
-            values[down] = values[down][:, :rank] * (np.arange(rank) < b)
-            values[up] = values[up][:rank] * (np.arange(rank) < b)[:, None]
+            keys, b = (f"{name}/down", f"{name}/up"), kept[name]
+            down, up = cut_at(b, cut.get(name), *(values[k] for k in keys))
+            found = read(self.model)
+            rest = rank - b
+            down = np.pad(down, ((0, 0), (0, rest)))
+            up = np.pad(up, ((0, rest), (0, 0)))
+            for key, value in zip(keys, (down, up), strict=True):
+                np.testing.assert_allclose(found[key], value, atol=1e-6)
+                values[key] = found[key]
+        if set(kept.values()) != {most}:
+            self.live.cuts = {}
         self.assert_outputs(self.computed(kept), wanted)
         self.check_ranks()
 
@@ -652,6 +732,10 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def order_ranks(self):
         wanted = self.computed(self.highest)
+        tuned = {
+            ranks: self.computed(dict(zip(ADAPTED, ranks, strict=True)))
+            for ranks in self.live.cuts
+        }
         alone = len(self.adapters) == 1 and self.live.limit is None
         refused = self.arguments.scaling != "constant" and not alone
         if not self.attempt(lambda: kd.order_ranks(self.model), refused):
@@ -662,7 +746,21 @@ class Machine(RuleBasedStateMachine):
             for key in (f"{name}/down", f"{name}/up"):
                 self.live.values[key] = found[key]
         self.assert_outputs(self.computed(self.highest), wanted)
+        self.live.cuts = self.cuts_of_model()
+        assert self.live.cuts.keys() == tuned.keys()
+        for ranks, before in tuned.items():
+            each = dict(zip(ADAPTED, ranks, strict=True))
+            self.assert_outputs(self.computed(each), before)
         self.check_ranks()
+
+    def cuts_of_model(self):
+        paths = self.paths
+        return {
+            tuple(cut.ranks[paths[name]] for name in ADAPTED): {
+                name: cut.sides(paths[name]) for name in ADAPTED
+            }
+            for cut in self.model._dylora.named.cuts
+        }
 
     @precondition(lambda self: self.enabled)
     @rule(b=st.integers(0, 4))
@@ -747,6 +845,7 @@ class Machine(RuleBasedStateMachine):
                 "uniform": len(set(each.values())) == 1,
                 "alpha": self.arguments.cut(high).cut(rank).alpha,
                 "values": copy.deepcopy(self.live.values),
+                "cuts": self.live.cuts if set(each.values()) == {high} else {},
                 "outputs": self.computed(each),
                 "base": self.base,
             },
@@ -782,7 +881,8 @@ class Machine(RuleBasedStateMachine):
             for key in (f"{layer}/down", f"{layer}/up"):
                 values[key] = found[key]
         limit = rank if rank < arguments.rank else None
-        self.adapters[name] = Adapter(values, dict(ranks), limit)
+        cuts = of_columns(saved["cuts"], arguments.rank)
+        self.adapters[name] = Adapter(values, dict(ranks), limit, cuts)
         self.active = name
         self.open = self.open and not new
         self.assert_outputs(self.computed(saved["ranks"]), saved["outputs"])

@@ -145,9 +145,7 @@ def test_a_rank_for_each_layer():
     before = losses(model, [small])
     same = kd.RankAllocation.of(model, dict.fromkeys(small, 1))
     tuned([1, small], model=model)
-    report = kd.evaluate_ranks(
-        model, *mlp_data(), [small, same, 2], verbose=0
-    )
+    report = kd.evaluate_ranks(model, *mlp_data(), [small, same, 2], verbose=0)
     assert report.metrics[small]["loss"] < before[0] - 1e-3
     assert report.state(small) == report.state(same) == "tuned"
     plain = predicted(kd.merge(model, small))
@@ -159,9 +157,7 @@ def test_a_rank_for_each_layer():
 
 def test_report():
     model = trained()
-    report = kd.evaluate_ranks(
-        tuned([1], model=model), *mlp_data(), verbose=0
-    )
+    report = kd.evaluate_ranks(tuned([1], model=model), *mlp_data(), verbose=0)
     states = ["tuned", "cut", "cut", "trained"]
     assert [report.state(b) for b in report.ranks] == states
     assert str(report).count("tuned") == 1

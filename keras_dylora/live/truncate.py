@@ -56,8 +56,11 @@ def truncate(model: Model, rank: Rank) -> Model:
     layers = adaptation.layers
     adaptation.warn_of_cut(rank)
     factors = adaptation.factors(kept)
+    cuts = adaptation.named.cuts
+    if min(kept.values()) < adaptation.config.rank:
+        cuts = []
     lost = [cut for cut in adaptation.named.cuts if cut.ranks != kept]
-    if lost and max(kept.values()) < adaptation.config.rank:
+    if lost and not cuts:
         warnings.warn(
             "A tuned cut mixes all columns of an adapter, so `truncate` keeps "
             "that of the new maximum alone. Call `tune_ranks` again for lower "
@@ -76,5 +79,6 @@ def truncate(model: Model, rank: Rank) -> Model:
         layer.truncate(spec.adapted[path], row, factors[path])
     adaptation.named.cuts = []
     adaptation.reconfigure(config, optimizer)
-    adaptation_of(model).set_ranks(active)
+    adaptation.set_tuned_cuts(cuts)
+    adaptation.set_ranks(active)
     return model

@@ -45,15 +45,8 @@ def order_columns(model, optimizer):
         )
     found = [factors.ordered() for factors in whole.values()]
     fresh = {} if optimizer is None else slots.unknown(optimizer)
-    turns, named = {}, adaptation.named
-    by_path = dict(zip(adaptation.layers, found, strict=True))
-    cuts = [
-        cut.mapped(
-            lambda path, x: (by_path[path][2] @ x).astype("float32"),
-            lambda path, x: (x @ by_path[path][1]).astype("float32"),
-        )
-        for cut in named.cuts
-    ]
+    turns, ordered = {}, {p: x for p, (x, *_) in zip(whole, found, strict=True)}
+    cuts = [_turned(cut, whole, ordered) for cut in adaptation.named.cuts]
     for layer, (factors, turn, back) in zip(layers, found, strict=True):
         layer.down.assign(factors.down)
         layer.up.assign(factors.up)
@@ -65,6 +58,26 @@ def order_columns(model, optimizer):
     if adaptation.config.full_rank_steps:
         adaptation.full_rank.assign(0)
     return any(np.any(factors.up) for factors, *_ in found)
+
+
+def _turned(cut, before, after):
+    """A `TunedCut` of the same mixtures, of columns in another order.
+
+    Of what is before and after, a dict of path to `Factors`. A column of
+    `down` may be of use to a cut though its row of `up` is zero, so columns
+    and rows are matched apart.
+    """
+
+    def left(path, x):
+        mixed = before[path].down.astype("float64") @ x
+        return np.linalg.lstsq(after[path].down, mixed)[0].astype("float32")
+
+    def right(path, x):
+        mixed = x @ before[path].up.astype("float64")
+        found = np.linalg.lstsq(after[path].up.T, mixed.T)[0].T
+        return found.astype("float32")
+
+    return cut.mapped(left, right)
 
 
 class OrderAfterFullRank(keras.callbacks.Callback):
