@@ -102,14 +102,21 @@ def test_the_model_is_left_as_it_was_and_the_result_is_the_same():
     assert kd.allocate_ranks(model, x, y, verbose=0) == first
 
 
+def gate_gradient(model):
+    paths = model._dylora.layers
+    return training.loss_gradient(
+        model, lambda values, _: {p: values[0][i] for i, p in enumerate(paths)}
+    )
+
+
 def test_gradient_by_the_gates():
     """The gradient agrees with differences of the loss of `evaluate`."""
     model, x, _ = student()
     _, y = mlp_data(256, seed=3)
-    gradient = training.gate_gradient(model)
+    gradient = gate_gradient(model)
     gates = np.array([[2.0, 1.0, 0.0], [2.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
     weight = np.linspace(0.5, 1.5, 256).astype("float32")
-    found = gradient(gates, (x, y, weight))
+    _, (found,) = gradient([gates], (), (x, y, weight))
 
     def at(gates):
         paths = list(model._dylora.layers)
@@ -148,6 +155,19 @@ class Endless(Sequence):
 
     def __getitem__(self, i):
         return super().__getitem__(i % 4)
+
+
+def test_losses_of_layers_count():
+    model = randomize(mlp(activity_regularizer="l2"))
+    model.compile("sgd", "mse")
+    x, y = mlp_data()
+    gate = keras.ops.convert_to_numpy(model.dylora_config.scale.gate(4))
+    gates = np.stack([gate] * 2)
+    found, _ = gate_gradient(model)([gates], (), (x, y, None))
+    wanted = model.evaluate(x, y, batch_size=len(x), verbose=0)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    error = np.mean((y - model.predict(x, verbose=0)) ** 2)
+    assert found > error + 0.01
 
 
 def test_datasets():
