@@ -5,6 +5,7 @@ import keras_hub
 import numpy as np
 
 import keras_dylora as kd
+from keras_dylora.layers.tuned import TunedCut
 
 VOCABULARY = 97
 
@@ -33,6 +34,28 @@ def allocation(model, ranks):
     paths = model._dylora.layers
     by_path = dict(zip(paths, ranks, strict=False))
     return kd.RankAllocation.of(model, {p: by_path.get(p, 1) for p in paths})
+
+
+def with_tuned_cuts(model, *ranks, seed=7):
+    """Gives a model cuts of values that no tuning would find."""
+    rng, cuts = np.random.default_rng(seed), []
+    layers, high = model._dylora.layers, model.dylora_config.rank
+    for each in ranks:
+        by_path = (
+            each if hasattr(each, "items") else dict.fromkeys(layers, each)
+        )
+        left, right = (
+            {p: rng.normal(size=(high, b)) for p, b in by_path.items()}
+            for _ in range(2)
+        )
+        cuts.append(
+            TunedCut(
+                {p: x.astype("float32") for p, x in left.items()},
+                {p: x.T.astype("float32") for p, x in right.items()},
+            )
+        )
+    model._dylora.set_tuned_cuts(cuts)
+    return model
 
 
 def mlp(frozen=False, rank=4, seed=0, options=None, **kwargs):

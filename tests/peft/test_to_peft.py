@@ -20,6 +20,7 @@ from tests.models import (
     allocation,
     randomize_adapters,
     roberta_classifier,
+    with_tuned_cuts,
 )
 from tests.peft.twins import (
     MODELS,
@@ -233,6 +234,29 @@ def test_a_rank_for_each_layer(name, scaling, layout, pair, tmp_path):
     assert_same_logits(again, adapted)
     if layout == "peft":
         assert again.rank.ranks == chosen.ranks
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+def test_tuned_cuts(name, pair, tmp_path):
+    twin, model = pair(name)
+    enabled(model)
+    with_tuned_cuts(model, 1, 2)
+    for b in (1, 2, 3):
+        to_peft(model, tmp_path / f"{b}", rank=b)
+        config = adapter_config(tmp_path / f"{b}")
+        assert config["r"] == b * (2 if name == "gpt2" else 1)
+        model.set_rank(b)
+        adapted = peft.PeftModel.from_pretrained(twin, tmp_path / f"{b}")
+        assert_same_logits(model, adapted)
+        twin = adapted.unload()
+    tuned = keras_logits(model)
+    small = allocation(model, [2, 1])
+    with_tuned_cuts(model, small)
+    to_peft(model, tmp_path / "small", rank=small)
+    model.set_rank(small)
+    assert np.abs(keras_logits(model) - tuned).max() > 1e-3
+    adapted = peft.PeftModel.from_pretrained(twin, tmp_path / "small")
+    assert_same_logits(model, adapted)
 
 
 def test_a_folder_for_each_rank(pair, tmp_path):
