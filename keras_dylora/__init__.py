@@ -16,15 +16,16 @@ from keras_dylora.reports.allocate import allocate_ranks
 from keras_dylora.reports.evaluation import RankEvaluation, evaluate_ranks
 from keras_dylora.reports.report import RankReport
 from keras_dylora.reports.tune import tune_ranks
+from keras_dylora.schedule import ProgressiveDecay
 from keras_dylora.version import __version__
 
 __all__ = [
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
-    "DyLoRAModel", "Geometric", "RankAllocation", "RankEvaluation",
-    "RankReport", "Uniform", "__version__", "allocate_ranks", "disable_dylora",
-    "enable_dylora", "evaluate_ranks", "export_ranks", "from_peft",
-    "load_adapter", "merge", "order_ranks", "save_adapter", "to_peft",
-    "truncate", "tune_ranks",
+    "DyLoRAModel", "Geometric", "ProgressiveDecay", "RankAllocation",
+    "RankEvaluation", "RankReport", "Uniform", "__version__",
+    "allocate_ranks", "disable_dylora", "enable_dylora", "evaluate_ranks",
+    "export_ranks", "from_peft", "load_adapter", "merge", "order_ranks",
+    "save_adapter", "to_peft", "truncate", "tune_ranks",
 ]  # fmt: skip
 
 

@@ -69,6 +69,10 @@ def _is_number(x):
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
+def _is_share(x):
+    return isinstance(x, float) and 0 < x < 1
+
+
 def _check_one_of(name, value, allowed):
     if value not in tuple(allowed):
         raise ValueError(
@@ -123,10 +127,11 @@ class DyLoRAConfig:
             (Algorithm 1); `"example"` one for each example, in the
             proportions of `rank_distribution` within every batch. The last
             can't be `frozen`. Defaults to `"step"`.
-        full_rank_steps: int. So many steps are taken at the maximum rank;
-            then `fit` puts the columns of the adapters in order, as
-            `order_ranks` does, and ranks are drawn from there. Can't be
-            `frozen`. Defaults to `0`.
+        full_rank_steps: int, or float in `(0, 1)`. How many steps are taken
+            at the maximum rank, or which share of the steps of `fit`. Then
+            `fit` puts the columns of the adapters in order, as `order_ranks`
+            does, and ranks are drawn from there. Can't be `frozen`. Defaults
+            to `0`.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -158,7 +163,7 @@ class DyLoRAConfig:
     seed: int = 0
     scaling: str = "rank"
     draw: str = "step"
-    full_rank_steps: int = 0
+    full_rank_steps: int | float = 0
 
     def __post_init__(self) -> None:
         arguments = dataclasses.asdict(AdapterArguments.of(self))
@@ -167,9 +172,13 @@ class DyLoRAConfig:
         self.distribution.probabilities(self.min_rank, self.rank)
         _check_one_of("objective", self.objective, OBJECTIVES)
         _check_one_of("draw", self.draw, ("step", "example"))
-        for name, high in (("seed", 2**63 - 1), ("full_rank_steps", INT32_MAX)):
-            value = as_rank(getattr(self, name), 0, high, name)
-            object.__setattr__(self, name, value)
+        seed = as_rank(self.seed, 0, 2**63 - 1, "seed")
+        object.__setattr__(self, "seed", seed)
+        if not _is_share(self.full_rank_steps):
+            steps = as_rank(
+                self.full_rank_steps, 0, INT32_MAX, "full_rank_steps"
+            )
+            object.__setattr__(self, "full_rank_steps", steps)
         if self.frozen and not OBJECTIVES[self.objective].draws:
             raise ValueError(
                 "`frozen` updates the column of the drawn rank, so it needs "
@@ -188,18 +197,21 @@ class DyLoRAConfig:
             )
 
     @classmethod
-    def progressive(cls, full_rank_steps: int, **fields: Any) -> Self:
+    def progressive(
+        cls, full_rank_steps: int | float = 0.4, **fields: Any
+    ) -> Self:
         """The recipe that makes every rank as good as we know how to.
 
         LoRA at the maximum rank first; then its columns are put in order, and
         each example has a rank of its own, a quarter of them the maximum
-        besides, all at the one scale `alpha / rank`. A learning rate that
-        decays should begin anew at the order, at up to twice its peak.
+        besides, all at the one scale `alpha / rank`. `ProgressiveDecay` is
+        the learning rate for it.
 
         Args:
-            full_rank_steps: int. Steps at the maximum rank, about two fifths
-                of all. The more, the better the highest ranks and the worse
-                the lowest.
+            full_rank_steps: int, or float in `(0, 1)`. Steps at the maximum
+                rank, or their share of the steps of `fit`. The more, the
+                better the highest ranks and the worse the lowest. Defaults to
+                `0.4`.
             **fields: further fields, which take precedence.
 
         Returns:
@@ -212,8 +224,7 @@ class DyLoRAConfig:
         Example:
 
         ```python
-        steps = epochs * len(texts) // batch_size
-        config = keras_dylora.DyLoRAConfig.progressive(2 * steps // 5, rank=8)
+        config = keras_dylora.DyLoRAConfig.progressive(rank=8, alpha=16)
         keras_dylora.enable_dylora(model, config)
         ```
         """

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
+from keras_dylora.live.decays import Decays
 from tests import backend
 from tests.linear import RANK, batches
 from tests.models import BuiltLate, mlp_data, progressive_mlp
@@ -94,7 +95,7 @@ def test_the_place_is_read_only_when_it_may_be_the_last():
 
     model = progressive_mlp(4)
     model.compile("adam", "mse")
-    callback = kd.training.OrderAfterFullRank(write_back)
+    callback = kd.training.OrderAfterFullRank(write_back, Decays(model))
     model.fit(*mlp_data(96), batch_size=8, verbose=0, callbacks=[callback])
     assert len(reads) == 3  # after the first step, the fourth and the last
 

@@ -351,6 +351,15 @@ def optimizer_parts():
     assert _keras.optimizers.optimizer_parts(scaled) == [inner]
 
 
+def schedules():
+    rate = keras.optimizers.schedules.PolynomialDecay(0.1, 10)
+    inner = keras.optimizers.SGD(rate)
+    scaled = keras.optimizers.LossScaleOptimizer(inner)
+    assert list(_keras.optimizers.schedules(scaled)) == [(rate, inner)]
+    plain = keras.optimizers.SGD(0.1)
+    assert not list(_keras.optimizers.schedules(plain))
+
+
 def built_for():
     variables = mlp().trainable_variables
     optimizer = keras.optimizers.SGD(0.1)
@@ -523,6 +532,7 @@ BREAKS = {
     optimizer_slots: "frozen mode holds no momentum",
     optimizer_parts: "order_ranks and frozen mode: several optimizers",
     built_for: "frozen mode holds no momentum",
+    schedules: "ProgressiveDecay never hears of the steps",
     factored_slots: "order_ranks with Adafactor",
     slot_prefix: "order_ranks forgets the momentum",
     keeps_own_state: "JAX's step, torch's devices, TensorFlow's own formats",

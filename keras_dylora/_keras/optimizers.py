@@ -42,6 +42,14 @@ def optimizer_parts(optimizer):
     return getattr(inner, "optimizers", [inner])
 
 
+def schedules(optimizer):
+    """Pairs of each learning-rate schedule and the optimizer that has it."""
+    for part in optimizer_parts(optimizer) if optimizer else ():
+        rate = getattr(part, "_learning_rate", None)
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            yield rate, part
+
+
 def built_for(optimizer):
     """The variables that an optimizer was built for."""
     return optimizer._trainable_variables

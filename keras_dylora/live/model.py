@@ -65,7 +65,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         objective: as in `DyLoRAConfig`. Defaults to `"sampled"`.
         seed: int. Seed of the rank sequence. Defaults to `0`.
         draw: as in `DyLoRAConfig`. Defaults to `"step"`.
-        full_rank_steps: int, as in `DyLoRAConfig`. Defaults to `0`.
+        full_rank_steps: int or float, as in `DyLoRAConfig`. Defaults to `0`.
         **kwargs: as in `keras.Model`.
 
     Raises:
@@ -97,7 +97,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         objective: str = "sampled",
         seed: int = 0,
         draw: str = "step",
-        full_rank_steps: int = 0,
+        full_rank_steps: int | float = 0,
         **kwargs: Any,
     ) -> None:
         functional = len(args) == 2 or "outputs" in kwargs

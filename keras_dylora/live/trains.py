@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_dylora import training
 from keras_dylora.layers.tree import Tree
+from keras_dylora.live.decays import Decays
 from keras_dylora.live.recompile import reset_functions
 from keras_dylora.live.untrained import warn_of_frozen, warn_of_idle
 
@@ -84,8 +85,9 @@ class Trains(_Base):
         order = None
         if hasattr(self, "_dylora"):
             warn_of_frozen(self._dylora)
-        if self._full_rank_steps:
-            order = training.OrderAfterFullRank(training.write_back)
+        decays = Decays(self)
+        if self._full_rank_steps or decays:
+            order = training.OrderAfterFullRank(training.write_back, decays)
             args, kwargs = training.with_callback(fit, args, kwargs, order)
         history = training.interruptible(self, fit, args, kwargs)
         if order is not None:

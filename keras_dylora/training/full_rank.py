@@ -83,18 +83,50 @@ def _turned(cut, before, after):
 class OrderAfterFullRank(keras.callbacks.Callback):
     """Ends the full-rank steps of a run at the right one.
 
+    Their number may be a share of all steps, which `fit` knows, as it does
+    those of a `ProgressiveDecay`.
+
     That is after the last batch of them, or of the compiled function that
     `steps_per_execution` makes of several. The place of a model in its
     sequence is read only when it may be there: that waits for the device.
     """
 
-    def __init__(self, write_back):
+    def __init__(self, write_back, decays):
         super().__init__()
-        self._write_back = write_back
+        self._write_back, self._decays = write_back, decays
 
     def on_train_begin(self, logs=None):
         self._batches = 0  # that can't be the last
         self._unordered = set()  # digests of the columns before the order
+        self._order_at = None  # the place in the rank sequence
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._order_at is None:
+            self._write_back(self.model)
+            self._order_at = self._found_order(epoch)
+
+    def _found_order(self, epoch):
+        """Where the order comes; tells schedules too.
+
+        By the first epoch of a `fit`, after which it may go on.
+        """
+        steps, wanted = self.params["steps"], self.model._full_rank_steps
+        is_share = isinstance(wanted, float)
+        if steps is None and (is_share or self._decays):
+            raise ValueError(
+                "`fit` must know how many batches an epoch has, for a share of "
+                "the steps and for `ProgressiveDecay`. Give "
+                "`steps_per_epoch`, or numbers of steps. Received: "
+                f"full_rank_steps={wanted}, and data of unknown length"
+            )
+        if not self._decays and not is_share:
+            return wanted
+        total, done = steps * self.params["epochs"], steps * epoch
+        begin = self._drawn() - done
+        order = begin + round(wanted * total) if is_share else wanted
+        comes = wanted and (epoch or self._at_full_rank())
+        self._decays.tell(total, order - begin if comes else None, done)
+        return order
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches -= 1
@@ -119,7 +151,11 @@ class OrderAfterFullRank(keras.callbacks.Callback):
         Once all callbacks have ended. The optimizer keeps what it has: that is
         of the ordered ones already.
         """
-        if self._at_full_rank() or self._digest() not in self._unordered:
+        if (
+            not self._unordered
+            or self._at_full_rank()
+            or self._digest() not in self._unordered
+        ):
             return
         order_columns(self.model, None)
         warnings.warn(
@@ -141,6 +177,8 @@ class OrderAfterFullRank(keras.callbacks.Callback):
             )
 
     def _at_full_rank(self):
+        if not hasattr(self.model, "_dylora"):
+            return True  # on TensorFlow, built in its first step only
         self._write_back(self.model)
         return at_full_rank(self.model._dylora)
 
@@ -149,7 +187,10 @@ class OrderAfterFullRank(keras.callbacks.Callback):
         columns = [float32_array(v) for x in layers for v in (x.down, x.up)]
         return hash(b"".join(x.tobytes() for x in columns))
 
+    def _drawn(self):
+        if not hasattr(self.model, "_dylora"):
+            return 0
+        return int(ops.convert_to_numpy(self.model._dylora.ranks_drawn))
+
     def _left(self):
-        adaptation = self.model._dylora
-        drawn = int(ops.convert_to_numpy(adaptation.ranks_drawn))
-        return adaptation.config.full_rank_steps - drawn
+        return self._order_at - self._drawn()
