@@ -332,6 +332,12 @@ TRAINED = {
     "DyLoRA, first layer": dylora(("transformer_layer_0/.*(query|value)",)),
 }
 FORWARD = "forward"
+# Of models with adapters, at a rank below the maximum.
+FORWARDS = {
+    f"{FORWARD} of DyLoRA{of}, q+v{how}": (rank, bool(how))
+    for of, rank in (("", RANK), (" 64", 64))
+    for how in ("", ", tuned")
+}
 PEFT = "PEFT LoRA 8, q+v"
 PEFT_LINEAR = "PEFT LoRA 8, linear"
 # What a name ends in that isn't eager on torch, with Keras's `jit_compile`.
@@ -345,10 +351,28 @@ def make(name, size):
     name = name.removesuffix(stage)
     if name == FORWARD:
         return KerasForward(size, whole)
+    if name in FORWARDS:
+        rank, tuned = FORWARDS[name]
+        made = KerasForward(size, dylora(rank=rank, scaling="constant"))
+        below_maximum(made, rank // 2, tuned)
+        return made
     if "PEFT" in name:
         targets = PEFT_TARGETS[name == PEFT_LINEAR, size.writes]
         return PeftTraining(size, targets, compiled=stage == COMPILED)
     return KerasTraining(size, TRAINED[name], STAGES.get(stage, "auto"))
+
+
+def below_maximum(training, rank, tuned):
+    """Sets a rank of a trained model, whose cut is tuned or isn't."""
+    import keras_dylora as kd
+
+    model, rng = training.model, np.random.default_rng(0)
+    for layer in model.dylora_layers:
+        layer.up.assign(0.01 * rng.normal(size=layer.up.shape))
+    if tuned:
+        data = training.data(1)
+        kd.tune_ranks(model, *data, [rank], steps=1, verbose=0)
+    model.set_rank(rank)
 
 
 def run_on(backend, *names):

@@ -6,6 +6,7 @@ from benchmarks import competitors, grid, table
 from benchmarks.competitors import (
     COMPILED,
     FORWARD,
+    FORWARDS,
     PEFT,
     PEFT_LINEAR,
     TRACED,
@@ -25,6 +26,11 @@ RATIOS = [
     ("DyLoRA, q+v", FORWARD, 2),
     ("DyLoRA, q+v", "DyLoRA, first layer", 1),
     ("DyLoRA 64, q+v", "DyLoRA, q+v", 1),
+    *(
+        (f"{name}, tuned", name, 1)
+        for name in FORWARDS
+        if f"{name}, tuned" in FORWARDS
+    ),
     ("DyLoRA, 4 of 6 layers", "DyLoRA, 1 of 6 layers", 1),
     *(
         (ours + stage, rival + theirs, 1)
@@ -61,7 +67,9 @@ def main(args):
     columns = {
         "": lambda row: row["method"],
         "trained parameters": lambda row: (
-            "" if row["method"] == FORWARD else f"{row['parameters']:,}"
+            ""
+            if row["method"].startswith(FORWARD)
+            else f"{row['parameters']:,}"
         ),
         "seconds a step": lambda row: f"{table.middle(row):.3f}",
     }

@@ -250,12 +250,15 @@ def run(
     batch_size = settings.batch_size // settings.micro_batches
     each = dataclasses.replace(settings, batch_size=batch_size, micro_batches=1)
     steps = each.epochs * -(-size // each.batch_size)
-    model = build(task, method, rank, distribution, seed, settings, steps)
+    tuning = methods.tune_steps(method, steps)
+    trained = steps - tuning
+    model = build(task, method, rank, distribution, seed, settings, trained)
     at_rank = f", rank {rank}" if "rank" in key else ""
     name = f"{task}, {method}{at_rank}, seed {seed}"
     print(f"{name}: {steps} steps", flush=True)
-    result = fit(model, splits["train"], each, seed, verbose)
-    methods.finish(model, method)
+    train = splits["train"]
+    result = fit(model, train, each, seed, verbose, leave=tuning)
+    result |= methods.finish(model, method, train, tuning, each.batch_size)
     ranks = {}
     if method in ADAPTERS:
         ranks = {str(b): b for b in evaluated_ranks(rank)}

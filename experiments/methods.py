@@ -9,7 +9,10 @@ import keras_dylora as kd
 
 # Fixed-rank LoRA. Below its rank it is cut off: as its columns come, at
 # `alpha / b`, or in the order of their singular values, at its own scale.
-FIXED = ("lora", "lora-svd")
+FIXED = ("lora", "lora-svd", "lora-tuned")
+# A run whose last steps tune the cuts of the ranks below the maximum.
+TUNED = {"lora-tuned": "lora-svd", "progressive-tuned": "progressive"}
+TUNE_SHARE = 0.2
 FIELDS = {
     "dylora": {},
     "dylora-frozen": {"frozen": True},
@@ -18,7 +21,7 @@ FIELDS = {
     "summed": {"objective": "summed"},
     "matryoshka": {"objective": "matryoshka", "scaling": "sqrt"},
 }
-TRAINED = (*FIELDS, "progressive")
+TRAINED = (*FIELDS, "progressive", *TUNED)
 # The last is several runs of `lora`, each used at its own rank.
 METHODS = (*TRAINED, "lora-each")
 LABELS = {
@@ -26,10 +29,12 @@ LABELS = {
     "dylora-frozen": "DyLoRA (frozen)",
     "lora": "LoRA",
     "lora-svd": "LoRA, ordered",
+    "lora-tuned": "LoRA, ordered and tuned",
     "lora-each": "LoRA at each rank",
     "summed": "summed",
     "matryoshka": "matryoshka",
     "progressive": "progressive",
+    "progressive-tuned": "progressive, tuned",
 }
 # A progressive run: the share of its steps that is at the maximum rank, and
 # the learning rate that it goes on with, over the peak.
@@ -41,12 +46,13 @@ def config(method, steps, rank, alpha, **fields):
 
     Args:
         method: str. One of `TRAINED`.
-        steps: int. Steps in all.
+        steps: int. Steps of the training, without those that tune.
         rank: int. The maximum.
         alpha: float. The scale of the maximum rank is `alpha / rank`.
         **fields: further fields of the config.
     """
     fields = {"rank": rank, "alpha": alpha, **fields}
+    method = TUNED.get(method, method)
     if method == "progressive":
         return kd.DyLoRAConfig.progressive(full_rank_steps(steps), **fields)
     if method in FIXED:
@@ -65,13 +71,16 @@ def full_rank_steps(steps):
 
 def restart(method, steps):
     """The arguments that only this method gives to `WarmupLinear`."""
-    if method != "progressive":
+    if TUNED.get(method, method) != "progressive":
         return {}
     return {"restart": full_rank_steps(steps), "height": RESTART}
 
 
 def described(method):
     """The fields in which a kept run must agree, besides its method's name."""
+    if method in TUNED:
+        share = {"tune_share": TUNE_SHARE}
+        return described(TUNED[method]) | share
     return {
         "progressive": {
             "full_rank_share": FULL_RANK_SHARE,
@@ -82,10 +91,42 @@ def described(method):
     }.get(method, {})
 
 
-def finish(model, method):
-    """Ends a training, as the method wants it."""
-    if method == "lora-svd":
+def tune_steps(method, steps):
+    """How many of all steps tune, and don't train."""
+    return round(TUNE_SHARE * steps) if method in TUNED else 0
+
+
+def finish(model, method, data, steps, batch_size):
+    """Ends a training, as the method wants it.
+
+    Args:
+        model: a trained model.
+        method: str. One of `TRAINED`, or another that needs no end.
+        data: `(x, y)` or `(x, y, sample_weight)`, arrays of the training part.
+        steps: int. Those that tune.
+        batch_size: int. Of such a step.
+
+    Returns:
+        Dict of the seconds that tuning took, if it did.
+    """
+    if TUNED.get(method, method) == "lora-svd":
         kd.order_ranks(model)
+    if method not in TUNED:
+        return {}
+    start = time.perf_counter()
+    *ranks, _ = own_ranks(model.dylora_config.rank)
+    x, y, *sample_weight = data
+    kd.tune_ranks(
+        model,
+        x,
+        y,
+        ranks,
+        steps,
+        *sample_weight,
+        batch_size=batch_size,
+        verbose=0,
+    )
+    return {"tuning_seconds": time.perf_counter() - start}
 
 
 def joined(runs, metrics):

@@ -194,10 +194,11 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     steps = settings.epochs * -(-len(train[1]) // settings.batch_size)
-    model = build(method, seed, settings, steps)
+    tuning = methods.tune_steps(method, steps)
+    model = build(method, seed, settings, steps - tuning)
     print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
-    result = fit(model, train, settings, seed, verbose)
-    methods.finish(model, method)
+    result = fit(model, train, settings, seed, verbose, leave=tuning)
+    result |= methods.finish(model, method, train, tuning, settings.batch_size)
     ranks = {}
     if method != "fine-tune":
         # Rank 0 is the pretrained model.

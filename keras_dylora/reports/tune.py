@@ -21,7 +21,7 @@ from keras_dylora.live.model import Model, adaptation_of
 from keras_dylora.reports.evaluation import check_compiled
 from keras_dylora.reports.evaluation_data import cycled
 
-STEPS = 60
+STEPS = 100
 RATE = 0.05  # Adam's, which falls to zero in a line
 DECAYS = 0.9, 0.98
 
@@ -57,7 +57,7 @@ def tune_ranks(
         ranks: ints below the maximum, and `RankAllocation`s. Defaults to
             `None`: those of a `Categorical` distribution, otherwise the
             powers of two.
-        steps: int. How many batches are taken. Defaults to `None`, 60.
+        steps: int. How many batches are taken. Defaults to `None`, 100.
         sample_weight: as for `model.evaluate`. Defaults to `None`.
         batch_size: int. Examples of a step, which the cuts share; a dataset
             has its own. Defaults to `32`.
@@ -91,7 +91,8 @@ def tune_ranks(
     steps = rank_functions.as_rank(
         STEPS if steps is None else steps, 1, name="steps"
     )
-    if not any(np.any(x.up) for x in adaptation._factors()):
+    layers = adaptation.layers.values()
+    if not any(ops.convert_to_numpy(x.up).any() for x in layers):
         raise ValueError(
             "Cuts of trained columns are tuned, so the model must be trained "
             f"first. Received: {model.name}, whose adapters add nothing yet"
