@@ -8,11 +8,12 @@ from tests import backend
 
 PUBLIC = {
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
-    "DyLoRAModel", "Geometric", "RankAllocation", "RankEvaluation",
+    "DyLoRAModel", "Geometric", "ProgressiveDecay", "RankAllocation",
+    "RankEvaluation",
     "RankReport", "Uniform", "allocate_ranks", "disable_dylora",
     "enable_dylora", "evaluate_ranks", "export_ranks", "from_peft",
     "load_adapter", "to_peft",
-    "merge", "order_ranks", "save_adapter", "truncate",
+    "merge", "order_ranks", "save_adapter", "truncate", "tune_ranks",
 }  # fmt: skip
 
 

@@ -102,7 +102,6 @@ class OrderAfterFullRank(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._order_at is None:
-            self._write_back(self.model)
             self._order_at = self._found_order(epoch)
 
     def _found_order(self, epoch):
@@ -121,6 +120,7 @@ class OrderAfterFullRank(keras.callbacks.Callback):
             )
         if not self._decays and not is_share:
             return wanted
+        self._write_back(self.model)
         total, done = steps * self.params["epochs"], steps * epoch
         begin = self._drawn() - done
         order = begin + round(wanted * total) if is_share else wanted
