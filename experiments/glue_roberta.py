@@ -258,7 +258,10 @@ def run(
     print(f"{name}: {steps} steps", flush=True)
     train = splits["train"]
     result = fit(model, train, each, seed, verbose, leave=tuning)
-    result |= methods.finish(model, method, train, tuning, each.batch_size)
+    result["steps"] = steps
+    result["seconds"] += methods.finish(
+        model, method, train, tuning, each.batch_size
+    )
     ranks = {}
     if method in ADAPTERS:
         ranks = {str(b): b for b in evaluated_ranks(rank)}

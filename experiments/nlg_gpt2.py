@@ -198,7 +198,10 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     model = build(method, seed, settings, steps - tuning)
     print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
     result = fit(model, train, settings, seed, verbose, leave=tuning)
-    result |= methods.finish(model, method, train, tuning, settings.batch_size)
+    result["steps"] = steps
+    result["seconds"] += methods.finish(
+        model, method, train, tuning, settings.batch_size
+    )
     ranks = {}
     if method != "fine-tune":
         # Rank 0 is the pretrained model.

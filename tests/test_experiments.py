@@ -161,6 +161,7 @@ def tiny(preset, monkeypatch):
         ("mrpc", "flop"),
         ("rte", "matryoshka"),
         ("cola", "progressive"),
+        ("rte", "lora-tuned"),
     ],
 )
 def test_a_run_is_made_once(task, method, tiny, tmp_path):
