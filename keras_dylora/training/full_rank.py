@@ -109,17 +109,18 @@ class OrderAfterFullRank(keras.callbacks.Callback):
 
         By the first epoch of a `fit`, after which it may go on.
         """
-        steps, wanted = self.params["steps"], self.model._full_rank_steps
+        wanted = self.model._full_rank_steps
         is_share = isinstance(wanted, float)
-        if steps is None and (is_share or self._decays):
+        if not self._decays and not is_share:
+            return wanted
+        steps = (self.params or {}).get("steps")
+        if steps is None:
             raise ValueError(
                 "`fit` must know how many batches an epoch has, for a share of "
                 "the steps and for `ProgressiveDecay`. Give "
                 "`steps_per_epoch`, or numbers of steps. Received: "
                 f"full_rank_steps={wanted}, and data of unknown length"
             )
-        if not self._decays and not is_share:
-            return wanted
         self._write_back(self.model)
         total, done = steps * self.params["epochs"], steps * epoch
         begin = self._drawn() - done
