@@ -94,6 +94,7 @@ TIED = {
 }
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", TIED)
 def test_copies_are_tied_where_the_config_forgets_the_tie(family, tmp_path):
     hub = pytest.importorskip("keras_hub")
@@ -121,6 +122,7 @@ def test_copies_are_tied_where_the_config_forgets_the_tie(family, tmp_path):
         )
 
 
+@pytest.mark.families
 def test_copies_have_the_dtype_of_an_image_head(tmp_path):
     hub = pytest.importorskip("keras_hub")
     backbone = hub.models.ViTBackbone(

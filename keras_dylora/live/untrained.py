@@ -2,6 +2,8 @@
 
 import warnings
 
+from keras_dylora.cuts import users_line
+
 
 def warn_of_frozen(adaptation):
     """Warns of adapters that are frozen in a model that trains."""
@@ -16,7 +18,7 @@ def warn_of_frozen(adaptation):
             "`trainable` is its adapter's too, and the base is frozen "
             "anyway. Set `model.trainable` to False and to True, and "
             f"compile again. Received: frozen adapters {frozen}",
-            stacklevel=3,
+            stacklevel=users_line(),
         )
 
 
@@ -36,7 +38,7 @@ def warn_of_idle(adaptation):
             "Adapted layers that the model never calls aren't trained, "
             "and their updates would count in `merge` alone: leave them "
             f"out of `target_layers`. Received: {list(idle)}",
-            stacklevel=3,
+            stacklevel=users_line(),
         )
         for row in idle.values():
             row.gate.read.add(row.index)

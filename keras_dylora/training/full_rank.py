@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dylora.cuts import users_line
 from keras_dylora.layers.factors import float32_array
 from keras_dylora.training import slots
 
@@ -163,7 +164,7 @@ class OrderAfterFullRank(keras.callbacks.Callback):
             "The columns of adapters must be in order after `full_rank_steps`, "
             "so they were put in order again. Received: weights of before the "
             "order, restored by a callback such as `EarlyStopping`",
-            stacklevel=3,
+            stacklevel=users_line(),
         )
 
     def on_train_end(self, logs=None):
