@@ -36,19 +36,13 @@ class AdapterArguments:
         rank, alpha, dropout = self.rank, self.alpha, self.dropout
         as_rank(rank, 1)
         as_rank(self.min_rank, 1, rank, "min_rank")
-        if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
-            raise ValueError(
-                f"`alpha` must be a positive number. Received: alpha={alpha!r}"
-            )
+        check_positive("alpha", alpha)
         if not isinstance(self.frozen, bool):
             raise TypeError(
                 "`frozen` must be True or False. "
                 f"Received: frozen={self.frozen!r}"
             )
-        if not _is_number(dropout) or not 0 <= dropout < 1:
-            raise ValueError(
-                f"`dropout` must be in [0, 1). Received: dropout={dropout!r}"
-            )
+        check_fraction("dropout", dropout)
         _check_one_of("scaling", self.scaling, SCALINGS)
         # NumPy's scalars are taken, but JSON and Keras need Python's.
         for field in dataclasses.fields(self):
@@ -63,6 +57,22 @@ class AdapterArguments:
         """The arguments that a layer or a config has as attributes."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: getattr(source, name) for name in names})
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises a `ValueError` for what is no positive, finite number."""
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+        raise ValueError(
+            f"`{name}` must be a positive number. Received: {name}={value!r}"
+        )
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises a `ValueError` for what is no number in `[0, 1)`."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be in [0, 1). Received: {name}={value!r}"
+        )
 
 
 def _is_number(x):

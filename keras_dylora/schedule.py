@@ -1,11 +1,11 @@
 """ProgressiveDecay: a learning rate that takes its steps from `fit`."""
 
-import math
-import numbers
 from typing import Any
 
 import keras
 from keras import ops
+
+from keras_dylora.config import check_fraction, check_positive
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
@@ -56,19 +56,10 @@ class ProgressiveDecay(keras.optimizers.schedules.LearningRateSchedule):
         begin: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("learning_rate", learning_rate),
-            ("restart", restart),
-        ):
-            if value is not None and not _is_positive(value):
-                raise ValueError(
-                    f"`{name}` must be a positive number. "
-                    f"Received: {name}={value!r}"
-                )
-        if not 0 <= warmup < 1:
-            raise ValueError(
-                f"`warmup` must be in [0, 1). Received: warmup={warmup!r}"
-            )
+        check_positive("learning_rate", learning_rate)
+        if restart is not None:
+            check_positive("restart", restart)
+        check_fraction("warmup", warmup)
         self.learning_rate, self.restart = learning_rate, restart
         self.warmup, self.begin = warmup, begin
         self.steps, self.order = steps, order
@@ -112,8 +103,3 @@ class ProgressiveDecay(keras.optimizers.schedules.LearningRateSchedule):
     def get_config(self) -> dict[str, Any]:
         names = "learning_rate", "restart", "warmup", "steps", "order", "begin"
         return {name: getattr(self, name) for name in names}
-
-
-def _is_positive(x):
-    is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
-    return is_number and math.isfinite(x) and x > 0

@@ -74,10 +74,9 @@ class RankGate:
     def set_cores(self, cores):
         """Sets what layers multiply by in place of the gate.
 
-        `cores` is `(layers, rank, rank)`. Returns whether the variable is new.
+        `cores` is `(layers, rank, rank)`.
         """
-        new = self.cores is None
-        if new:
+        if self.cores is None:
             self.cores = keras.Variable(
                 cores,
                 dtype="float32",
@@ -88,7 +87,6 @@ class RankGate:
             )
         else:
             self.cores.assign(cores)
-        return new
 
     def rescale(self, scale):
         """Takes another `Scale` of the same rank."""

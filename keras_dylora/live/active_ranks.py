@@ -62,7 +62,7 @@ class ActiveRanks:
         every = (
             b
             for each in by_layer
-            if self.tuned_cut(each) is None
+            if find(self.named.cuts, each) is None
             for b in each.values()
         )
         warn_of_cut(every, self.lowest_trained, self._factors)
@@ -72,8 +72,6 @@ class ActiveRanks:
 
     def tuned_cut(self, ranks):
         """The `TunedCut` of ranks, or `None`."""
-        if not self.named.cuts:
-            return None
         ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
         return find(self.named.cuts, ranks)
 
@@ -120,7 +118,7 @@ class ActiveRanks:
         """Sets the cores to the cut of the ranks, those that are set."""
         if all(gate.cores is None for gate in self.gates):
             return
-        cut = self.tuned_cut(self.ranks if ranks is None else ranks)
+        cut = find(self.named.cuts, self.ranks if ranks is None else ranks)
         if cut is None:
             for gate in self.gates:
                 gate.set_cores(_diagonal(gate.variable))
@@ -132,7 +130,7 @@ class ActiveRanks:
     def factors(self, ranks):
         """Dict of path to `Factors` at ranks."""
         ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
-        cut, scale = self.tuned_cut(ranks), self.config.scale
+        cut, scale = find(self.named.cuts, ranks), self.config.scale
         return {
             p: x.factors().cut(ranks[p], scale, cut and cut.sides(p))
             for p, x in self.layers.items()
@@ -142,7 +140,7 @@ class ActiveRanks:
         """Dict of path to what a layer reads at ranks, for `overridden`."""
         ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
         scale = self.config.scale
-        cut = None if self.training else self.tuned_cut(ranks)
+        cut = None if self.training else find(self.named.cuts, ranks)
         if cut is not None:
             cores = {p: cut.core(p, scale)[None] for p in self.layers}
             return {p: ops.convert_to_tensor(x) for p, x in cores.items()}

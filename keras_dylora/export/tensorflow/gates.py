@@ -58,13 +58,10 @@ class Gates:
                 self.known[i, b] = True
                 own = slice(start, start + width)
                 if self.tuned:
-                    cut, each = (
-                        tuned[i, b],
-                        gate[..., None] * np.eye(scale.rank),
-                    )
-                    if cut is not None:
-                        each = np.stack([cut.core(p, scale) for p in paths])
-                    self.table[i, b, :, own, own] = each[:, :width, :width]
+                    cores = gate[..., None] * np.eye(scale.rank)
+                    if (cut := tuned[i, b]) is not None:
+                        cores = np.stack([cut.core(p, scale) for p in paths])
+                    self.table[i, b, :, own, own] = cores[:, :width, :width]
                 else:
                     self.table[i, b, ..., own] = gate[..., :width]
             start += width
