@@ -167,13 +167,17 @@ def test_data_of_unknown_length():
 
 
 def test_a_list_of_callbacks_that_is_the_users():
-    """It has no number of steps, of which a number of ours needs none."""
+    """It has no number of steps, of which a number of ours needs none.
+
+    Keras runs its callbacks in other threads, and the order can't be there.
+    """
     options = {"full_rank_steps": 2, "draw": "example"}
     model = randomize(mlp(scaling="constant", options=options))
     model.compile("adam", "mse")
     callbacks = keras.callbacks.CallbackList(add_history=True, model=model)
     model.fit(*mlp_data(), batch_size=BATCH, verbose=0, callbacks=callbacks)
     assert not int(backend.to_numpy(model._dylora.full_rank))
+    assert [type(x) for x in callbacks.callbacks] == [keras.callbacks.History]
 
 
 @pytest.mark.parametrize(

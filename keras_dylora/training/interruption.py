@@ -69,7 +69,6 @@ def _whole_batches(method):
         yield callback
         callback.raise_what_came()
     finally:
-        callback.came = False  # a `CallbackList` of the user's keeps it
         signal.signal(signal.SIGINT, usual)
 
 
@@ -90,12 +89,14 @@ def with_callback(method, args, kwargs, callback, last=False):
     if holder != "callbacks":
         arguments = arguments.setdefault(holder, {})
     callbacks = arguments.get("callbacks")
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callback.set_model(callbacks.model)
-        found = callbacks.callbacks
-    else:
-        found = arguments["callbacks"] = keras.tree.flatten(callbacks or [])
+    found = keras.tree.flatten(callbacks or [])
     found.insert(len(found) if last else 0, callback)
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        # In one around it: the user's may run its own in other threads.
+        found = keras.callbacks.CallbackList(
+            found, model=callbacks.model, **callbacks.params
+        )
+    arguments["callbacks"] = found
     return bound.args, bound.kwargs
 
 
