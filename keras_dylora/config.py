@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
@@ -142,6 +142,9 @@ class DyLoRAConfig:
             `fit` puts the columns of the adapters in order, as `order_ranks`
             does, and ranks are drawn from there. Can't be `frozen`. Defaults
             to `0`.
+        tune: float in `[0, 1)`. The last share of the steps of `fit`, which
+            train no more: they tune the cuts of `tuned_ranks`, as
+            `tune_ranks` does. Defaults to `0`.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -174,6 +177,7 @@ class DyLoRAConfig:
     scaling: str = "rank"
     draw: str = "step"
     full_rank_steps: int | float = 0
+    tune: float = 0.0
 
     def __post_init__(self) -> None:
         arguments = dataclasses.asdict(AdapterArguments.of(self))
@@ -189,6 +193,22 @@ class DyLoRAConfig:
                 self.full_rank_steps, 0, INT32_MAX, "full_rank_steps"
             )
             object.__setattr__(self, "full_rank_steps", steps)
+        check_fraction("tune", self.tune)
+        object.__setattr__(self, "tune", float(self.tune))
+        if self.tune and not self.tuned_ranks:
+            raise ValueError(
+                "`tune` is for ranks below the maximum. "
+                f"Received: tune={self.tune}, rank={self.rank}, "
+                f"rank_distribution={self.rank_distribution!r}"
+            )
+        if _is_share(self.full_rank_steps) and (
+            self.full_rank_steps + self.tune > 1
+        ):
+            raise ValueError(
+                "`full_rank_steps` and `tune` are shares of the same steps, "
+                "so together they mustn't exceed 1. Received: "
+                f"full_rank_steps={self.full_rank_steps}, tune={self.tune}"
+            )
         if self.frozen and not OBJECTIVES[self.objective].draws:
             raise ValueError(
                 "`frozen` updates the column of the drawn rank, so it needs "
@@ -208,7 +228,10 @@ class DyLoRAConfig:
 
     @classmethod
     def progressive(
-        cls, full_rank_steps: int | float = 0.4, **fields: Any
+        cls,
+        full_rank_steps: int | float = 0.4,
+        tune: float = 0.0,
+        **fields: Any,
     ) -> Self:
         """The recipe that makes every rank as good as we know how to.
 
@@ -222,6 +245,8 @@ class DyLoRAConfig:
                 rank, or their share of the steps of `fit`. The more, the
                 better the highest ranks and the worse the lowest. Defaults to
                 `0.4`.
+            tune: float in `[0, 1)`. The last share of the steps, which tunes
+                the cuts of lower ranks. Defaults to `0`.
             **fields: further fields, which take precedence.
 
         Returns:
@@ -243,7 +268,9 @@ class DyLoRAConfig:
             "draw": "example",
             "rank_distribution": Uniform(full=0.25),
         }
-        return cls(full_rank_steps=full_rank_steps, **{**recipe, **fields})
+        return cls(
+            full_rank_steps=full_rank_steps, tune=tune, **{**recipe, **fields}
+        )
 
     @property
     def scale(self) -> Scale:
@@ -267,6 +294,18 @@ class DyLoRAConfig:
             if p > 0
         }
 
+    @property
+    def tuned_ranks(self) -> list[int]:
+        """Ranks whose cuts are tuned where none are named, a list of int.
+
+        Those of a `Categorical` distribution, otherwise the powers of two,
+        below the maximum.
+        """
+        ranks: Iterable[int] = (2**i for i in range(self.rank.bit_length()))
+        if isinstance(self.distribution, Categorical):
+            ranks = self.distribution.by_rank
+        return [b for b in ranks if b < self.rank]
+
     def at_maximum(self, rank: int) -> Self:
         """The config of adapters that are cut to a maximum rank."""
         distribution = self.rank_distribution
@@ -280,13 +319,16 @@ class DyLoRAConfig:
         alpha = self.alpha
         if self.scaling == "constant":  # the scale stays, alpha / rank
             alpha *= rank / self.rank
-        return dataclasses.replace(
+        cut = dataclasses.replace(
             self,
             rank=rank,
             alpha=alpha,
             min_rank=min(self.min_rank, rank),
             rank_distribution=distribution,
+            tune=0.0,
         )
+        tune = self.tune if cut.tuned_ranks else 0.0
+        return dataclasses.replace(cut, tune=tune)
 
     def get_config(self) -> dict[str, Any]:
         config = {

@@ -116,7 +116,7 @@ def test_gradient_by_the_gates():
     gradient = gate_gradient(model)
     gates = np.array([[2.0, 1.0, 0.0], [2.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
     weight = np.linspace(0.5, 1.5, 256).astype("float32")
-    _, (found,) = gradient([gates], (), (x, y, weight))
+    _, (found,), _ = gradient([gates], (), (x, y, weight))
 
     def at(gates):
         paths = list(model._dylora.layers)
@@ -163,7 +163,7 @@ def test_losses_of_layers_count():
     x, y = mlp_data()
     gate = keras.ops.convert_to_numpy(model.dylora_config.scale.gate(4))
     gates = np.stack([gate] * 2)
-    found, _ = gate_gradient(model)([gates], (), (x, y, None))
+    found, *_ = gate_gradient(model)([gates], (), (x, y, None))
     wanted = model.evaluate(x, y, batch_size=len(x), verbose=0)
     assert found == pytest.approx(wanted, rel=1e-5)
     error = np.mean((y - model.predict(x, verbose=0)) ** 2)

@@ -81,7 +81,7 @@ class ActiveRanks:
         The layers read cores from the first one on; functions that were traced
         before read gates, so they are made anew.
         """
-        self.named.cuts = list(cuts)
+        self.named.cuts, self.named.tuning = list(cuts), ()
         for gate in self.gates if cuts else ():
             gate.tuned = True
         if cuts and any(gate.cores is None for gate in self.gates):
@@ -109,7 +109,7 @@ class ActiveRanks:
             f"Received: a step of a model with {len(self.named.cuts)} of them",
             stacklevel=users_line(),
         )
-        self.named.cuts = []
+        self.named.cuts, self.named.tuning = [], ()
         for gate in self.gates:
             gate.tuned = False
         reset_functions(self.model)

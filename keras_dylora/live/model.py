@@ -66,6 +66,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         seed: int. Seed of the rank sequence. Defaults to `0`.
         draw: as in `DyLoRAConfig`. Defaults to `"step"`.
         full_rank_steps: int or float, as in `DyLoRAConfig`. Defaults to `0`.
+        tune: float, as in `DyLoRAConfig`. Defaults to `0`.
         **kwargs: as in `keras.Model`.
 
     Raises:
@@ -98,6 +99,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         seed: int = 0,
         draw: str = "step",
         full_rank_steps: int | float = 0,
+        tune: float = 0.0,
         **kwargs: Any,
     ) -> None:
         functional = len(args) == 2 or "outputs" in kwargs
@@ -124,6 +126,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
             "seed": seed,
             "draw": draw,
             "full_rank_steps": full_rank_steps,
+            "tune": tune,
         }
         object.__setattr__(self, "_dylora_options", options)
         if functional:

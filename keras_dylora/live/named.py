@@ -15,6 +15,7 @@ DEFAULT = "default"
 # cuts of all.
 STORE = "adapters"
 TUNED = "tuned"
+TUNING = "tuning"
 
 
 def check_name(name):
@@ -64,6 +65,7 @@ class NamedAdapters:
         self.active = DEFAULT
         self.limit = None  # the live one's maximum rank, if below the model's
         self.cuts = []  # the `TunedCut`s of the live one
+        self.tuning = ()  # where a `fit` was interrupted that tuned them
         self._kept = {DEFAULT: None}  # `None` is in the variables
 
     @property
@@ -291,6 +293,8 @@ class NamedAdapters:
             for j, cut in enumerate(cuts):
                 store[f"{TUNED}_{i}_{j}"] = cut.flat()
         store[TUNED] = _encoded(content)
+        for i, value in enumerate(self.tuning):
+            store[f"{TUNING}_{i}"] = value
 
     def _load_cuts(self, stored):
         content = _decoded(stored.pop(TUNED)) if TUNED in stored else {}
@@ -308,6 +312,10 @@ class NamedAdapters:
                 self.adaptation.set_tuned_cuts(cuts)
             else:
                 kept.cuts = cuts
+        names = [x for x in stored if x.startswith(f"{TUNING}_")]
+        self.tuning = [
+            np.asarray(stored.pop(f"{TUNING}_{i}")) for i in range(len(names))
+        ]
 
 
 def _encoded(content):

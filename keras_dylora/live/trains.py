@@ -12,6 +12,7 @@ from keras_dylora import training
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.decays import Decays
 from keras_dylora.live.recompile import reset_functions
+from keras_dylora.live.tuning import TuningInFit
 from keras_dylora.live.untrained import warn_of_frozen, warn_of_idle
 
 if TYPE_CHECKING:
@@ -82,16 +83,21 @@ class Trains(_Base):
             return self._fit(super().fit, args, kwargs)
 
     def _fit(self, fit, args, kwargs):
-        order = None
+        phases = None
         if hasattr(self, "_dylora"):
             warn_of_frozen(self._dylora)
         decays = Decays(self)
-        if self._full_rank_steps or decays:
-            order = training.OrderAfterFullRank(training.write_back, decays)
-            args, kwargs = training.with_callback(fit, args, kwargs, order)
-        history = training.interruptible(self, fit, args, kwargs)
-        if order is not None:
-            order.order_what_came_back()
+        tuning = TuningInFit(self, training.write_back)
+        in_phases = map(self._run_option, ("full_rank_steps", "tune"))
+        if decays or any(in_phases):
+            phases = training.Phases(training.write_back, decays, tuning)
+            args, kwargs = training.with_callback(fit, args, kwargs, phases)
+        try:
+            history = training.interruptible(self, fit, args, kwargs)
+        finally:
+            tuning.end()
+        if phases is not None:
+            phases.order_what_came_back()
         # On TensorFlow, a subclassed model is built in its first step only.
         if hasattr(self, "_dylora"):
             warn_of_idle(self._dylora)
@@ -111,7 +117,7 @@ class Trains(_Base):
         if adaptation is None or not adaptation.has_stale_cuts():
             yield
             return
-        before = self._iterations()
+        before, cuts = self._iterations(), adaptation.named.cuts
         reset_functions(self)
         try:
             with adaptation.untuned():
@@ -119,7 +125,8 @@ class Trains(_Base):
         finally:
             reset_functions(self)
             training.write_back(self)
-            if self._iterations() != before:
+            moved = self._iterations() != before
+            if moved and adaptation.named.cuts is cuts:
                 adaptation.drop_tuned_cuts()
 
     def _iterations(self):
@@ -132,11 +139,10 @@ class Trains(_Base):
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         return training.interruptible(self, super().predict, args, kwargs)
 
-    @property
-    def _full_rank_steps(self):
+    def _run_option(self, name):
         if hasattr(self, "_dylora"):
-            return self._dylora.config.full_rank_steps
-        return self._dylora_options["full_rank_steps"]
+            return getattr(self._dylora.config, name)
+        return self._dylora_options[name]
 
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         # On TensorFlow, a subclassed model is built in its first step only.

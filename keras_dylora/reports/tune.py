@@ -1,29 +1,21 @@
-"""tune_ranks: the best cut of trained columns, for each rank that is used.
+"""tune_ranks: the best cut of trained columns, for each rank that is used."""
 
-All cuts are tuned at once: the examples of a batch take turns, so that a pass
-serves each cut. With one layer's columns `down` and rows `up`, cut `c` computes
-`(x @ down) @ left[c] @ right[c] @ up`; nothing but `left` and `right` changes.
-"""
-
+import itertools
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_dylora import ranks as rank_functions
 from keras_dylora import training
 from keras_dylora.allocation import Rank
-from keras_dylora.distributions import Categorical
-from keras_dylora.layers.tuned import TunedCut
 from keras_dylora.live.model import Model, adaptation_of
+from keras_dylora.live.tuning import Tuning
 from keras_dylora.reports.evaluation import check_compiled
 from keras_dylora.reports.evaluation_data import cycled
 
 STEPS = 100
-RATE = 0.05  # Adam's, which falls to zero in a line
-DECAYS = 0.9, 0.98
 
 
 def tune_ranks(
@@ -97,13 +89,14 @@ def tune_ranks(
             "Cuts of trained columns are tuned, so the model must be trained "
             f"first. Received: {model.name}, whose adapters add nothing yet"
         )
-    cuts = _Tuning(model, chosen).run(
-        cycled(model, x, y, sample_weight, batch_size, steps),
-        steps,
-        keras.utils.Progbar(steps, verbose=int(verbose != 0)),
-    )
+    tuning = Tuning(model, chosen, steps)
+    bar = keras.utils.Progbar(steps, verbose=int(verbose != 0))
+    batches = cycled(model, x, y, sample_weight, batch_size, steps)
+    for batch in itertools.islice(batches, steps):
+        loss, _ = tuning.step(batch)
+        bar.add(1, [("loss", loss)])
     known = [c for c in adaptation.named.cuts if c.ranks not in chosen]
-    adaptation.set_tuned_cuts([*known, *cuts])
+    adaptation.set_tuned_cuts([*known, *tuning.cuts()])
     return model
 
 
@@ -111,11 +104,7 @@ def _chosen(adaptation, ranks):
     """The ranks as dicts of path to rank, each once."""
     high = adaptation.max_rank
     if ranks is None:
-        distribution = adaptation.config.distribution
-        ranks = [2**i for i in range(high.bit_length())]
-        if isinstance(distribution, Categorical):
-            ranks = list(distribution.by_rank)
-        ranks = [b for b in ranks if b < high]
+        ranks = [b for b in adaptation.config.tuned_ranks if b < high]
     chosen = []
     for each in rank_functions.as_list(ranks):
         by_path = rank_functions.by_layer(each, adaptation.layers, high, 1)
@@ -132,63 +121,3 @@ def _chosen(adaptation, ranks):
             f"Received: ranks={ranks!r} for a model of rank {high}"
         )
     return chosen
-
-
-class _Tuning:
-    """The cuts of some ranks, tuned together.
-
-    Args:
-        model: an enabled model.
-        chosen: list of dicts of path to rank.
-    """
-
-    def __init__(self, model, chosen):
-        self.model, self.chosen = model, chosen
-        config, self.paths = model.dylora_config, list(chosen[0])
-        ranks = np.array([list(each.values()) for each in chosen])
-        eye = np.eye(config.rank)[:, : ranks.max()]
-        # Entries beyond the rank of a layer are zero, and so stay: each side
-        # is multiplied by zeros of the other.
-        used = np.arange(ranks.max()) < ranks[..., None]
-        self.left = (eye * used[..., None, :]).astype("float32")
-        self.right = self.left.swapaxes(-1, -2).copy()
-        scale = np.vectorize(config.scale.at)(np.maximum(ranks, 1))
-        self.scale = scale.astype("float32")[..., None, None]
-
-    def run(self, batches, steps, bar):
-        """The `TunedCut`s, in the order of the ranks."""
-        gradient = training.loss_gradient(self.model, self._cores)
-        rate = keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0)
-        optimizer = keras.optimizers.Adam(rate, *DECAYS, epsilon=1e-9)
-        sides = [keras.Variable(x) for x in (self.left, self.right)]
-        optimizer.build(sides)
-        for step, batch in zip(range(steps), batches, strict=False):
-            size = len(keras.tree.flatten(batch)[0])
-            turns = (np.arange(size) + step) % len(self.chosen)
-            values = [ops.convert_to_numpy(v) for v in sides]
-            loss, gradients = gradient(values, turns.astype("int32"), batch)
-            optimizer.apply(
-                [ops.convert_to_tensor(g.astype("float32")) for g in gradients],
-                sides,
-            )
-            bar.add(1, [("loss", loss)])
-        left, right = (ops.convert_to_numpy(v) for v in sides)
-        return [
-            TunedCut(
-                {p: left[c, i, :, :b] for i, (p, b) in enumerate(each.items())},
-                {p: right[c, i, :b] for i, (p, b) in enumerate(each.items())},
-            )
-            for c, each in enumerate(self.chosen)
-        ]
-
-    def _cores(self, sides, turns):
-        """What the layers read: one core, or that of each example's turn."""
-        left, right = sides
-        cores = ops.convert_to_tensor(self.scale) * (left @ right)
-        found = {}
-        for i, path in enumerate(self.paths):
-            each = cores[:, i]
-            if len(self.chosen) > 1:
-                each = ops.take(each, turns, axis=0)
-            found[path] = each
-        return found

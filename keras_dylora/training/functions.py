@@ -1,5 +1,7 @@
 """The functions of a batch that `fit`, `evaluate` and `predict` call."""
 
+import itertools
+
 import keras
 
 from keras_dylora import _keras
@@ -35,6 +37,14 @@ def make(model, kind, keras_make, restoring, force):
             made.traced = traced
         setattr(model, name, made)
     return made
+
+
+def last(step, batches, count):
+    """The logs of the last of `count` steps, on batches of an iterator."""
+    logs = step(next(batches))
+    for batch in itertools.islice(batches, count - 1):
+        logs = step(batch)
+    return logs
 
 
 def make_generate(model, original_class):

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_dylora import _keras
-from keras_dylora.training import step
+from keras_dylora.training import functions, step
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -83,6 +83,17 @@ def restore_on_error(model, kind, function):
             raise
 
     return restoring
+
+
+def tuning_function(model, step):
+    """A train function that changes no state but that of the metrics."""
+
+    def function(state, iterator):
+        _keras.put_back(model, state)  # a step reads the variables
+        logs = functions.last(step, iterator, model.steps_per_execution)
+        return logs, (*state[:3], [v.value for v in model.metrics_variables])
+
+    return function
 
 
 def write_back(model):

@@ -5,7 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_dylora.training import step
+from keras_dylora.training import functions, step
 
 
 def train_step(model, keras_step, data):
@@ -53,6 +53,14 @@ def restore_on_error(model, kind, function):
             raise
 
     return train_function
+
+
+def tuning_function(model, step):
+    """A train function that changes no variable but those of the metrics."""
+    # On torch, Keras gives a list of batches.
+    return lambda data: functions.last(
+        step, iter(data), model.steps_per_execution
+    )
 
 
 def _gates(model):

@@ -1,0 +1,185 @@
+"""Tuning: steps that learn the cuts of some ranks, and change nothing else.
+
+All cuts are tuned at once: the examples of a batch take turns, so that a pass
+serves each cut. With one layer's columns `down` and rows `up`, cut `c` computes
+`(x @ down) @ left[c] @ right[c] @ up`, and a step changes `left` and `right`.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora import training
+from keras_dylora.layers.tuned import TunedCut
+from keras_dylora.live.recompile import reset_functions
+
+RATE = 0.05  # Adam's, which falls to zero in a line
+DECAYS = 0.9, 0.98
+
+
+class Tuning:
+    """The cuts of some ranks, tuned together.
+
+    Args:
+        model: an enabled model.
+        chosen: list of dicts of path to rank, at least one.
+        steps: int. How many steps it will have.
+        with_metrics: bool. Whether a step updates the model's metrics.
+    """
+
+    def __init__(self, model, chosen, steps, with_metrics=False):
+        self.model, self.chosen = model, chosen
+        config, self.paths = model.dylora_config, list(chosen[0])
+        ranks = np.array([list(each.values()) for each in chosen])
+        eye = np.eye(config.rank)[:, : ranks.max()]
+        # Entries beyond the rank of a layer are zero, and so stay: each side
+        # is multiplied by zeros of the other.
+        used = np.arange(ranks.max()) < ranks[..., None]
+        left = (eye * used[..., None, :]).astype("float32")
+        self.sides = [keras.Variable(left), keras.Variable(left.swapaxes(2, 3))]
+        scale = np.vectorize(config.scale.at)(np.maximum(ranks, 1))
+        self.scale = scale.astype("float32")[..., None, None]
+        rate = keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0)
+        self.optimizer = keras.optimizers.Adam(rate, *DECAYS, epsilon=1e-9)
+        self.optimizer.build(self.sides)
+        self.gradient = training.loss_gradient(model, self._cores, with_metrics)
+
+    @property
+    def done(self):
+        """int. How many steps it has had."""
+        return int(ops.convert_to_numpy(self.optimizer.iterations))
+
+    def step(self, data):
+        """Takes a step on a batch `(x, y, sample_weight)`.
+
+        Returns its loss, a float, and its logs.
+        """
+        batch = keras.utils.unpack_x_y_sample_weight(data)
+        size = len(keras.tree.flatten(batch)[0])
+        turns = (np.arange(size) + self.done) % len(self.chosen)
+        loss, gradients, logs = self.gradient(
+            self._values(), turns.astype("int32"), batch
+        )
+        self.optimizer.apply(
+            [ops.convert_to_tensor(g.astype("float32")) for g in gradients],
+            self.sides,
+        )
+        return loss, logs
+
+    def cuts(self):
+        """The `TunedCut`s as they are now, in the order of the ranks."""
+        left, right = self._values()
+        return [
+            TunedCut(
+                {p: left[c, i, :, :b] for i, (p, b) in enumerate(each.items())},
+                {p: right[c, i, :b] for i, (p, b) in enumerate(each.items())},
+            )
+            for c, each in enumerate(self.chosen)
+        ]
+
+    def state(self):
+        """All that another one needs to go on, a list of arrays."""
+        variables = [*self.sides, *self.optimizer.variables]
+        return [ops.convert_to_numpy(v) for v in variables]
+
+    def restore(self, state):
+        """Goes on from a `state`, if it is of the same ranks."""
+        variables = [*self.sides, *self.optimizer.variables]
+        if [np.shape(x) for x in state] == [tuple(v.shape) for v in variables]:
+            for variable, value in zip(variables, state, strict=True):
+                variable.assign(value)
+
+    def _values(self):
+        return [ops.convert_to_numpy(v) for v in self.sides]
+
+    def _cores(self, sides, turns):
+        """What the layers read: one core, or that of each example's turn."""
+        left, right = sides
+        cores = ops.convert_to_tensor(self.scale) * (left @ right)
+        found = {}
+        for i, path in enumerate(self.paths):
+            each = cores[:, i]
+            if len(self.chosen) > 1:
+                each = ops.take(each, turns, axis=0)
+            found[path] = each
+        return found
+
+
+class TuningInFit:
+    """The last steps of a `fit`, which tune the cuts of `tuned_ranks`.
+
+    Its place is kept with the live adapter while the run isn't over, so that
+    one which was interrupted goes on from there, also from a file.
+    """
+
+    def __init__(self, model, write_back):
+        self.model, self.write_back = model, write_back
+        self.tuning = None
+
+    @property
+    def _named(self):
+        return self.model._dylora.named
+
+    def check_devices(self):
+        """Raises a `ValueError` if the model is trained on several."""
+        strategy = getattr(self.model, "distribute_strategy", None)
+        replicas = getattr(strategy, "num_replicas_in_sync", 1)
+        if replicas > 1:
+            raise ValueError(
+                "The steps of `tune` are taken on one device. Call "
+                f"`tune_ranks` after `fit` instead. Received: {replicas} "
+                f"replicas of {strategy!r}"
+            )
+
+    def begin(self, steps, again):
+        """Has the `fit` that runs tune from now on.
+
+        Args:
+            steps: int. How many steps tune, with those that did before.
+            again: bool. Whether this `fit` goes on with one that tuned.
+        """
+        model = self.model
+        self.write_back(model)
+        paths = model._dylora.layers
+        chosen = [
+            dict.fromkeys(paths, b) for b in model.dylora_config.tuned_ranks
+        ]
+        self.tuning = Tuning(model, chosen, steps, with_metrics=True)
+        if again:
+            self.tuning.restore(self._named.tuning)
+        self.publish()
+        model.train_function = training.tuning_function(model, self._step)
+
+    def forget(self):
+        """Forgets the place in a run that was interrupted."""
+        self._named.tuning = ()
+
+    def keep(self):
+        """Gives the adapter the cuts as they are now.
+
+        What the model computes at its active rank follows with `publish`.
+        """
+        if self.tuning is not None:
+            self._named.cuts = self.tuning.cuts()
+            self._named.tuning = self.tuning.state()
+
+    def publish(self):
+        """Has the model compute with the cuts as they are now."""
+        if self.tuning is None:
+            return
+        self.write_back(self.model)
+        function = self.model.train_function
+        self.model._dylora.set_tuned_cuts(self.tuning.cuts())
+        self.model.train_function = function
+        self.keep()
+
+    def end(self):
+        """Gives the model back what it trains with, however `fit` ended."""
+        if self.tuning is None:
+            return
+        self.publish()
+        self.tuning = None
+        reset_functions(self.model)
+
+    def _step(self, data):
+        return self.tuning.step(data)[1]

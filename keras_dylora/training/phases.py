@@ -1,0 +1,180 @@
+"""Phases: at the full rank, at drawn ranks, tuning; each begins in time."""
+
+import functools
+import math
+import warnings
+
+import keras
+from keras import ops
+
+from keras_dylora.cuts import users_line
+from keras_dylora.layers.factors import float32_array
+from keras_dylora.training.full_rank import at_full_rank, order_columns
+
+
+class Phases(keras.callbacks.Callback):
+    """Orders the columns of a model within `fit`, and has it tune, in time.
+
+    Both may come at a share of all steps, which `fit` knows, as it does those
+    of a `ProgressiveDecay`. A phase ends after the last batch of it, or of the
+    compiled function that `steps_per_execution` makes of several. The place
+    of a model in its sequence is read only when one may end: that waits for
+    the device.
+
+    Args:
+        write_back: function of a model that brings its variables up to date.
+        decays: `Decays` of the model.
+        tuning: `TuningInFit` of the model.
+    """
+
+    def __init__(self, write_back, decays, tuning):
+        super().__init__()
+        self._write_back = write_back
+        self._decays, self._tuning = decays, tuning
+
+    def on_train_begin(self, logs=None):
+        self._batches = 0  # that can't be the last of a phase
+        self._unordered = set()  # digests of the columns before the order
+        # What comes: places in the rank sequence, and functions.
+        self._ahead = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._ahead is None:
+            self._ahead = self._found(epoch)
+            self._go_on()
+
+    def _found(self, epoch):
+        """What comes in a `fit` that begins at an epoch; tells schedules."""
+        full_rank = self.model._run_option("full_rank_steps")
+        tune = self.model._run_option("tune")
+        is_share = isinstance(full_rank, float)
+        ordered = full_rank and self._at_full_rank()
+        if not self._decays and not is_share and not tune:
+            return [(full_rank, self._order)] if ordered else []
+        steps = (self.params or {}).get("steps")
+        if steps is None:
+            raise ValueError(
+                "`fit` must know how many batches an epoch has, for a share of "
+                "the steps and for `ProgressiveDecay`. Give "
+                "`steps_per_epoch`, or numbers of steps. Received: "
+                f"full_rank_steps={full_rank}, tune={tune}, and data of "
+                "unknown length"
+            )
+        total, done = steps * self.params["epochs"], steps * epoch
+        tuned = min(round(tune * total), total - 1)
+        trained = total - tuned
+        done_training = min(done, trained)
+        begin = self._drawn() - done_training
+        order = full_rank
+        if is_share:
+            order = begin + min(round(full_rank * total), trained)
+        comes = full_rank and (epoch or ordered)
+        self._decays.tell(
+            trained, order - begin if comes else None, done_training
+        )
+        ahead = [(order, self._order)] if ordered else []
+        if tuned:
+            self._tuning.check_devices()
+            again = done >= trained
+            if not again:
+                self._tuning.forget()
+            ahead.append(
+                (
+                    begin + trained,
+                    functools.partial(self._tune, tuned, again),
+                )
+            )
+        return ahead
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._tuning.keep()
+        self._batches -= 1
+        if self._batches <= 0:
+            self._go_on()
+
+    def _go_on(self):
+        """Begins the phases whose place is reached."""
+        self._batches = math.inf  # not read again in this run
+        if not self._ahead:
+            return
+        self._write_back(self.model)
+        while self._ahead:
+            place, begin = self._ahead[0]
+            left = place - self._drawn()
+            if left > 0:
+                self._batches = math.ceil(left / self.model.steps_per_execution)
+                return
+            self._ahead.pop(0)
+            begin()
+
+    def _order(self):
+        if self._at_full_rank():
+            order_columns(self.model, self.model.optimizer)
+            self._tell("the columns are in order, lower ranks are trained")
+
+    def _tune(self, steps, again):
+        self._tuning.begin(steps, again)
+        self._tell(f"the cuts of ranks are tuned, in {steps} steps")
+
+    def _tell(self, what):
+        if (self.params or {}).get("verbose"):
+            print(f"\nStep {self._drawn()}: {what}.")
+
+    def on_test_begin(self, logs=None):
+        self._tuning.publish()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._tuning.publish()
+        if any(begin == self._order for _, begin in self._ahead):
+            self._write_back(self.model)
+            self._unordered.add(self._digest())
+
+    def order_what_came_back(self):
+        """Orders columns of before the order, which a callback put back.
+
+        Once all callbacks have ended. The optimizer keeps what it has: that is
+        of the ordered ones already.
+        """
+        if (
+            not self._unordered
+            or self._at_full_rank()
+            or self._digest() not in self._unordered
+        ):
+            return
+        order_columns(self.model, None)
+        warnings.warn(
+            "The columns of adapters must be in order after `full_rank_steps`, "
+            "so they were put in order again. Received: weights of before the "
+            "order, restored by a callback such as `EarlyStopping`",
+            stacklevel=users_line(),
+        )
+
+    def on_train_end(self, logs=None):
+        self._tuning.end()
+        self._tuning.forget()
+        if any(begin == self._order for _, begin in self._ahead):
+            left = self._ahead[0][0] - self._drawn()
+            warnings.warn(
+                "Lower ranks are trained after `full_rank_steps`, so this run "
+                "has trained the maximum alone. Train longer, or use "
+                "`order_ranks`. Received: full_rank_steps="
+                f"{self.model._dylora.config.full_rank_steps}, of which "
+                f"{left} are left",
+                stacklevel=2,
+            )
+
+    def _at_full_rank(self):
+        if not hasattr(self.model, "_dylora"):
+            return True  # on TensorFlow, built in its first step only
+        self._write_back(self.model)
+        return at_full_rank(self.model._dylora)
+
+    def _digest(self):
+        layers = self.model._dylora.layers.values()
+        columns = [float32_array(v) for x in layers for v in (x.down, x.up)]
+        return hash(b"".join(x.tobytes() for x in columns))
+
+    def _drawn(self):
+        if not hasattr(self.model, "_dylora"):
+            return 0
+        return int(ops.convert_to_numpy(self.model._dylora.ranks_drawn))

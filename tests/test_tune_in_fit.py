@@ -1,0 +1,231 @@
+"""The last steps of `fit`, which tune cuts."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dylora as kd
+from tests import backend
+from tests.models import mlp, mlp_data, randomize
+
+BATCH, STEPS, EPOCHS = 16, 4, 3  # of 64 examples
+OPTIONS = {"full_rank_steps": 0.25, "tune": 0.5}  # 3, 3 and 6 of 12 steps
+
+
+class InOrder(keras.utils.PyDataset):
+    """The batches of `fit`."""
+
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, i):
+        return tuple(v[i * BATCH : (i + 1) * BATCH] for v in mlp_data())
+
+
+class At(keras.callbacks.Callback):
+    """Calls a function of the model after a step of the run."""
+
+    def __init__(self, step, function):
+        super().__init__()
+        self.step, self.function = step, function
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step -= 1
+        if not self.step:
+            self.function(self.model)
+
+
+def model_of(compiled=None, **options):
+    options = {"draw": "example", **OPTIONS, **options}
+    model = randomize(mlp(scaling="constant", options=options))
+    model.compile("adam", "mse", metrics=["mae"], **compiled or {})
+    return model
+
+
+def fit(model, callbacks=(), epochs=EPOCHS, **kwargs):
+    return model.fit(
+        *mlp_data(),
+        batch_size=BATCH,
+        epochs=epochs,
+        shuffle=False,
+        **{"verbose": 0, **kwargs},
+        callbacks=list(callbacks),
+    )
+
+
+def sides(model):
+    """Of all cuts, by rank."""
+    cuts = model._dylora.named.cuts
+    return {max(c.ranks.values()): [*c.left.values()] for c in cuts}
+
+
+def assert_same_cuts(found, wanted, atol=1e-6):
+    assert sides(found).keys() == sides(wanted).keys() == {1, 2}
+    for rank, values in sides(wanted).items():
+        for a, b in zip(sides(found)[rank], values, strict=True):
+            np.testing.assert_allclose(a, b, atol=atol)
+
+
+def assert_same(found, wanted, atol=0):
+    for a, b in zip(
+        backend.snapshot(found.weights),
+        backend.snapshot(wanted.weights),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+@pytest.mark.parametrize("jit", [None, "trace"])
+def test_it_is_tune_ranks_after_the_training(jit):
+    if jit and backend.NAME != "torch":
+        pytest.skip("is torch's")
+    compiled = {"jit_compile": jit} if jit else {}
+    # An epoch of training, one that tunes: `fit` and `tune_ranks` begin with
+    # the same batch.
+    model = model_of(compiled)
+    history = fit(model, epochs=2).history
+    other = model_of(compiled, full_rank_steps=2, tune=0)
+    fit(other, epochs=1)
+    kd.tune_ranks(other, InOrder(), steps=STEPS, verbose=0)
+    assert_same(model, other, 1e-6)
+    assert_same_cuts(model, other, 1e-5)
+    assert int(backend.to_numpy(model.optimizer.iterations)) == STEPS
+    # Lower ranks are tuned on what the metrics show; at the maximum, nothing
+    # changes any more.
+    assert len(history["loss"]) == len(history["mae"]) == 2
+    assert history["loss"][1] > 0 and history["mae"][1] > 0
+    report = kd.evaluate_ranks(model, *mlp_data(), verbose=0)
+    assert [report.state(b) for b in (1, 2, 3)] == ["tuned"] * 2 + ["trained"]
+
+
+def test_validation_computes_with_the_cuts_so_far():
+    model = model_of()
+    model.set_rank(1)
+    data = mlp_data()
+    history = fit(model, validation_data=data).history
+    after = model.evaluate(*data, verbose=0, return_dict=True)
+    np.testing.assert_allclose(history["val_loss"][-1], after["loss"], 1e-5)
+    assert history["val_loss"][-1] < history["val_loss"][1]
+    model.fit(*data, verbose=0)  # trains, and tunes, again
+
+
+class Stopping(Exception):
+    pass
+
+
+def stop(model):
+    raise Stopping
+
+
+@pytest.mark.parametrize("at", [6, 9], ids=["before", "within"])
+def test_an_interrupted_run_goes_on_in_another_process(tmp_path, at):
+    path = tmp_path / "model.keras"
+
+    def interrupted(model):
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        return fit(model, [backup, At(at, stop)])
+
+    whole = model_of()
+    fit(whole)
+    model = model_of()
+    with pytest.raises(Stopping):
+        interrupted(model)
+    model = model_of()
+    fit(model, [keras.callbacks.BackupAndRestore(tmp_path / "backup")])
+    assert_same_cuts(model, whole)
+    assert_same(model, whole, 1e-6)
+    # A checkpoint of an epoch, loaded.
+    model = model_of()
+    fit(model, [At(8, lambda model: model.save(path))])
+    model = keras.saving.load_model(path)
+    assert len(model._dylora.named.tuning)
+    fit(model, initial_epoch=2)
+    assert_same_cuts(model, whole)
+    assert_same(model, whole, 1e-6)
+    assert not len(model._dylora.named.tuning)
+
+
+def test_an_error_keeps_the_cuts_so_far():
+    model = model_of()
+    with pytest.raises(Stopping):
+        fit(model, [At(9, stop)])
+    x, _ = mlp_data(8)
+    before = sides(model)
+    with model.rank_scope(1):
+        model.predict(x, verbose=0)
+    # The model trains on, its own way.
+    fit(model)
+    for a, b in zip(sides(model)[1], before[1], strict=True):
+        assert np.abs(a - b).max() > 1e-4
+    # One that stops before it tunes drops them, with a warning.
+    with (
+        pytest.raises(Stopping),
+        pytest.warns(UserWarning, match="tuned cuts are dropped"),
+    ):
+        fit(model, [At(2, stop)])
+    assert not sides(model)
+
+
+def test_several_steps_in_one():
+    if backend.NAME == "torch":
+        pytest.skip("Keras has none on torch")
+    model = model_of({"steps_per_execution": 3})
+    fit(model, epochs=4)  # the eighth step comes with the ninth
+    assert int(backend.to_numpy(model.optimizer.iterations)) in (8, 9)
+    assert sides(model).keys() == {1, 2}
+
+
+def test_a_line_for_each_phase(capsys):
+    fit(model_of(), verbose=2)
+    shown = capsys.readouterr().out
+    assert "Step 3: the columns are in order" in shown
+    assert "Step 6: the cuts of ranks are tuned, in 6 steps." in shown
+
+
+def test_a_lora_that_is_ordered_and_tuned():
+    model = model_of(full_rank_steps=0.5)
+    fit(model)
+    factors = [x.factors() for x in model.dylora_layers]
+    for down, up in ((x.down, x.up) for x in factors):
+        weight = np.linalg.norm(down, axis=0) * np.linalg.norm(up, axis=1)
+        assert (np.diff(weight) <= 1e-6).all()
+    assert sides(model).keys() == {1, 2}
+
+
+def test_an_adapter_of_its_own():
+    model = model_of()
+    fit(model)
+    model.add_adapter("other")
+    assert not sides(model)
+    fit(model)
+    found = sides(model)
+    model.set_adapter("default")
+    assert any(
+        np.abs(a - b).max() > 1e-4
+        for a, b in zip(sides(model)[1], found[1], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tune": 1.0}, r"`tune` must be in \[0, 1\)"),
+        ({"tune": -0.1}, r"`tune` must be in \[0, 1\)"),
+        ({"tune": 0.5, "rank": 1}, "for ranks below the maximum"),
+        ({"tune": 0.7, "full_rank_steps": 0.4}, "mustn't exceed 1"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        kd.DyLoRAConfig.progressive(**options)
+
+
+def test_config():
+    config = kd.DyLoRAConfig.progressive(rank=8, tune=0.2)
+    assert config.tune == 0.2 and config.tuned_ranks == [1, 2, 4]
+    assert kd.DyLoRAConfig.from_config(config.get_config()) == config
+    assert config.at_maximum(1).tune == 0
+    chosen = kd.DyLoRAConfig(
+        rank=8, rank_distribution=kd.Categorical({3: 1, 8: 1})
+    )
+    assert chosen.tuned_ranks == [3]
