@@ -1,5 +1,6 @@
 # Two commands: make demo, make test. KERAS_BACKEND picks the demo's backend.
-# make test-long: the longest tests, which make test leaves out.
+# make test-long: the longest tests, which make test leaves out or runs on torch
+# alone.
 # make test-families: all of KerasHub and PEFT, which make test runs on torch
 # alone.
 # make test-lowest: the oldest versions that pyproject.toml allows.
@@ -45,8 +46,12 @@ test: $(VENV)/installed lint
 test-parity: $(VENV)/installed
 	$(RUN) -m pytest --quiet tests/test_parity.py
 
-$(BACKENDS:%=test-%): test-%: $(VENV)/installed
-	KERAS_BACKEND=$* $(SUITE) -m "not long and not families"
+# What compiles much and differs little is tested on torch, which compiles not.
+test-tensorflow test-jax: test-%: $(VENV)/installed
+	KERAS_BACKEND=$* $(SUITE) -m "not long and not families and not once"
+
+test-torch: $(VENV)/installed
+	KERAS_BACKEND=torch $(SUITE) -m "not long and not families"
 
 # On torch, where nothing is compiled, a hundred models take the least.
 test-hub: $(VENV)/installed
@@ -56,7 +61,7 @@ test-hub: $(VENV)/installed
 test-long: $(BACKENDS:%=test-long-%)
 
 test-long-%: $(VENV)/installed
-	KERAS_BACKEND=$* KILLS=10 $(SUITE) -m long
+	KERAS_BACKEND=$* KILLS=10 $(SUITE) -m "long or once"
 
 test-families: $(BACKENDS:%=test-families-%)
 

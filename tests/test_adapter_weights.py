@@ -27,6 +27,7 @@ def enabled(**arguments):
 
 @pytest.mark.parametrize("ranks", [3, [2, 1, 3, 1]], ids=["one", "by-layer"])
 @pytest.mark.parametrize("alpha", [16, 5], ids=["same-alpha", "other-alpha"])
+@pytest.mark.once
 def test_cut_and_put_on(ranks, alpha):
     model = enabled()
     weights = AdapterWeights.of(Tree(model))
@@ -135,6 +136,7 @@ def test_what_an_enabled_model_refuses(case):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.once
 def test_peft_adapter_without_the_head_of_an_enabled_model(tmp_path):
     source, model = enabled(trainable_layers=()), enabled()
     head = backend.snapshot(model.get_layer("logits").weights)

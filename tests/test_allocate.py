@@ -57,6 +57,7 @@ def loss(model, ranks, x, y):
 @pytest.mark.parametrize(
     "scaling", ["constant", pytest.param("rank", marks=pytest.mark.long)]
 )
+@pytest.mark.once
 def test_near_the_best_of_all(scaling):
     model, x, y = student(scaling)
     found = kd.allocate_ranks(model, x, y, budget=0.5, verbose=0)
@@ -170,6 +171,7 @@ def test_losses_of_layers_count():
     assert found > error + 0.01
 
 
+@pytest.mark.once
 def test_datasets():
     import tensorflow as tf
 
@@ -183,6 +185,7 @@ def test_datasets():
     assert found[0].share == 0.5
 
 
+@pytest.mark.once
 def test_texts():
     model = text_classifier()
     kd.enable_dylora(model, rank=4, scaling="constant", verbose=0)
@@ -233,6 +236,7 @@ def test_progress_is_shown(capsys):
         (float("nan"), ValueError, "budget=nan"),
     ],
 )
+@pytest.mark.once
 def test_wrong_budgets(budget, error, message):
     model, x, y = student()
     with pytest.raises(error, match=message):
@@ -251,6 +255,7 @@ def test_wrong_models_and_data():
         kd.allocate_ranks(mlp(), *mlp_data())
 
 
+@pytest.mark.once
 def test_warns_of_a_lora_that_is_not_in_order():
     model = randomize(roberta_classifier())
     kd.enable_dylora(model, rank=4, min_rank=4, verbose=0)

@@ -198,6 +198,7 @@ def test_of_a_hand_built_model():
     assert report.ranks == [2, chosen]  # 80 and 84 parameters, with the head
 
 
+@pytest.mark.once
 def test_report_of_both():
     model = enabled()
     small, large = (allocation(model, r) for r in ([0, 2, 0, 1], [2, 1, 3, 4]))
@@ -300,6 +301,7 @@ def test_json_round_trip(tmp_path):
         kd.RankAllocation.from_json(tmp_path / "other.json")
 
 
+@pytest.mark.once
 def test_table_and_heat_map(tmp_path):
     model = randomize(gpt2())
     kd.enable_dylora(model, rank=4, target_layers="all-linear", verbose=0)
@@ -386,6 +388,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
+@pytest.mark.once
 def test_wrong_ranks_change_nothing(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     do, error, message = WRONG[case]

@@ -65,6 +65,7 @@ DOORS = {
 
 
 @pytest.mark.parametrize("door", DOORS)
+@pytest.mark.once
 def test_a_bad_cut_is_warned_of_at_every_door(door, tmp_path):
     with pytest.warns(UserWarning) as found:
         DOORS[door](lora(), tmp_path, 2)
@@ -91,6 +92,7 @@ def test_a_rank_that_is_no_rank_is_an_error_and_no_warning():
 
 
 @pytest.mark.filterwarnings("error:Adapters are of use:UserWarning")
+@pytest.mark.once
 def test_good_cuts_and_reports_are_not_warned_of(tmp_path):
     model = randomize_adapters(mlp(min_rank=RANK))
     model.compile("adam", "mse")
@@ -138,6 +140,7 @@ def reported(model, ranks=None):
     return kd.evaluate_ranks(model, *mlp_data(), ranks, verbose=0)
 
 
+@pytest.mark.once
 def test_cuts_of_an_ordered_lora_are_chosen_from():
     model = randomize_adapters(mlp(min_rank=RANK))
     report = reported(model)

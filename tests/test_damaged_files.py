@@ -92,6 +92,7 @@ def same(first, second):
         pytest.param("plain-peft", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.once
 def test_damaged_files(door, tmp_path):
     save, load = DOORS[door]
     source = enabled()

@@ -9,6 +9,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.marks import once
 from tests.models import (
     classification_loss,
     gpt2,
@@ -98,7 +99,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+COMPILED = ["roberta", "functional", "subclassed", "sequential"]
+
+
+@pytest.fixture(params=once(MODELS, but=COMPILED))
 def case(request):
     make, inputs = MODELS[request.param]
     return randomize(make()), inputs()
@@ -262,6 +266,7 @@ def test_tied_embeddings_stay_frozen():
     assert any("mlm_head" in name for name in names)
 
 
+@pytest.mark.once
 def test_a_compiled_and_trained_model_goes_on():
     model = roberta_classifier()
     model.compile("adam", classification_loss(), metrics=["accuracy"])
@@ -466,6 +471,7 @@ class Unmakeable(keras.optimizers.SGD):
         super().__init__(0.1)
 
 
+@pytest.mark.once
 def test_an_optimizer_that_cannot_be_made_anew():
     model = roberta_classifier()
     kd.enable_dylora(model, rank=4)

@@ -54,6 +54,7 @@ def test_datasets_and_sample_weights():
     assert weighted.metrics[2]["loss"] != two[2]["loss"]
 
 
+@pytest.mark.once
 def test_strings_are_preprocessed_once():
     model = text_classifier()
     kd.enable_dylora(model, rank=4)
@@ -93,6 +94,7 @@ def test_untrained_ranks_are_marked():
     assert report.best("accuracy", tolerance=1.0) == 4
 
 
+@pytest.mark.once
 def test_lists_of_labels_and_weights():
     model = kd.enable_dylora(text_classifier(), rank=2)
     model.compile("adam", classification_loss())

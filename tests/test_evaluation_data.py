@@ -53,6 +53,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.once
 def test_what_evaluate_takes(kind):
     model = randomize_adapters(mlp())
     model.compile("adam", "mse")
@@ -65,6 +66,7 @@ def test_what_evaluate_takes(kind):
         assert found == kd.allocate_ranks(model, *data, verbose=0)
 
 
+@pytest.mark.once
 def test_a_dict_of_frames_and_a_series_of_labels():
     model = randomize(roberta_classifier())
     kd.enable_dylora(model, rank=4, scaling="constant", verbose=0)

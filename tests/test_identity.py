@@ -119,6 +119,7 @@ def test_another_base_is_refused(door, tmp_path):
 @pytest.mark.parametrize(
     "dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.long)]
 )
+@pytest.mark.once
 def test_the_base_in_another_dtype_is_the_same(door, dtype, tmp_path):
     save, load = door
     folder = save(tmp_path)

@@ -58,6 +58,7 @@ def states(model):
 @pytest.mark.parametrize(
     "full_rank_steps", [pytest.param(0, marks=pytest.mark.long), 4]
 )
+@pytest.mark.once
 def test_each_is_trained_as_though_it_were_alone(full_rank_steps):
     options = {"full_rank_steps": full_rank_steps, "scaling": "constant"}
     alone = {}
@@ -104,6 +105,7 @@ def test_learning_rate_is_the_users():
         ),
     ],
 )
+@pytest.mark.once
 def test_a_loaded_one_has_its_own_rank_scale_and_head(scaling, tmp_path):
     small = randomize_adapters(
         enabled(rank=2, alpha=5, compiled=False, scaling=scaling), seed=7
@@ -189,6 +191,7 @@ def test_head_stays_where_classes_differ(tmp_path):
     assert more(tokens(2)).shape == (2, 5)
 
 
+@pytest.mark.once
 def test_a_file_keeps_all(tmp_path):
     model = enabled()
     train(model, 1)

@@ -10,6 +10,7 @@ import pytest
 import keras_dylora as kd
 from tests import backend
 from tests.data.before_spec import write as before_spec
+from tests.marks import once
 from tests.models import (
     gpt2,
     labels,
@@ -55,7 +56,13 @@ def fit_on(model, name):
     )
 
 
-@pytest.mark.parametrize("name", [*CLASSIFIERS, "accumulating", *HAND_BUILT])
+@pytest.mark.parametrize(
+    "name",
+    once(
+        [*CLASSIFIERS, "accumulating", *HAND_BUILT],
+        but=["sampled", "frozen", "hand_built_jax"],
+    ),
+)
 def test_model_file(name):
     model = keras.saving.load_model(FOLDER / f"{name}.keras")
     with np.load(FOLDER / f"{name}.npz") as file:
@@ -162,12 +169,14 @@ def assert_as_saved(model, name):
 
 
 @pytest.mark.parametrize("name", before_spec.MODELS)
+@pytest.mark.once
 def test_model_file_before_spec(name):
     path = before_spec.FOLDER / f"{name}.keras"
     assert_as_saved(keras.saving.load_model(path), name)
 
 
 @pytest.mark.parametrize("name", before_spec.MODELS)
+@pytest.mark.once
 def test_weights_file_before_spec(name):
     model = keras.saving.load_model(before_spec.FOLDER / f"{name}.keras")
     randomize(model, seed=11)

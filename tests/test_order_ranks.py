@@ -84,6 +84,7 @@ def test_what_the_optimizer_keeps_turns_with_the_columns():
         np.testing.assert_allclose(a, backend.to_numpy(b), atol=1e-6)
 
 
+@pytest.mark.once
 def test_a_lora_can_be_cut_once_it_is_ordered():
     model = kd.enable_dylora(
         randomize(roberta_classifier()),

@@ -121,6 +121,7 @@ def test_before_and_after_enabling_are_the_same(mode):
         pytest.param("int4", "before", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.once
 def test_trains_saves_reloads_and_merges(mode, order, tmp_path):
     model = compiled(quantized(mode, order))
     layers = model.dylora_layers
@@ -226,6 +227,7 @@ def test_a_refused_quantization_changes_nothing(arguments, message):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.once
 def test_a_model_built_from_adapted_layers(mode, tmp_path):
     model = randomize_adapters(randomize(mlp(frozen=True)))
     model.quantize(mode)
@@ -266,6 +268,7 @@ def test_disabling_gives_the_quantized_model_back():
     ],
     ids=["query", "output", "transposed-outputs", "transposed-kernel"],
 )
+@pytest.mark.once
 def test_merging_dequantizes_any_equation(mode, equation, output_shape, shape):
     inputs = keras.Input(shape)
     layer = keras.layers.EinsumDense(equation, output_shape, name="only")
@@ -280,6 +283,7 @@ def test_merging_dequantizes_any_equation(mode, equation, output_shape, shape):
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.once
 def test_quantized_in_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
     mode = "int8" if policy == "mixed_bfloat16" else "int4"
@@ -391,6 +395,7 @@ def own_layers():
 
 
 @pytest.mark.parametrize("build", [attention, own_layers])
+@pytest.mark.once
 def test_nothing_is_saved_that_keras_cannot_load(build, tmp_path):
     model = kd.enable_dylora(
         build(), rank=2, target_layers="all-linear", trainable_layers=()

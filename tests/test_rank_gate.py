@@ -55,6 +55,7 @@ def test_a_layer_has_a_rank_of_its_own():
     assert [layer.active_rank for layer in model.dylora_layers] == [2] * 4
 
 
+@pytest.mark.once
 def test_ranks_of_layers_are_saved_and_survive_training(tmp_path):
     model = with_ranks(enabled())
     expected = model.predict(tokens(), verbose=0)

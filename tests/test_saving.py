@@ -11,6 +11,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.marks import once
 from tests.models import (
     classification_loss,
     gpt2,
@@ -95,7 +96,9 @@ def test_keras_file_in_a_fresh_process(make, target, tmp_path):
         assert printed[3] == "False"
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
+@pytest.mark.parametrize(
+    "frozen", once([False, True], but=[True]), ids=["all", "frozen"]
+)
 def test_loading_goes_on_where_saving_stopped(frozen, tmp_path):
     model = trained(roberta_classifier, frozen)
     model.save(tmp_path / "model.keras")
@@ -222,6 +225,7 @@ def test_layers_that_are_trained_come_back_trainable(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.once
 def test_pickle():
     model, x = trained(roberta_classifier), tokens()
     again = pickle.loads(pickle.dumps(model))
@@ -229,6 +233,7 @@ def test_pickle():
         np.testing.assert_array_equal(_at(again, rank, x), _at(model, rank, x))
 
 
+@pytest.mark.once
 def test_a_newer_format(tmp_path):
     config = trained(roberta_classifier).get_config()
     with pytest.raises(ValueError, match="newer.*format_version=99"):
@@ -257,6 +262,7 @@ def shared_model():
 
 
 @pytest.mark.parametrize("rank", range(1, 5))
+@pytest.mark.once
 def test_adapter_round_trip_at_every_rank(rank, shared_model, tmp_path):
     model = shared_model
     kd.save_adapter(model, tmp_path / "adapter", rank=rank)
@@ -327,6 +333,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("enabled", [False, True], ids=["plain", "enabled"])
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.once
 def test_damaged_adapters_change_nothing(damage, enabled, tmp_path):
     folder = tmp_path / "adapter"
     kd.save_adapter(kd.enable_dylora(roberta_classifier(), rank=2), folder)
@@ -422,6 +429,7 @@ def test_save_adapter_needs_an_enabled_model(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.once
 def test_weights_across_dropout_and_mode(tmp_path):
     """Keras loads across dropout rates; the rank sequence goes on too."""
 

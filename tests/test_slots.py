@@ -8,6 +8,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.marks import once
 from tests.models import mlp, randomize
 
 optimizers = keras.optimizers
@@ -82,7 +83,10 @@ def trained(optimizer, epochs=12, **fields):
     return model, losses, losses(epochs)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+COMPILED = ["adam", "adamax", "adafactor", "accumulation", "loss-scale"]
+
+
+@pytest.mark.parametrize("name", once(OPTIMIZERS, but=COMPILED))
 def test_training_goes_on_behind_the_order(name):
     if name == "ema" and backend.NAME == "jax":
         pytest.skip("Keras can't call fit twice with `use_ema` there (3.15)")

@@ -272,6 +272,7 @@ def test_a_metric_called_rank_keeps_its_name(outputs, mine, drawn):
     ],
     ids=["backbone", "layer"],
 )
+@pytest.mark.once
 def test_frozen_adapters_are_told(part, frozen):
     model = kd.enable_dylora(roberta_classifier(), rank=2)
     part(model.backbone).trainable = False

@@ -257,6 +257,7 @@ def randomize_base():
 
 @pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("door", DOORS, ids=lambda f: f.__name__)
+@pytest.mark.once
 def test_through_every_door(door, rank, tmp_path):
     model = tuned()
     wanted = outputs(model, rank)[0]

@@ -36,6 +36,7 @@ def distiller():
 
 
 @pytest.mark.parametrize("make", [around_a_backbone, distiller])
+@pytest.mark.once
 def test_fit_of_a_model_around_an_enabled_one_warns(make):
     with pytest.warns(UserWarning, match="enable the outer model") as caught:
         fit(make())
@@ -68,6 +69,7 @@ def at_no_other_rank(model):
 @pytest.mark.parametrize(
     "train", [fit, at_a_chosen_rank, at_drawn_ranks, at_no_other_rank]
 )
+@pytest.mark.once
 def test_no_warning_where_the_rank_is_meant(train):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Only a model that is enabled")
