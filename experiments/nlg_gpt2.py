@@ -9,6 +9,10 @@ and adapted to another domain, where its perplexity is measured.
 
     python -m experiments.nlg_gpt2 --task reviews
 
+And with a real language model from a package, SmolLM2-135M:
+
+    python -m experiments.nlg_gpt2 --task smollm2
+
 Finished runs are kept in a file of JSON lines and aren't run again. The
 recipe is the GPT-2 one of LoRA, but for its ban on repeated 4-grams, and for
 the data of `e2e`: TFDS has the cleaned E2E, with another test set.
@@ -24,7 +28,7 @@ import keras_hub
 import numpy as np
 
 import keras_dylora as kd
-from examples import nlg_reviews
+from examples import nlg_reviews, smollm2
 from examples.data import NotFetchedError
 from examples.nlg_model import compile_model, encode, perplexity
 from examples.presets import from_preset
@@ -35,7 +39,10 @@ from experiments.nlg_generate import generate
 from experiments.runs import Results
 
 METHODS = (*methods.METHODS, "fine-tune")
-TASKS = (*nlg_data.TASKS, "reviews")
+# Tasks of text, of which the perplexity is measured.
+TEXT = ("reviews", "smollm2")
+TASKS = (*nlg_data.TASKS, *TEXT)
+PARTS = ("test", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Settings:
     target_layers: str | None = None
     # Shares of the parameters at which each layer has a rank of its own.
     budgets: tuple = ()
+    # What is evaluated, of `smollm2`.
+    part: str = "test"
 
 
 REVIEWS = Settings(
@@ -69,14 +78,26 @@ REVIEWS = Settings(
     warmup_steps=30,
     label_smoothing=0.0,
 )
+SMOLLM2 = dataclasses.replace(
+    REVIEWS,
+    epochs=1,
+    batch_size=16,
+    warmup_steps=6,
+    rank=8,
+    target_layers="all-linear",
+)
 
 
 @functools.lru_cache(maxsize=1)
-def tokenized(task, preset):
+def tokenized(task, preset, part="test"):
     """The tokenizer, the training arrays, and what is evaluated.
 
-    That is arrays for `reviews`, else `(prompts, references)`.
+    That is arrays for tasks of text, else `(prompts, references)`.
     """
+    if task == "smollm2":
+        tokenizer = smollm2.Tokenizer(preset)
+        train, validation, test = smollm2.tweets(tokenizer)
+        return tokenizer, train, test if part == "test" else validation
     tokenizer = from_preset(
         keras_hub.models.GPT2Tokenizer, preset, keras_hub.models.GPT2CausalLM
     )
@@ -90,10 +111,13 @@ def tokenized(task, preset):
     )
 
 
-def build(method, seed, settings, steps):
+def build(task, method, seed, settings, steps):
     """A model that is ready to be trained by one method."""
-    task = keras_hub.models.GPT2CausalLM
-    model = from_preset(task, settings.preset, task, preprocessor=None)
+    if task == "smollm2":
+        model = smollm2.causal_lm(settings.preset)
+    else:
+        gpt2 = keras_hub.models.GPT2CausalLM
+        model = from_preset(gpt2, settings.preset, gpt2, preprocessor=None)
     learning_rate = settings.fine_tune_learning_rate
     if method != "fine-tune":
         learning_rate = settings.learning_rate
@@ -129,7 +153,7 @@ def evaluate(model, task, tokenizer, data, ranks, metrics):
     for name in ranks or ["full"]:
         if ranks:
             model.set_rank(ranks[name])
-        if task == "reviews":
+        if task in TEXT:
             found[name] = perplexity(model, *data)
         else:
             prompts, references = data
@@ -148,7 +172,7 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
             of `methods.own_ranks`.
         seed: int.
         settings: `Settings`.
-        metrics: names of `nlg_metrics.METRICS`; `reviews` needs none.
+        metrics: names of `nlg_metrics.METRICS`; tasks of text need none.
         verbose: as in `fit`.
 
     Returns:
@@ -185,17 +209,19 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     for name in ("target_layers", "budgets"):
         if not getattr(settings, name):  # as 0.1.0 had it
             del key["settings"][name]
-    if task == "reviews":  # Made here, and named after its settings.
+    if settings.part == "test":
+        del key["settings"]["part"]
+    if task in TEXT:  # Made here, and named after its settings.
         key["settings"]["preset"] = pathlib.Path(settings.preset).name
     found = results.get(key)
     if found is not None:
         return found
-    tokenizer, train, data = tokenized(task, settings.preset)
+    tokenizer, train, data = tokenized(task, settings.preset, settings.part)
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     steps = settings.epochs * -(-len(train[1]) // settings.batch_size)
     tuning = methods.tune_steps(method, steps)
-    model = build(method, seed, settings, steps - tuning)
+    model = build(task, method, seed, settings, steps - tuning)
     print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
     result = fit(model, train, settings, seed, verbose, leave=tuning)
     result["steps"] = steps
@@ -205,8 +231,11 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     ranks = {}
     if method != "fine-tune":
         # Rank 0 is the pretrained model.
-        lowest = int(task != "reviews")
-        ranks = {str(b): b for b in range(lowest, settings.rank + 1)}
+        lowest = int(task not in TEXT)
+        ranks = range(lowest, settings.rank + 1)
+        if task == "smollm2":  # where each takes a minute
+            ranks = [0, *methods.own_ranks(settings.rank)]
+        ranks = {str(b): b for b in ranks}
     if settings.budgets:
         own, seconds = methods.allocated(model, train, settings.budgets)
         ranks |= own
@@ -304,11 +333,12 @@ def main(argv=None):
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 42, 4242])
     parser.add_argument(
-        "--preset", default=Settings.preset, help="`reviews` has its own"
+        "--preset", default=Settings.preset, help="tasks of text have theirs"
     )
     parser.add_argument("--rank", type=int, help="default: the task's")
     parser.add_argument("--target-layers", help="such as all-linear")
     parser.add_argument("--learning-rate", type=float, help="as --rank")
+    parser.add_argument("--part", choices=PARTS, help="of smollm2")
     parser.add_argument("--output", default="results/nlg", type=pathlib.Path)
     parser.add_argument(
         "--results", default="results/runs.jsonl", type=pathlib.Path
@@ -320,10 +350,13 @@ def main(argv=None):
         if args.task == "reviews":
             preset = nlg_reviews.pretrained(args.output, verbose=args.verbose)
             settings = dataclasses.replace(REVIEWS, preset=str(preset))
+        elif args.task == "smollm2":
+            preset = smollm2.pretrained(args.output)
+            settings = dataclasses.replace(SMOLLM2, preset=str(preset))
         else:
             settings = Settings(preset=args.preset)
             metrics = nlg_metrics.available_metrics()
-        names = ("rank", "target_layers", "learning_rate")
+        names = ("rank", "target_layers", "learning_rate", "part")
         changes = {name: getattr(args, name) for name in names}
         settings = dataclasses.replace(
             settings, **{k: v for k, v in changes.items() if v is not None}

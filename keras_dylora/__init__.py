@@ -7,6 +7,7 @@ from keras_dylora.distributions import Categorical, Geometric, Uniform
 from keras_dylora.export import export_ranks
 from keras_dylora.layers.dense import DyLoRADense
 from keras_dylora.layers.einsum_dense import DyLoRAEinsumDense
+from keras_dylora.layers.embedding import DyLoRAEmbedding
 from keras_dylora.live.enable import disable_dylora, enable_dylora
 from keras_dylora.live.merge import merge
 from keras_dylora.live.model import DyLoRAModel
@@ -21,7 +22,8 @@ from keras_dylora.version import __version__
 
 __all__ = [
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
-    "DyLoRAModel", "Geometric", "ProgressiveDecay", "RankAllocation",
+    "DyLoRAEmbedding", "DyLoRAModel", "Geometric", "ProgressiveDecay",
+    "RankAllocation",
     "RankEvaluation", "RankReport", "Uniform", "__version__",
     "allocate_ranks", "disable_dylora", "enable_dylora", "evaluate_ranks",
     "export_ranks", "from_peft", "load_adapter", "merge", "order_ranks",

@@ -8,7 +8,8 @@ from tests import backend
 
 PUBLIC = {
     "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
-    "DyLoRAModel", "Geometric", "ProgressiveDecay", "RankAllocation",
+    "DyLoRAEmbedding", "DyLoRAModel", "Geometric", "ProgressiveDecay",
+    "RankAllocation",
     "RankEvaluation",
     "RankReport", "Uniform", "allocate_ranks", "disable_dylora",
     "enable_dylora", "evaluate_ranks", "export_ranks", "from_peft",

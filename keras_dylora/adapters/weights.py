@@ -13,7 +13,7 @@ from keras_dylora import ranks as rank_functions
 from keras_dylora.adapters.identity import Identity, renamed
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers.factors import Factors, float32_array
-from keras_dylora.layers.kinds import ADAPTED_CLASSES, matrix_shape
+from keras_dylora.layers.kinds import adapted_class, matrix_shape
 from keras_dylora.layers.tuned import TunedCut, find
 from keras_dylora.live.enable import upgrade
 from keras_dylora.live.model import DyLoRAModel, adaptation_of
@@ -145,7 +145,7 @@ class AdapterWeights:
             layers = {
                 path: layer
                 for path, layer in tree.layers.items()
-                if type(layer) in ADAPTED_CLASSES and path in self.layers
+                if adapted_class(layer) and path in self.layers
             }
         shapes = {f"head/{path}": tuple(v.shape) for path, v in trained.items()}
         for path, layer in layers.items():

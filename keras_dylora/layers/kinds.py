@@ -1,20 +1,35 @@
 """The kinds of layers that can be adapted: a class for each."""
 
+from typing import Any
+
 import keras
 
 from keras_dylora.layers.dense import DyLoRADense
 from keras_dylora.layers.einsum_dense import DyLoRAEinsumDense
+from keras_dylora.layers.embedding import DyLoRAEmbedding, reversible_class
 from keras_dylora.layers.geometry import Geometry
 from keras_dylora.layers.low_rank import LowRankAdapter
 
 ADAPTED_CLASSES: dict[type, type[LowRankAdapter]] = {
-    cls.original_class: cls for cls in (DyLoRADense, DyLoRAEinsumDense)
+    cls.original_class: cls
+    for cls in (DyLoRADense, DyLoRAEinsumDense, DyLoRAEmbedding)
 }
+# Of layers that multiply their input by a kernel.
+LINEAR = keras.layers.Dense, keras.layers.EinsumDense
+
+
+def adapted_class(layer: keras.Layer) -> type[LowRankAdapter] | None:
+    """The class that adapts a layer, or `None` if there is none.
+
+    There is none of a layer that is adapted.
+    """
+    cls: Any = type(layer)
+    return ADAPTED_CLASSES.get(cls) or reversible_class(cls)
 
 
 def geometry(layer: keras.Layer) -> Geometry:
     """The `Geometry` of a layer that is adapted or can be."""
-    cls = ADAPTED_CLASSES.get(type(layer), type(layer))
+    cls = adapted_class(layer) or type(layer)
     return cls.geometry_of(layer)
 
 

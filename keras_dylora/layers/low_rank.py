@@ -33,10 +33,12 @@ class LowRankAdapter(_Base):
     `h = base(x) + (x @ down) @ core @ up`.
 
     The concrete class says which matrix its base layer's kernel is, as
-    `geometry_of(layer)`.
+    `geometry_of(layer)`, and under which name the layer has it.
     """
 
     original_class: type | None = None
+    kernel_name = "kernel"
+    takes_quantized = True
     _is_upgraded = False
     rank: int
     min_rank: int
@@ -90,12 +92,15 @@ class LowRankAdapter(_Base):
     def check_base(cls, layer: keras.Layer) -> None:
         """Raises `ValueError` if a built base layer can't take an adapter."""
         mode, rule = layer.quantization_mode, None
-        if layer.kernel_constraint is not None:
-            rule = "A layer with a `kernel_constraint` can't be adapted"
+        constraint = f"{cls.kernel_name}_constraint"
+        if getattr(layer, constraint) is not None:
+            rule = f"A layer can't be adapted with its `{constraint}`"
         elif layer.lora_enabled:
             rule = "A layer with Keras's own LoRA can't be adapted too"
         elif mode not in (None, "int8", "int4"):
             rule = "Only float, int8 and int4 layers can be adapted"
+        elif mode is not None and not cls.takes_quantized:
+            rule = "Only a float layer of its kind can be adapted"
         if rule:
             raise ValueError(
                 f"{rule}. Received: {layer.name} with quantization_mode={mode}"
@@ -206,6 +211,11 @@ class LowRankAdapter(_Base):
         return row.gate.variables if row else {}
 
     @property
+    def base_kernel(self) -> keras.Variable:
+        """The variable of the base layer that the adapter is added to."""
+        return getattr(self, self.kernel_name)
+
+    @property
     def base_weights(self) -> list[keras.Variable]:
         """The variables of the base layer."""
         adapter = (self.down, self.up)
@@ -252,8 +262,7 @@ class LowRankAdapter(_Base):
         return self._call_adapted("quantized_call", inputs, training)
 
     def _call_adapted(self, method, inputs, training):
-        rows, kept = self._geometry.rows(inputs)
-        rows = ops.cast(rows, self.compute_dtype)
+        rows, kept = self._rows(inputs)
         bottleneck, up = self._bottleneck(rows, kept, training)
         update = self._geometry.back(bottleneck @ up, kept)
         # The adapter is added before the activation.
@@ -261,13 +270,32 @@ class LowRankAdapter(_Base):
         return self._activated(getattr(base, method)(inputs) + update)
 
     def _activated(self, outputs):
-        return self.activation(outputs) if self.activation else outputs
+        activation = getattr(self, "activation", None)
+        return activation(outputs) if activation else outputs
+
+    def _rows(self, inputs):
+        """What an input is to `_project`, and the axes that it has beside."""
+        rows, kept = self._geometry.rows(inputs)
+        return ops.cast(rows, self.compute_dtype), kept
+
+    def _project(self, rows, down, training):
+        """`rows @ down`."""
+        if self.dropout and training:
+            rows = keras.random.dropout(
+                rows, self.dropout, seed=self._dropout_seed
+            )
+        return rows @ down
 
     def _bottleneck(self, rows, kept, training):
         """`(rows @ down) * gate`, or `@ core`, and `up` to multiply it with.
 
-        The rows are those of an input that has the axes `kept` beside.
+        With what `_rows` gave of an input.
         """
+        gate, down, up = self._sides(training)
+        return gated(self, self._project(rows, down, training), gate, kept), up
+
+    def _sides(self, training):
+        """The gate, `down` and `up`, as a call reads them."""
         # With rematerialization on JAX it is a tracer, which has no truth.
         if training is True and self.min_rank < self.rank:
             self._gate.warn_unless_chosen(self.path)
@@ -279,11 +307,7 @@ class LowRankAdapter(_Base):
             newest = self._gate.newest()
             down = _gradient_where(newest, down)
             up = _gradient_where(newest[:, None], up)
-        if self.dropout and training:
-            rows = keras.random.dropout(
-                rows, self.dropout, seed=self._dropout_seed
-            )
-        return gated(self, rows @ down, gate, kept), up
+        return gate, down, up
 
     def factors(self, rank: int | None = None) -> Factors:
         """The adapter as `Factors`, cut to a rank, by default the highest."""

@@ -12,7 +12,8 @@ from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.cuts import users_line
 from keras_dylora.distributions import RankDraw
 from keras_dylora.layers.gate import GateRow, RankGate
-from keras_dylora.layers.kinds import ADAPTED_CLASSES
+from keras_dylora.layers.kinds import adapted_class
+from keras_dylora.layers.low_rank import LowRankAdapter
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.active_ranks import ActiveRanks
 from keras_dylora.live.named import NamedAdapters
@@ -39,9 +40,7 @@ class Adaptation(ActiveRanks):
         self.config = config
         self.spec = spec
         self.layers = {path: tree.layers[path] for path in spec.adapted}
-        self.upgraded = [
-            x for x in self.layers.values() if type(x) in ADAPTED_CLASSES
-        ]
+        self.upgraded = [x for x in self.layers.values() if adapted_class(x)]
         # What `undo` and `as_plain` make trainable again. None of a hand-built
         # model's business.
         self.before = flags(tree) if self.upgraded else []
@@ -85,7 +84,7 @@ class Adaptation(ActiveRanks):
         """Gives the layers their adapters, and freezes all but those."""
         gate = RankGate(len(self.upgraded), self.config.scale)
         for i, layer in enumerate(self.upgraded):
-            ADAPTED_CLASSES[type(layer)].upgrade(
+            adapted_class(layer).upgrade(
                 layer,
                 self.spec.adapted[tree.paths[id(layer)]],
                 GateRow(gate, i),
@@ -98,7 +97,7 @@ class Adaptation(ActiveRanks):
     def undo(self):
         """Gives every layer back as it was."""
         for layer in self.upgraded:
-            if type(layer) not in ADAPTED_CLASSES:
+            if isinstance(layer, LowRankAdapter):
                 layer.downgrade()
         _keras.track_for_torch(self.model)
         restore(self.before)

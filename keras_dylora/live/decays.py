@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_dylora import _keras
-from keras_dylora.layers.kinds import ADAPTED_CLASSES
+from keras_dylora.layers.kinds import LINEAR
 from keras_dylora.layers.low_rank import LowRankAdapter
 from keras_dylora.layers.tree import Tree
 from keras_dylora.schedule import ProgressiveDecay
@@ -46,5 +46,5 @@ class Decays:
     def _height(self):
         layers = Tree(self._model).layers.values()
         adapted = sum(isinstance(x, LowRankAdapter) for x in layers)
-        plain = sum(type(x) in ADAPTED_CLASSES for x in layers)
+        plain = sum(type(x) in LINEAR for x in layers)
         return RESTART if adapted < plain else 1.0

@@ -88,8 +88,9 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
         )
     for layer, target in adapted:
         update = layer.kernel_update(by_id[id(layer)])
-        target.kernel.assign(float_kernel(layer) + update)
-        if layer.bias is not None:
+        kernel = getattr(target, layer.kernel_name)
+        kernel.assign(float_kernel(layer) + update)
+        if getattr(layer, "bias", None) is not None:
             target.bias.assign(_keras.value_for_another(layer.bias))
     for target, source in zip(targets, sources, strict=True):
         target.assign(_keras.value_for_another(source))

@@ -27,7 +27,7 @@ def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
         )
     chosen = _as_predicate(filters)
     layers = tree.adapted.values()
-    adapted = {id(layer) for layer in layers}
+    adapted = {id(layer): layer.takes_quantized for layer in layers}
     # Also those that a flag freezes for a while.
     in_full = {id(tree.every[path]) for path in tree.model._dylora.spec.trained}
 
@@ -37,7 +37,7 @@ def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
         if type(layer).quantize is keras.Layer.quantize:
             return False
         trained = id(layer) in in_full or layer.trainable_variables
-        return (id(layer) in adapted or not trained) and chosen(layer)
+        return adapted.get(id(layer), not trained) and chosen(layer)
 
     # Keras quantizes layers that are exactly its own.
     with as_original(layers):
@@ -74,7 +74,7 @@ def _as_predicate(filters):
 
 def float_kernel(layer):
     """The kernel of an adapted layer, dequantized, as a float32 array."""
-    kernel = float32_array(layer.kernel)
+    kernel = float32_array(layer.base_kernel)
     if layer.quantization_mode is None:
         return kernel
     scale = float32_array(layer.kernel_scale)

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from keras_dylora import _keras
-from keras_dylora.layers.kinds import ADAPTED_CLASSES, matrix_shape
+from keras_dylora.layers.kinds import LINEAR, matrix_shape
 from keras_dylora.ranks import by_layer
 from keras_dylora.tables import text
 
@@ -34,7 +34,7 @@ def announcement(tree, targets):
     linear = [
         path
         for path, layer in tree.layers.items()
-        if path in adapted or isinstance(layer, tuple(ADAPTED_CLASSES))
+        if path in adapted or isinstance(layer, LINEAR)
     ]
     # Custom weights count: experts, for one, are no `Dense` layers.
     adapters = {id(v) for x in adapted.values() for v in (x.down, x.up)}
@@ -42,11 +42,11 @@ def announcement(tree, targets):
         math.prod(v.shape)
         for path, layer in tree.layers.items()
         if path in adapted or path not in spec.trained
-        if not type(layer).__name__.endswith("Embedding")
+        if path in adapted or not type(layer).__name__.endswith("Embedding")
         for v in _keras.own_weights(layer)
         if len(v.shape) > 1 and id(v) not in adapters
     )
-    covered = sum(math.prod(x.kernel.shape) for x in adapted.values())
+    covered = sum(math.prod(matrix_shape(x)) for x in adapted.values())
     at_all, in_full = parameters(model, config.rank), parameters(model, 0)
     ranks = f"ranks {config.min_rank} to {config.rank}"
     if config.min_rank == config.rank:

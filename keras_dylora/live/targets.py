@@ -7,7 +7,7 @@ import warnings
 import keras
 
 from keras_dylora import _keras
-from keras_dylora.layers.kinds import ADAPTED_CLASSES
+from keras_dylora.layers.kinds import ADAPTED_CLASSES, LINEAR, adapted_class
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.calls import never_called
 
@@ -44,12 +44,14 @@ def find_targets(tree, config, backbone=None):
     model, paths = tree.model, tree.layers
     backbones = _backbones(tree, backbone)
     trained = _trained_layers(tree, backbones, config)
-    linear = {
+    known = {
         path: layer
         for path, layer in paths.items()
         if isinstance(layer, tuple(ADAPTED_CLASSES))
     }
-    # What is trained in full is adapted only if asked for by name.
+    # Other layers, and what is trained in full, are adapted only if asked for
+    # by name.
+    linear = {p: x for p, x in known.items() if isinstance(x, LINEAR)}
     body = {p: x for p, x in linear.items() if p not in trained}
     left_out = {}
     if config.target_layers is None:
@@ -66,9 +68,9 @@ def find_targets(tree, config, backbone=None):
         }
         chosen = {p: x for p, x in body.items() if p not in left_out}
     else:
-        chosen = _select(linear, config.target_layers, "target_layers")
+        chosen = _select(known, config.target_layers, "target_layers")
     if not chosen:
-        raise ValueError(_no_target(config.target_layers, linear))
+        raise ValueError(_no_target(config.target_layers, known))
     unused = never_called(tree, chosen)
     check_targets({p: x for p, x in chosen.items() if p not in unused})
     if unused:
@@ -88,7 +90,7 @@ def find_targets(tree, config, backbone=None):
     return Targets(chosen, trained, left_out)
 
 
-def _no_target(wanted, linear):
+def _no_target(wanted, known):
     if wanted is None:
         wanted = (
             "None, query and value projections by the names "
@@ -96,14 +98,15 @@ def _no_target(wanted, linear):
         )
     else:
         wanted = repr(wanted)
-    names = sorted({layer.name for layer in linear.values()})
+    names = sorted({layer.name for layer in known.values()})
     return (
-        "`target_layers` must match at least one `Dense` or `EinsumDense` "
-        f"layer. Received: target_layers={wanted}, which matches none of "
-        f"{listing(linear)}. Name some, such as "
+        "`target_layers` must match at least one `Dense`, `EinsumDense` or "
+        f"`Embedding` layer. Received: target_layers={wanted}, which matches "
+        f"none of {listing(known)}. Name some, such as "
         f"target_layers={names[:3]!r}, or use {ALL_LINEAR!r}"
         if names
-        else "A model must have a `Dense` or an `EinsumDense` layer to adapt. "
+        else "A model must have a `Dense`, `EinsumDense` or `Embedding` layer "
+        "to adapt. "
         "Received: a model without one"
     )
 
@@ -116,13 +119,15 @@ def check_targets(chosen):
                 "A model must be built before it is enabled: call it on data "
                 f"once. Received: a model whose layer {path!r} isn't built"
             )
-        if type(layer) not in ADAPTED_CLASSES:
+        cls = adapted_class(layer)
+        if cls is None:
             raise ValueError(
-                "Only layers that are exactly `Dense` or `EinsumDense` can "
-                f"be adapted. Received: {path!r}, a {type(layer).__name__}"
+                "Only layers that are exactly `Dense`, `EinsumDense`, "
+                "`Embedding` or `ReversibleEmbedding` can be adapted. "
+                f"Received: {path!r}, a {type(layer).__name__}"
             )
         try:
-            ADAPTED_CLASSES[type(layer)].check_base(layer)
+            cls.check_base(layer)
         except ValueError as error:
             raise ValueError(f"Layer {path!r}: {error}") from error
 

@@ -201,7 +201,7 @@ def _write_merged(model, folder, plan):
     layers = adaptation.layers.values()
     adapters = {id(v) for x in layers for v in (x.down, x.up)}
     base = [w for w in model.weights if id(w) not in adapters]
-    kernels = [layer.kernel for layer in layers]
+    kernels = [layer.base_kernel for layer in layers]
     stored = stored_variables.create(base, plan.dtype, copies=kernels)
     endpoints = _endpoints(model, plan)
     artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])

@@ -1,0 +1,142 @@
+"""DyLoRAEmbedding: an `Embedding` layer with a nested adapter."""
+
+import functools
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_dylora import _keras
+from keras_dylora.layers.gated import gated
+from keras_dylora.layers.geometry import Geometry
+from keras_dylora.layers.low_rank import LowRankAdapter
+
+
+class EmbeddingAdapter(LowRankAdapter):
+    """What the adapters of embeddings share: rows of `down`, for each id."""
+
+    kernel_name = "embeddings"
+    takes_quantized = False
+
+    @staticmethod
+    def geometry_of(layer: keras.Layer) -> Geometry:
+        return Geometry((layer.input_dim,), (layer.output_dim,))
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self._call_adapted("call", inputs, training)
+
+    def _rows(self, inputs):
+        return ops.reshape(inputs, (-1,)), ops.shape(inputs)
+
+    def _project(self, rows, down, training):
+        return ops.take(down, rows, axis=0)
+
+
+@keras.saving.register_keras_serializable(package="keras_dylora")
+class DyLoRAEmbedding(EmbeddingAdapter, keras.layers.Embedding):
+    """An `Embedding` layer with a low-rank adapter that works at every rank.
+
+    Computes, at rank `b` (Eq. 7),
+
+    `embeddings[ids] + (alpha / b) * down[ids, :b] @ up[:b, :]`
+
+    so a step reads and changes the rows of its tokens alone. The table is
+    frozen.
+
+    Args:
+        input_dim: int. As in `keras.layers.Embedding`, like every argument
+            that isn't listed here.
+        output_dim: int.
+        rank: int. Maximum rank, like what follows as in `DyLoRADense`.
+            Defaults to `8`.
+        min_rank: int. Defaults to `1`.
+        alpha: float. Defaults to `16`.
+        frozen: bool. Defaults to `False`.
+        dropout: float. Of no effect, as an id has no part to drop. Defaults
+            to `0`.
+        scaling: str. Defaults to `"rank"`.
+        down_initializer: initializer. Defaults to `None`, as in
+            `DyLoRADense`.
+        up_initializer: initializer. Defaults to `"zeros"`.
+
+    Input shape: `(batch, …)`, integers. Output shape: `(batch, …,
+    output_dim)`. Weights: `embeddings` `(input_dim, output_dim)`, `down`
+    `(input_dim, rank)` and `up` `(rank, output_dim)`, the last two in
+    float32.
+
+    Raises:
+        ValueError: if a number is outside its range.
+        TypeError: if a rank isn't an integer.
+
+    Example:
+
+    ```python
+    ids = keras.Input((16,), dtype="int32")
+    x = keras_dylora.DyLoRAEmbedding(1000, 64, rank=4, alpha=8)(ids)
+    outputs = keras_dylora.DyLoRADense(1, rank=4, alpha=8)(x)
+    model = keras_dylora.DyLoRAModel(ids, outputs)
+    ```
+
+    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
+    """
+
+    original_class = keras.layers.Embedding
+
+
+class ReversibleAdapter(EmbeddingAdapter):
+    """The adapter of a `ReversibleEmbedding`, seen in both directions.
+
+    Reversed, a tied one computes `x @ embeddings.T + ((x @ up.T) * gate) @
+    down.T`; one that isn't tied has another kernel there, without an adapter.
+    """
+
+    @classmethod
+    def check_base(cls, layer: keras.Layer) -> None:
+        super().check_base(layer)
+        if layer.mask_zero:
+            raise ValueError(
+                "An embedding that masks zeros in its call can't be adapted. "
+                f"Received: {layer.name} with mask_zero=True"
+            )
+
+    def call(  # type: ignore[override]
+        self, inputs: Any, reverse: bool = False, training: bool | None = None
+    ) -> Any:
+        if not reverse:
+            return super().call(inputs, training)
+        # The adapter is added before the logits are capped.
+        base = _keras.stand_in(self, self.original_class, logit_soft_cap=None)
+        logits = base.call(inputs, reverse=True)
+        if self.tie_weights:
+            update = self._reversed(inputs, training)
+            logits = logits + ops.cast(update, logits.dtype)
+        cap = getattr(self, "logit_soft_cap", None)
+        return logits if cap is None else ops.tanh(logits / cap) * cap
+
+    def _reversed(self, inputs, training):
+        gate, down, up = self._sides(training)
+        if len(gate.shape) == 3:
+            gate = ops.swapaxes(gate, 1, 2)
+        kept = ops.shape(inputs)[:-1]
+        rows = ops.reshape(inputs, (-1, self.output_dim))
+        rows = ops.cast(rows, self.compute_dtype)
+        bottleneck = gated(self, rows @ ops.transpose(up), gate, kept)
+        logits = bottleneck @ ops.transpose(down)
+        return ops.reshape(logits, (*kept, self.input_dim))
+
+
+@functools.cache
+def reversible_class(original: Any) -> type[LowRankAdapter] | None:
+    """The class that adapts a `ReversibleEmbedding`, Keras's or KerasHub's.
+
+    Or `None` if the class is none of them.
+    """
+    if original.__name__ != "ReversibleEmbedding" or not issubclass(
+        original, keras.layers.Embedding
+    ):
+        return None
+    return type(
+        "DyLoRAReversibleEmbedding",
+        (ReversibleAdapter, original),
+        {"original_class": original},
+    )
