@@ -52,7 +52,7 @@ def tables():
 
 
 def convolutions():
-    """The families that have nothing to adapt, out of the tests' source."""
+    """The families of convolutions, out of the tests' source."""
     for statement in ast.parse((FAMILIES / "zoo.py").read_text()).body:
         if (
             isinstance(statement, ast.Assign)

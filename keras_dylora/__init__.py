@@ -5,6 +5,7 @@ from keras_dylora.allocation import RankAllocation
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.distributions import Categorical, Geometric, Uniform
 from keras_dylora.export import export_ranks
+from keras_dylora.layers.conv import DyLoRAConv1D, DyLoRAConv2D, DyLoRAConv3D
 from keras_dylora.layers.dense import DyLoRADense
 from keras_dylora.layers.einsum_dense import DyLoRAEinsumDense
 from keras_dylora.layers.embedding import DyLoRAEmbedding
@@ -21,7 +22,8 @@ from keras_dylora.schedule import ProgressiveDecay
 from keras_dylora.version import __version__
 
 __all__ = [
-    "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
+    "Categorical", "DyLoRAConfig", "DyLoRAConv1D", "DyLoRAConv2D",
+    "DyLoRAConv3D", "DyLoRADense", "DyLoRAEinsumDense",
     "DyLoRAEmbedding", "DyLoRAModel", "Geometric", "ProgressiveDecay",
     "RankAllocation",
     "RankEvaluation", "RankReport", "Uniform", "__version__",

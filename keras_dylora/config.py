@@ -104,11 +104,12 @@ class DyLoRAConfig:
             fixed-rank LoRA. Defaults to `1`.
         alpha: float. What adapters are scaled by, see `scaling`. Defaults to
             `16`.
-        target_layers: which `Dense` and `EinsumDense` layers get an adapter:
-            a name, a path, a regular expression that matches one of them
-            whole, a list of those, `"all-linear"`, or a callable
-            `(path, layer) -> bool`. Defaults to `None`, the query and value
-            projections.
+        target_layers: which layers get an adapter, of `Dense`, `EinsumDense`,
+            `Embedding`, `ReversibleEmbedding` and `Conv1D` to `Conv3D`: a
+            name, a path, a regular expression that matches one of them whole,
+            a list of those, `"all-linear"` (no embeddings, no convolutions),
+            `"all-conv"`, or a callable `(path, layer) -> bool`. Defaults to
+            `None`, the query and value projections.
         trainable_layers: which layers are trained in full, named in the same
             way. Defaults to `None`: the task head, that is every layer
             outside `model.backbone`. `()` means none.

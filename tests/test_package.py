@@ -7,7 +7,8 @@ import keras_dylora as kd
 from tests import backend
 
 PUBLIC = {
-    "Categorical", "DyLoRAConfig", "DyLoRADense", "DyLoRAEinsumDense",
+    "Categorical", "DyLoRAConfig", "DyLoRAConv1D", "DyLoRAConv2D",
+    "DyLoRAConv3D", "DyLoRADense", "DyLoRAEinsumDense",
     "DyLoRAEmbedding", "DyLoRAModel", "Geometric", "ProgressiveDecay",
     "RankAllocation",
     "RankEvaluation",

@@ -25,11 +25,9 @@ class EmbeddingAdapter(LowRankAdapter):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self._call_adapted("call", inputs, training)
 
-    def _rows(self, inputs):
-        return ops.reshape(inputs, (-1,)), ops.shape(inputs)
-
-    def _project(self, rows, down, training):
-        return ops.take(down, rows, axis=0)
+    def _project(self, inputs, down, training):
+        ids = ops.reshape(inputs, (-1,))
+        return ops.take(down, ids, axis=0), ops.shape(inputs)
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")

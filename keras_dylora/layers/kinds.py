@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_dylora.layers.conv import DyLoRAConv1D, DyLoRAConv2D, DyLoRAConv3D
 from keras_dylora.layers.dense import DyLoRADense
 from keras_dylora.layers.einsum_dense import DyLoRAEinsumDense
 from keras_dylora.layers.embedding import DyLoRAEmbedding, reversible_class
@@ -12,10 +13,18 @@ from keras_dylora.layers.low_rank import LowRankAdapter
 
 ADAPTED_CLASSES: dict[type, type[LowRankAdapter]] = {
     cls.original_class: cls
-    for cls in (DyLoRADense, DyLoRAEinsumDense, DyLoRAEmbedding)
+    for cls in (
+        DyLoRADense,
+        DyLoRAEinsumDense,
+        DyLoRAEmbedding,
+        DyLoRAConv1D,
+        DyLoRAConv2D,
+        DyLoRAConv3D,
+    )
 }
-# Of layers that multiply their input by a kernel.
+# What the names of many targets stand for.
 LINEAR = keras.layers.Dense, keras.layers.EinsumDense
+CONVOLUTIONS = keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D
 
 
 def adapted_class(layer: keras.Layer) -> type[LowRankAdapter] | None:

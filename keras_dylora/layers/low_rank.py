@@ -140,9 +140,12 @@ class LowRankAdapter(_Base):
         )
 
     def build(self, input_shape: Any) -> None:
-        super().build(input_shape)
+        self._build_base(input_shape)
         row = GateRow(RankGate(1, self.scale))
         self._build_adapter(row, seed=None)
+
+    def _build_base(self, input_shape):
+        super().build(input_shape)
 
     def _build_adapter(self, row, seed):
         self._geometry = self.geometry_of(self)
@@ -254,7 +257,9 @@ class LowRankAdapter(_Base):
         if base is None:
             return self._call_adapted("call", inputs, training)
         outputs, rows, kept = base
-        bottleneck, up = self._bottleneck(rows, kept, training)
+        gate, down, up = self._sides(training)
+        bottleneck = self._dropped(rows, training) @ down
+        bottleneck = gated(self, bottleneck, gate, kept)
         outputs = torch_product.add_product(self, outputs, bottleneck, up, kept)
         return self._activated(outputs)
 
@@ -262,9 +267,9 @@ class LowRankAdapter(_Base):
         return self._call_adapted("quantized_call", inputs, training)
 
     def _call_adapted(self, method, inputs, training):
-        rows, kept = self._rows(inputs)
-        bottleneck, up = self._bottleneck(rows, kept, training)
-        update = self._geometry.back(bottleneck @ up, kept)
+        gate, down, up = self._sides(training)
+        bottleneck, kept = self._project(inputs, down, training)
+        update = self._expand(gated(self, bottleneck, gate, kept), up, kept)
         # The adapter is added before the activation.
         base = _keras.stand_in(self, self.original_class, activation=None)
         return self._activated(getattr(base, method)(inputs) + update)
@@ -273,26 +278,20 @@ class LowRankAdapter(_Base):
         activation = getattr(self, "activation", None)
         return activation(outputs) if activation else outputs
 
-    def _rows(self, inputs):
-        """What an input is to `_project`, and the axes that it has beside."""
+    def _project(self, inputs, down, training):
+        """`x @ down` as a matrix, and the axes that an output has beside."""
         rows, kept = self._geometry.rows(inputs)
-        return ops.cast(rows, self.compute_dtype), kept
+        rows = ops.cast(rows, self.compute_dtype)
+        return self._dropped(rows, training) @ down, kept
 
-    def _project(self, rows, down, training):
-        """`rows @ down`."""
+    def _expand(self, bottleneck, up, kept):
+        """`bottleneck @ up` as an output."""
+        return self._geometry.back(bottleneck @ up, kept)
+
+    def _dropped(self, x, training):
         if self.dropout and training:
-            rows = keras.random.dropout(
-                rows, self.dropout, seed=self._dropout_seed
-            )
-        return rows @ down
-
-    def _bottleneck(self, rows, kept, training):
-        """`(rows @ down) * gate`, or `@ core`, and `up` to multiply it with.
-
-        With what `_rows` gave of an input.
-        """
-        gate, down, up = self._sides(training)
-        return gated(self, self._project(rows, down, training), gate, kept), up
+            x = keras.random.dropout(x, self.dropout, seed=self._dropout_seed)
+        return x
 
     def _sides(self, training):
         """The gate, `down` and `up`, as a call reads them."""

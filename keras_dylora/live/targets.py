@@ -7,11 +7,16 @@ import warnings
 import keras
 
 from keras_dylora import _keras
-from keras_dylora.layers.kinds import ADAPTED_CLASSES, LINEAR, adapted_class
+from keras_dylora.layers.kinds import (
+    ADAPTED_CLASSES,
+    CONVOLUTIONS,
+    LINEAR,
+    adapted_class,
+)
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.calls import never_called
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_CONV = "all-linear", "all-conv"
 # In KerasHub's families; fused projections too.
 QUERY_AND_VALUE = (
     r"(query|value|receptance)(_dense|_projection|_proj|_projector)?"
@@ -51,22 +56,24 @@ def find_targets(tree, config, backbone=None):
     }
     # Other layers, and what is trained in full, are adapted only if asked for
     # by name.
-    linear = {p: x for p, x in known.items() if isinstance(x, LINEAR)}
-    body = {p: x for p, x in linear.items() if p not in trained}
+    body = {p: x for p, x in known.items() if p not in trained}
+    linear = {p: x for p, x in body.items() if isinstance(x, LINEAR)}
     left_out = {}
     if config.target_layers is None:
         chosen = {
             path: layer
-            for path, layer in body.items()
+            for path, layer in linear.items()
             if re.fullmatch(QUERY_AND_VALUE, layer.name)
         }
     elif config.target_layers == ALL_LINEAR:
         left_out = {
             path: "chooses experts"
-            for path, layer in body.items()
+            for path, layer in linear.items()
             if re.fullmatch(ROUTER, layer.name)
         }
-        chosen = {p: x for p, x in body.items() if p not in left_out}
+        chosen = {p: x for p, x in linear.items() if p not in left_out}
+    elif config.target_layers == ALL_CONV:
+        chosen = {p: x for p, x in body.items() if type(x) in CONVOLUTIONS}
     else:
         chosen = _select(known, config.target_layers, "target_layers")
     if not chosen:
@@ -100,13 +107,12 @@ def _no_target(wanted, known):
         wanted = repr(wanted)
     names = sorted({layer.name for layer in known.values()})
     return (
-        "`target_layers` must match at least one `Dense`, `EinsumDense` or "
-        f"`Embedding` layer. Received: target_layers={wanted}, which matches "
-        f"none of {listing(known)}. Name some, such as "
+        "`target_layers` must match at least one layer that can be adapted. "
+        f"Received: target_layers={wanted}, which matches none of "
+        f"{listing(known)}. Name some, such as "
         f"target_layers={names[:3]!r}, or use {ALL_LINEAR!r}"
         if names
-        else "A model must have a `Dense`, `EinsumDense` or `Embedding` layer "
-        "to adapt. "
+        else "A model must have a layer that can be adapted. "
         "Received: a model without one"
     )
 
@@ -123,7 +129,8 @@ def check_targets(chosen):
         if cls is None:
             raise ValueError(
                 "Only layers that are exactly `Dense`, `EinsumDense`, "
-                "`Embedding` or `ReversibleEmbedding` can be adapted. "
+                "`Embedding`, `ReversibleEmbedding` or `Conv1D` to `Conv3D` "
+                "can be adapted. "
                 f"Received: {path!r}, a {type(layer).__name__}"
             )
         try:

@@ -61,15 +61,16 @@ def test_targets(name):
     assert targets(name) == json.loads(EXPECTED.read_text())[name]
 
 
-@pytest.mark.parametrize("name", ADAPTABLE)
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_family(name, tmp_path):
     family = FAMILIES[name]
+    wanted = "all-conv" if name in CONVOLUTIONS else "all-linear"
     if name == "sam3" and backend.NAME == "torch":
         pytest.importorskip("torchvision", reason="KerasHub's SAM 3 needs it")
     model, x = family.build(), family.inputs()
     base = run(model, x)
     weights = [backend.to_numpy(w) for w in model.weights]
-    kd.enable_dylora(model, rank=2, verbose=0, target_layers="all-linear")
+    kd.enable_dylora(model, rank=2, verbose=0, target_layers=wanted)
     randomize_adapters(model, scale=0.1)
     model.set_rank(0)
     assert_close(run(model, x), base, 1e-5)

@@ -512,7 +512,7 @@ def efficientnet():
         stackwise_force_input_filters=[0, 0],
         stackwise_nores_option=[False, False],
         dropout=0.0,
-        num_features=16,
+        # The number of features is the default: the config forgets another.
         input_shape=IMAGE,
     )
     return hub.EfficientNetImageClassifier(
@@ -1276,7 +1276,7 @@ FAMILIES = {
     "stable-diffusion-3": Family(stable_diffusion_3, prompts_for_images),
 }
 
-# Families that have no Dense or EinsumDense outside of the head.
+# Families that have convolutions alone outside of the head.
 CONVOLUTIONS = {
     "basnet",
     "cspnet",
