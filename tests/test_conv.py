@@ -151,10 +151,11 @@ def assert_close(found, wanted, atol=2e-5):
     np.testing.assert_allclose(found, wanted, atol=atol)
 
 
-def test_in_place_and_back(tmp_path):
-    model = network()
+@pytest.mark.parametrize("rank", [2, 4])  # a `Conv2D` has a `rank` of 2
+def test_in_place_and_back(rank, tmp_path):
+    model = network(rank=rank)
     layer = model.get_layer("first")
-    assert type(layer) is kd.DyLoRAConv2D and layer.rank == 4
+    assert type(layer) is kd.DyLoRAConv2D and layer.rank == rank
     x, _ = images(4)
     model.set_rank(0)
     base = outputs(model, x)

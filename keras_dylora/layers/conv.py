@@ -36,7 +36,10 @@ class ConvAdapter(LowRankAdapter):
     @property
     def rank(self) -> int:
         """int. The maximum rank of the adapter."""
-        return self.__dict__.get("_max_rank", self.__dict__["rank"])
+        for name in ("_max_rank", "rank"):
+            if name in self.__dict__:
+                return self.__dict__[name]
+        raise AttributeError("A layer has a rank once it is initialized.")
 
     @rank.setter
     def rank(self, value: int) -> None:
@@ -44,14 +47,15 @@ class ConvAdapter(LowRankAdapter):
         self.__dict__["_max_rank" if known else "rank"] = value
 
     def _build_base(self, input_shape):
-        rank = self.__dict__.pop("_max_rank")
+        rank = self.rank
+        self.__dict__.pop("_max_rank", None)
         super()._build_base(input_shape)
         self.rank = rank
 
     def downgrade(self) -> None:
         axes = self.__dict__["rank"]
         super().downgrade()
-        self.__dict__.pop("_max_rank")
+        self.__dict__.pop("_max_rank", None)
         self.__dict__["rank"] = axes
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
