@@ -118,7 +118,7 @@ def images(size=24):
 
 
 def network(**options):
-    inputs = keras.Input((8, 8, 3))
+    inputs = keras.Input((8, 8, 3), name="image")
     x = keras.layers.Conv2D(8, 3, padding="same", name="first")(inputs)
     x = keras.layers.BatchNormalization(name="norm")(x)
     x = keras.layers.Activation("relu")(x)

@@ -640,7 +640,9 @@ def test_directory_that_cannot_be_written(tmp_path):
         export_ranks(mlp(), tmp_path / "file" / "artifact")
 
 
-def test_full_disk_leaves_nothing(tmp_path):
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    # What is imported meanwhile would be kept as half of its bytecode.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:

@@ -1,0 +1,72 @@
+"""Adapted embeddings and convolutions as they are served, without Keras."""
+
+import numpy as np
+import pytest
+
+import keras_dylora as kd
+from tests.models import with_tuned_cuts
+from tests.test_conv import images, network
+from tests.test_embedding import classifier, language_model
+from tests.test_export import batch, prompts, serve
+
+pytestmark = pytest.mark.long
+
+
+def text_classifier():
+    return classifier(), batch(5, 12)
+
+
+def image_classifier():
+    return network(), {"image": images(5)[0]}
+
+
+MODELS = {"embedding": text_classifier, "convolutions": image_classifier}
+
+
+def at(model, rank, inputs):
+    x = inputs.get("image", inputs)
+    with model.rank_scope(rank):
+        return model.predict(x, verbose=0)
+
+
+@pytest.mark.parametrize("layout", ["shared", "merged"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_rank(kind, layout, tmp_path):
+    model, inputs = MODELS[kind]()
+    with_tuned_cuts(model, 1)
+    ranks = {"one": 1, "two": 2, "all": 4}
+    path = tmp_path / "artifact"
+    kd.export_ranks(model, path, ranks, layout=layout, verbose=False)
+    calls = [
+        (path, name, inputs)
+        if layout == "shared"
+        else (path / name, "serve", inputs)
+        for name in ranks
+    ]
+    if layout == "shared":
+        mixed = np.array([2, 1, 4, 4, 1], "int32")
+        calls.append((path, "serve", {**inputs, "rank": mixed}))
+    outputs, _ = serve(tmp_path / "server", calls)
+    wanted = {rank: at(model, rank, inputs) for rank in ranks.values()}
+    for rank, found in zip(ranks.values(), outputs, strict=False):
+        np.testing.assert_allclose(
+            found["output_0"], wanted[rank], atol=2e-5, rtol=0
+        )
+    if layout == "shared":
+        rows = np.stack([wanted[int(b)][i] for i, b in enumerate(mixed)])
+        np.testing.assert_allclose(outputs[-1]["output_0"], rows, atol=2e-5)
+
+
+def test_generated_text(tmp_path):
+    model = with_tuned_cuts(language_model(), 1)
+    path = tmp_path / "artifact"
+    kd.export_ranks(model, path, [1, 3], generate_signature=True, verbose=False)
+    inputs = {**prompts(), "end_token_id": np.int32(-1)}
+    mixed = {**inputs, "rank": np.array([3, 1, 3], "int32")}
+    (found,), _ = serve(tmp_path / "server", [(path, "generate", mixed)])
+    rows = []
+    for i, b in enumerate([3, 1, 3]):
+        with model.rank_scope(b):
+            made = model.generate(prompts(), stop_token_ids=None)
+        rows.append(made["token_ids"][i])
+    np.testing.assert_array_equal(found["token_ids"], rows)
