@@ -53,6 +53,9 @@ _BERT = _attention(
 ) | _feedforward("intermediate.dense", "output.dense")
 
 
+_WORDS = "embeddings.word_embeddings"
+
+
 def _opt(keras):
     """The layers of OPT's and BART's blocks."""
     names = "q_proj k_proj v_proj out_proj"
@@ -126,13 +129,19 @@ def _stack(backbone, linear, keras=_LAYER, name="encoder.layer.{}", **rest):
 
 def _decoder(family, linear, keras=_LAYER):
     """Rows of a decoder as Llama's are, by the name of its classes."""
-    bare = _stack(f"{family}Backbone", linear, keras, "layers.{}")
+    bare = _stack(
+        f"{family}Backbone",
+        linear,
+        keras,
+        "layers.{}",
+        embedding="embed_tokens",
+    )
     return _rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM")
 
 
 def _roberta(family):
     return _rows(
-        _stack(f"{family}Backbone", _BERT),
+        _stack(f"{family}Backbone", _BERT, embedding=_WORDS),
         f"{family}TextClassifier",
         "roberta.",
         "SEQ_CLS",
@@ -151,7 +160,10 @@ LAYOUTS = {
     **_roberta("XLMRoberta"),
     **_rows(
         _stack(
-            "BertBackbone", _BERT, outside={"pooler.dense": ("pooled_dense",)}
+            "BertBackbone",
+            _BERT,
+            outside={"pooler.dense": ("pooled_dense",)},
+            embedding=_WORDS,
         ),
         "BertTextClassifier",
         "bert.",
@@ -168,6 +180,7 @@ LAYOUTS = {
             )
             | _feedforward("ffn.lin1", "ffn.lin2"),
             name="transformer.layer.{}",
+            embedding=_WORDS,
         ),
         "DistilBertTextClassifier",
         "distilbert.",
@@ -208,6 +221,7 @@ LAYOUTS = {
             },
             name="h.{}",
             transposed=True,
+            embedding="wte",
         ),
         "GPT2CausalLM",
         "transformer.",

@@ -98,8 +98,7 @@ class PeftAdapter:
 
     def without_head(self):
         """A copy with the tensors of LoRA alone."""
-        lora = (".lora_A.weight", ".lora_B.weight")
-        tensors = {k: x for k, x in self.tensors.items() if k.endswith(lora)}
+        tensors = {k: x for k, x in self.tensors.items() if ".lora_" in k}
         config = self.config | {"modules_to_save": None}
         return dataclasses.replace(self, config=config, tensors=tensors)
 
@@ -122,13 +121,10 @@ class PeftAdapter:
         }
         return dataclasses.replace(self, config=config, tensors=tensors)
 
-    def factors(self, module):
-        """The adapter of a linear layer, as `Factors`."""
-        return Factors(
-            self.tensor(f"{module}.lora_A.weight").T,
-            self.tensor(f"{module}.lora_B.weight").T,
-            self.alpha(module) / self.rank(module),
-        )
+    def factors(self, module, names):
+        """The adapter of a layer, as `Factors`, by the names of its tensors."""
+        a, b = map(self.tensor, names)
+        return Factors(a.T, b.T, self.alpha(module) / self.rank(module))
 
     def _of(self, module, pattern, default):
         for key, value in (self.config.get(pattern) or {}).items():
@@ -136,12 +132,9 @@ class PeftAdapter:
                 return value
         return self.config.get(default)
 
-    def adapts(self, module):
-        """Whether the adapter is for a linear layer, by name or by tensor."""
-        if any(
-            f"{PREFIX}{module}.lora_{side}.weight" in self.tensors
-            for side in "AB"
-        ):
+    def adapts(self, module, names):
+        """Whether the adapter is for a layer, by name or by tensor."""
+        if any(f"{PREFIX}{name}" in self.tensors for name in names):
             return True
         if _names(self.config.get("exclude_modules"), module):
             return False

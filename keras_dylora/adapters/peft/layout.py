@@ -64,6 +64,8 @@ class Layout:
         backbone: str. The class of the KerasHub backbone.
         blocks: tuple of `Blocks`.
         outside: dict like `Blocks.linear`, for the layers outside of them.
+        embedding: str. The embedding of tokens. Defaults to `""`, none that
+            can have an adapter.
         transposed: bool. Whether transformers stores these weights as
             `(inputs, outputs)`, in `Conv1D` layers.
         interleaved: bool. Whether a linear layer that stands for several has
@@ -77,6 +79,7 @@ class Layout:
     backbone: str
     blocks: tuple
     outside: dict = dataclasses.field(default_factory=dict)
+    embedding: str = ""
     transposed: bool = False
     interleaved: bool = False
     prefix: str = ""
@@ -103,7 +106,21 @@ class Layout:
                 f"gives them. Received: a {type(tree.model).__name__} without "
                 f"{missing or [blocks.keras for blocks in self.blocks]}"
             )
+        if self.embedding:
+            found[self.embedding] = (
+                tree.paths[id(self.token_embedding(tree))],
+            )
         return {f"{self.prefix}{name}": x for name, x in found.items()}
+
+    def token_embedding(self, tree):
+        """The embedding of tokens of a KerasHub model."""
+        return getattr(tree.model, "backbone", tree.model).token_embedding
+
+    def tensor_names(self, module):
+        """The names of the two tensors of a layer's adapter."""
+        if module == f"{self.prefix}{self.embedding}":
+            return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
     def prefix_of(self, name):
         """What a tensor's name has before that of its block, or `None`."""

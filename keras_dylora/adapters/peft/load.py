@@ -10,7 +10,7 @@ from keras_dylora.adapters.peft.families import layout_of
 from keras_dylora.adapters.weights import AdapterWeights, check_shapes
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.cuts import warn_of_cut
-from keras_dylora.layers.factors import Factors
+from keras_dylora.layers.factors import Factors, float32_array
 from keras_dylora.layers.kinds import matrix_shape
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.model import Model
@@ -97,9 +97,10 @@ def _read(tree, directory, strict, head):
     if not head:
         adapter = adapter.without_head()
     adapter = _placed(tree, layout, adapter, strict)
+    adapter = _without_table(tree, layout, adapter)
     modules = layout.modules(tree)
     columns = layout.columns_by_module(tree, modules)
-    modules = _adapted(modules, adapter)
+    modules = _adapted(modules, adapter, layout)
     ranks = adapter.layer_ranks
     # The head may be left out of a file, but as a whole.
     has_head = adapter.config.get("modules_to_save") or any(
@@ -119,8 +120,9 @@ def _read(tree, directory, strict, head):
             absent[module] = Factors(*nothing, 1.0)
             continue
         rank = adapter.rank(module)
-        shapes[f"{module}.lora_A.weight"] = (rank, inputs)
-        shapes[f"{module}.lora_B.weight"] = (outputs, rank)
+        sides = (rank, inputs), (outputs, rank)
+        names = layout.tensor_names(module)
+        shapes |= dict(zip(names, sides, strict=True))
     check_shapes(
         {f"{peft_files.PREFIX}{name}": x for name, x in shapes.items()},
         adapter.tensors,
@@ -128,7 +130,9 @@ def _read(tree, directory, strict, head):
     config = _config(modules, adapter)
     parts = {}
     for module, paths in modules.items():
-        factors = absent.get(module) or adapter.factors(module)
+        factors = absent.get(module)
+        if factors is None:
+            factors = adapter.factors(module, layout.tensor_names(module))
         if ranks:  # PEFT's own file may be changed, which ours isn't
             first = next(filter(None, (ranks.get(p) for p in paths)), 1)
             scale = config.scale.at(first)
@@ -139,6 +143,27 @@ def _read(tree, directory, strict, head):
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
     trained |= {path: value for value, path in embeddings.values()}
     return AdapterWeights(parts, trained, config, adapter.identity)
+
+
+def _without_table(tree, layout, adapter):
+    """An adapter without the table that PEFT saves beside one of an embedding.
+
+    Raises a `ValueError` if the table isn't that of the model.
+    """
+    name = f"{layout.prefix}{layout.embedding}.base_layer.weight"
+    key = f"{peft_files.PREFIX}{name}"
+    if key not in adapter.tensors:
+        return adapter
+    tensors = dict(adapter.tensors)
+    table = tensors.pop(key)
+    own = float32_array(layout.token_embedding(tree).embeddings)
+    if table.shape != own.shape or not np.allclose(table, own, atol=1e-2):
+        raise ValueError(
+            "The embedding of an adapted one must be the model's own, since "
+            "only the adapter is trained. Received: another "
+            f"{name} of shape {table.shape}"
+        )
+    return dataclasses.replace(adapter, tensors=tensors)
 
 
 def _embeddings(model, adapter, every):
@@ -194,14 +219,18 @@ def _placed(tree, layout, adapter, strict):
     return dataclasses.replace(moved, identity=None)
 
 
-def _adapted(modules, adapter):
+def _adapted(modules, adapter, layout):
     """The layers that an adapter is for.
 
     A dict of module name to the paths of its Keras layers, `None` for those
     without an adapter.
     """
     if adapter.dylora is None:
-        return {m: paths for m, paths in modules.items() if adapter.adapts(m)}
+        return {
+            module: paths
+            for module, paths in modules.items()
+            if adapter.adapts(module, layout.tensor_names(module))
+        }
     targets = adapter.dylora.target_layers
     found = {
         module: tuple(path if path in targets else None for path in paths)

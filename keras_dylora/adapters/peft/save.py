@@ -158,7 +158,7 @@ def to_peft(
             (folder / name).mkdir(exist_ok=True)
             peft_files.write(
                 folder / name,
-                _tensors(fused) | trained,
+                _tensors(fused, family) | trained,
                 config,
                 # A server's is padded, and none of ours when it is loaded.
                 described if layout == "peft" else None,
@@ -193,12 +193,13 @@ def _described(weights, modules, columns):
     return fused, dataclasses.replace(weights, config=config)
 
 
-def _tensors(fused):
+def _tensors(fused, layout):
     tensors = {}
     for module, factors in fused.items():
         if factors is not None:
-            tensors[f"{module}.lora_A.weight"] = factors.down.T
-            tensors[f"{module}.lora_B.weight"] = factors.up.T
+            sides = factors.down.T, factors.up.T
+            names = layout.tensor_names(module)
+            tensors |= dict(zip(names, sides, strict=True))
     return tensors
 
 
@@ -207,9 +208,10 @@ def _check_exportable(tree, head, modules, weights):
     other = sorted(set(weights.layers) - known)
     if other:
         raise ValueError(
-            "A PEFT adapter can adapt the linear layers of the backbone. "
-            f"Received: adapters at {other}"
+            "A PEFT adapter can adapt the linear layers of the backbone and "
+            f"its embedding of tokens. Received: adapters at {other}"
         )
+    _check_tied(tree, weights)
     spec = tree.model._dylora.spec
     other = sorted(set(spec.full(tree)) - set(head))
     if other:
@@ -224,6 +226,22 @@ def _check_exportable(tree, head, modules, weights):
             raise ValueError(
                 "In transformers, the task head is as wide as the backbone, "
                 f"{width}. Received: {path!r} of shape {weight.shape}"
+            )
+
+
+def _check_tied(tree, weights):
+    """Raises a `ValueError` if an adapter would miss a layer in PEFT.
+
+    That adapts an embedding alone, and not the output that is tied to it.
+    """
+    for path in weights.layers:
+        layer = tree.layers[path]
+        writes = hasattr(tree.model, "generate")
+        if writes and getattr(layer, "tie_weights", False):
+            raise ValueError(
+                "A PEFT adapter of an embedding doesn't reach the output that "
+                "is tied to it. Use `merge`, or adapt other layers. "
+                f"Received: an adapter at {path!r}"
             )
 
 
