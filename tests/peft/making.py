@@ -77,6 +77,8 @@ def by_hand(cls, backbone, names, **sizes):
         values = {k: x.detach().numpy() for k, x in twin.named_parameters()}
         tree, layout = Tree(model), layout_of(model)
         for module, paths in layout.modules(tree).items():
+            if module == f"{layout.prefix}{layout.embedding}":
+                continue  # is among the `names`
             ours = [tree.layers[path] for path in paths]
             columns = layout.columns(ours)
             for layer, places in zip(ours, columns, strict=True):

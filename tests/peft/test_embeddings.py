@@ -63,7 +63,11 @@ def test_of_peft_itself(name, pair, tmp_path):
             kd.from_peft(pair(name)[1], tmp_path)
 
 
-def test_a_tied_one_is_refused(tmp_path):
+def test_a_tied_one_is_refused(pair, tmp_path):
+    twin, model = pair("gpt2")
+    trained_by_peft(twin, tmp_path / "peft", target_modules=["wte", "c_attn"])
+    with pytest.raises(ValueError, match="doesn't reach the output that is"):
+        kd.from_peft(model, tmp_path / "peft")
     model = gpt2()
     kd.enable_dylora(model, target_layers=["token_embedding"], rank=2)
     randomize_adapters(model)

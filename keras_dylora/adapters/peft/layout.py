@@ -56,6 +56,21 @@ class Blocks:
                 )
 
 
+def check_tied(tree, paths):
+    """Raises a `ValueError` if PEFT would compute something else.
+
+    That adapts an embedding alone, and not the output that is tied to it.
+    """
+    for path in paths:
+        writes = hasattr(tree.model, "generate")
+        if writes and getattr(tree.layers[path], "tie_weights", False):
+            raise ValueError(
+                "A PEFT adapter of an embedding doesn't reach the output that "
+                "is tied to it, and ours does. Use `merge`, or adapt other "
+                f"layers. Received: an adapter at {path!r}"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The names of one model class in Keras and in transformers.

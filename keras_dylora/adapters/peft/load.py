@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_dylora.adapters.peft import files as peft_files
 from keras_dylora.adapters.peft.families import layout_of
+from keras_dylora.adapters.peft.layout import check_tied
 from keras_dylora.adapters.weights import AdapterWeights, check_shapes
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.cuts import warn_of_cut
@@ -101,6 +102,7 @@ def _read(tree, directory, strict, head):
     modules = layout.modules(tree)
     columns = layout.columns_by_module(tree, modules)
     modules = _adapted(modules, adapter, layout)
+    check_tied(tree, [p for paths in modules.values() for p in paths if p])
     ranks = adapter.layer_ranks
     # The head may be left out of a file, but as a whole.
     has_head = adapter.config.get("modules_to_save") or any(

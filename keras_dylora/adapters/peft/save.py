@@ -12,6 +12,7 @@ from keras_dylora import files
 from keras_dylora.adapters.peft import files as peft_files
 from keras_dylora.adapters.peft.card import is_ours, model_card
 from keras_dylora.adapters.peft.families import layout_of
+from keras_dylora.adapters.peft.layout import check_tied
 from keras_dylora.adapters.weights import AdapterWeights, check_float
 from keras_dylora.allocation import Rank
 from keras_dylora.layers.factors import Factors, float32_array
@@ -211,7 +212,7 @@ def _check_exportable(tree, head, modules, weights):
             "A PEFT adapter can adapt the linear layers of the backbone and "
             f"its embedding of tokens. Received: adapters at {other}"
         )
-    _check_tied(tree, weights)
+    check_tied(tree, weights.layers)
     spec = tree.model._dylora.spec
     other = sorted(set(spec.full(tree)) - set(head))
     if other:
@@ -226,22 +227,6 @@ def _check_exportable(tree, head, modules, weights):
             raise ValueError(
                 "In transformers, the task head is as wide as the backbone, "
                 f"{width}. Received: {path!r} of shape {weight.shape}"
-            )
-
-
-def _check_tied(tree, weights):
-    """Raises a `ValueError` if an adapter would miss a layer in PEFT.
-
-    That adapts an embedding alone, and not the output that is tied to it.
-    """
-    for path in weights.layers:
-        layer = tree.layers[path]
-        writes = hasattr(tree.model, "generate")
-        if writes and getattr(layer, "tie_weights", False):
-            raise ValueError(
-                "A PEFT adapter of an embedding doesn't reach the output that "
-                "is tied to it. Use `merge`, or adapt other layers. "
-                f"Received: an adapter at {path!r}"
             )
 
 
