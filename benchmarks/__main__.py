@@ -10,6 +10,7 @@ import pathlib
 
 BENCHMARKS = (
     "step",
+    "kinds",
     "memory",
     "ranks",
     "allocate",
@@ -55,7 +56,9 @@ def main(argv=None):
     )
     parser.add_argument("--steps", default=8, type=int, help="a round")
     parser.add_argument(
-        "--over", default="", help="of step: the ratios to what has this name"
+        "--over",
+        default="",
+        help="of step and kinds: the ratios to what has this name",
     )
     parser.add_argument(
         "--axes", nargs="+", help="of growth: rank, layers, …; all of them"
