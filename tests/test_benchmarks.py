@@ -6,7 +6,7 @@ import sys
 import keras
 import pytest
 
-from benchmarks import growth, step
+from benchmarks import growth, kinds, step
 from benchmarks.gpu import RIVALS, SERVED
 
 
@@ -67,6 +67,19 @@ def test_growth(tmp_path):
     ]
     assert all(row["bytes"] > 0 and min(row["seconds"]) > 0 for row in rows)
     assert (tmp_path / f"growth-tiny-{keras.backend.backend()}.png").exists()
+
+
+@pytest.mark.long
+def test_kinds(tmp_path):
+    found = measured("kinds", tmp_path, "--rounds", "1", "--steps", "1")
+    rows = {row["method"]: row for row in found}
+    assert list(rows) == kinds.NAMES
+    for kind in kinds.MODELS:
+        ours, keras_lora = (
+            rows[f"{who}, {kind}"] for who in (kinds.OURS, kinds.KERAS)
+        )
+        assert ours["parameters"] == keras_lora["parameters"]
+        assert min(ours["seconds"]) > 0
 
 
 def test_axes_of_growth():
