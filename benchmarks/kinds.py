@@ -114,15 +114,4 @@ def main(args):
         for kind in kinds
         if f"{OURS}, {kind}" in names
     ]
-    columns = {
-        "": lambda row: row["method"],
-        "trained parameters": lambda row: f"{row['parameters']:,}",
-        "seconds a step": lambda row: f"{table.middle(row):.3f}",
-    }
-    headings = ("ratio of step times", "median")
-    table.write(
-        args,
-        [table.of_rows(columns, rows), table.of_ratios(headings, rows, ratios)],
-        {row["method"]: table.middle(row) for row in rows},
-        "seconds a step",
-    )
+    table.write_step_times(args, rows, ratios)

@@ -7,6 +7,7 @@ import statistics
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.competitors import FORWARD
 from experiments.markdown import table as markdown
 
 
@@ -54,6 +55,32 @@ def of_ratios(headings, rows, pairs, keys=("seconds",)):
             line += spread(ratios / times)
         lines.append(line)
     return markdown(header, lines)
+
+
+def write_step_times(args, rows, ratios):
+    """Writes the times of training steps, and their ratios.
+
+    Args:
+        args: what the command was given.
+        rows: list of dicts, of `grid.Training` and its like.
+        ratios: as the `pairs` of `of_ratios`.
+    """
+    columns = {
+        "": lambda row: row["method"],
+        "trained parameters": lambda row: (
+            ""
+            if row["method"].startswith(FORWARD)
+            else f"{row['parameters']:,}"
+        ),
+        "seconds a step": lambda row: f"{middle(row):.3f}",
+    }
+    headings = ("ratio of step times", "median")
+    write(
+        args,
+        [of_rows(columns, rows), of_ratios(headings, rows, ratios)],
+        {row["method"]: middle(row) for row in rows},
+        "seconds a step",
+    )
 
 
 def write(args, parts, bars=None, unit=None, backends=None, data=None):

@@ -6,6 +6,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.doors import assert_doors_agree
 from tests.marks import once
 from tests.models import allocation, randomize, randomize_adapters
 
@@ -170,27 +171,8 @@ def test_in_place_and_back(rank, tmp_path):
 @pytest.mark.once
 def test_merged_reloaded_and_cut_are_the_live_one(tmp_path):
     model = network()
-    x, _ = images(4)
     mixed = allocation(model, [2, 3])
-    kd.save_adapter(model, tmp_path / "adapter")
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    for rank in (0, 1, 3, mixed):
-        with model.rank_scope(rank):
-            wanted = outputs(model, x)
-        assert_close(outputs(kd.merge(model, rank), x), wanted)
-        with again.rank_scope(rank):
-            assert_close(outputs(again, x), wanted)
-    with model.rank_scope(2):
-        wanted = outputs(model, x)
-    for layer in again.dylora_layers:
-        layer.up.assign(0 * layer.up)
-    kd.load_adapter(again, tmp_path / "adapter")
-    kd.truncate(again, 2)
-    assert_close(outputs(again, x), wanted)
-    again.save(tmp_path / "cut.keras")
-    again = keras.saving.load_model(tmp_path / "cut.keras")
-    assert_close(outputs(again, x), wanted)
+    again = assert_doors_agree(model, images(4)[0], mixed, tmp_path)
     again.fit(*images(), verbose=0)
 
 

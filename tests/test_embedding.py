@@ -8,6 +8,7 @@ import pytest
 import keras_dylora as kd
 from keras_dylora.layers.embedding import reversible_class
 from tests import backend
+from tests.doors import assert_doors_agree
 from tests.marks import once
 from tests.models import (
     allocation,
@@ -160,24 +161,8 @@ def model(request):
 
 @pytest.mark.once
 def test_merged_reloaded_and_cut_are_the_live_one(model, tmp_path):
-    x = tokens(4)
     mixed = allocation(model, [2, 1, 3])
-    kd.save_adapter(model, tmp_path / "adapter")
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    for rank in (0, 1, 3, mixed):
-        with model.rank_scope(rank):
-            wanted = outputs(model, x)
-        assert_close(outputs(kd.merge(model, rank), x), wanted)
-        with again.rank_scope(rank):
-            assert_close(outputs(again, x), wanted)
-    with model.rank_scope(2):
-        wanted = outputs(model, x)
-    for layer in again.dylora_layers:
-        layer.up.assign(0 * layer.up)
-    kd.load_adapter(again, tmp_path / "adapter")
-    kd.truncate(again, 2)
-    assert_close(outputs(again, x), wanted)
+    assert_doors_agree(model, tokens(4), mixed, tmp_path)
     kd.order_ranks(model)
     kd.disable_dylora(model)
     assert "Embedding" in type(model.backbone.token_embedding).__name__

@@ -8,6 +8,7 @@ from tests.models import with_tuned_cuts
 from tests.test_conv import images, network
 from tests.test_embedding import classifier, language_model
 from tests.test_export import batch, prompts, serve
+from tests.test_tuned_exports import assert_served
 
 pytestmark = pytest.mark.long
 
@@ -35,26 +36,9 @@ def test_every_rank(kind, layout, tmp_path):
     model, inputs = MODELS[kind]()
     with_tuned_cuts(model, 1)
     ranks = {"one": 1, "two": 2, "all": 4}
-    path = tmp_path / "artifact"
-    kd.export_ranks(model, path, ranks, layout=layout, verbose=False)
-    calls = [
-        (path, name, inputs)
-        if layout == "shared"
-        else (path / name, "serve", inputs)
-        for name in ranks
-    ]
-    if layout == "shared":
-        mixed = np.array([2, 1, 4, 4, 1], "int32")
-        calls.append((path, "serve", {**inputs, "rank": mixed}))
-    outputs, _ = serve(tmp_path / "server", calls)
-    wanted = {rank: at(model, rank, inputs) for rank in ranks.values()}
-    for rank, found in zip(ranks.values(), outputs, strict=False):
-        np.testing.assert_allclose(
-            found["output_0"], wanted[rank], atol=2e-5, rtol=0
-        )
-    if layout == "shared":
-        rows = np.stack([wanted[int(b)][i] for i, b in enumerate(mixed)])
-        np.testing.assert_allclose(outputs[-1]["output_0"], rows, atol=2e-5)
+    wanted = {name: at(model, b, inputs) for name, b in ranks.items()}
+    mixed = [2, 1, 4, 4, 1]
+    assert_served(model, ranks, inputs, wanted, mixed, layout, tmp_path)
 
 
 def test_generated_text(tmp_path):

@@ -89,28 +89,11 @@ class ConvAdapter(LowRankAdapter):
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
 class DyLoRAConv1D(ConvAdapter, keras.layers.Conv1D):
-    """A `Conv1D` layer with a low-rank adapter that works at every rank.
-
-    As `DyLoRAConv2D` on another number of axes.
+    """A `Conv1D` layer with an adapter: `DyLoRAConv2D` on one axis.
 
     Args:
-        filters: int. As in `keras.layers.Conv1D`, like every argument that
-            isn't listed here.
-        kernel_size: int or tuple of one int.
-        rank: int. Maximum rank, like what follows as in `DyLoRADense`.
-            Defaults to `8`.
-        min_rank: int. Defaults to `1`.
-        alpha: float. Defaults to `16`.
-        frozen: bool. Defaults to `False`.
-        dropout: float. Defaults to `0`.
-        scaling: str. Defaults to `"rank"`.
-        down_initializer: initializer. Defaults to `None`, as in
-            `DyLoRADense`.
-        up_initializer: initializer. Defaults to `"zeros"`.
-
-    Weights: `kernel` `(*kernel_size, channels / groups, filters)`, `bias`
-    `(filters,)`, `down` `(size of the kernel * channels / groups, rank)` and
-    `up` `(rank, filters)`, the last two in float32.
+        *args: as in `keras.layers.Conv1D`.
+        **kwargs: as in `keras.layers.Conv1D` and `DyLoRAConv2D`.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -122,8 +105,6 @@ class DyLoRAConv1D(ConvAdapter, keras.layers.Conv1D):
     layer = keras_dylora.DyLoRAConv1D(16, 5, padding="causal", rank=4)
     layer(x).shape  # x: (2, 100, 8) -> (2, 100, 16)
     ```
-
-    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
 
     original_class = keras.layers.Conv1D
@@ -194,28 +175,11 @@ class DyLoRAConv2D(ConvAdapter, keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
 class DyLoRAConv3D(ConvAdapter, keras.layers.Conv3D):
-    """A `Conv3D` layer with a low-rank adapter that works at every rank.
-
-    As `DyLoRAConv2D` on another number of axes.
+    """A `Conv3D` layer with an adapter: `DyLoRAConv2D` on three axes.
 
     Args:
-        filters: int. As in `keras.layers.Conv3D`, like every argument that
-            isn't listed here.
-        kernel_size: int or tuple of three ints.
-        rank: int. Maximum rank, like what follows as in `DyLoRADense`.
-            Defaults to `8`.
-        min_rank: int. Defaults to `1`.
-        alpha: float. Defaults to `16`.
-        frozen: bool. Defaults to `False`.
-        dropout: float. Defaults to `0`.
-        scaling: str. Defaults to `"rank"`.
-        down_initializer: initializer. Defaults to `None`, as in
-            `DyLoRADense`.
-        up_initializer: initializer. Defaults to `"zeros"`.
-
-    Weights: `kernel` `(*kernel_size, channels / groups, filters)`, `bias`
-    `(filters,)`, `down` `(size of the kernel * channels / groups, rank)` and
-    `up` `(rank, filters)`, the last two in float32.
+        *args: as in `keras.layers.Conv3D`.
+        **kwargs: as in `keras.layers.Conv3D` and `DyLoRAConv2D`.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -227,8 +191,6 @@ class DyLoRAConv3D(ConvAdapter, keras.layers.Conv3D):
     layer = keras_dylora.DyLoRAConv3D(16, 3, padding="same", rank=4)
     layer(x).shape  # x: (2, 9, 32, 32, 8) -> (2, 9, 32, 32, 16)
     ```
-
-    Reference: [Valipour et al., 2022](https://arxiv.org/abs/2210.07558)
     """
 
     original_class = keras.layers.Conv3D
