@@ -5,7 +5,12 @@ import os
 import numpy as np
 
 import keras_dylora as kd
-from tests.models import mlp, roberta_classifier
+from tests.models import (
+    mlp,
+    randomize_adapters,
+    roberta_classifier,
+    with_tuned_cuts,
+)
 
 
 def test_layers_and_sizes_by_rank(capsys):
@@ -39,3 +44,12 @@ def test_a_hand_built_model():
     shown = []
     mlp(rank=3).dylora_summary(print_fn=shown.append)
     assert "first" in shown[0] and "10 x 12" in shown[0]
+
+
+def test_tuned_ranks_are_named():
+    model, shown = with_tuned_cuts(randomize_adapters(mlp()), 2), []
+    model.dylora_summary(print_fn=shown.append)
+    rows = [line.split() for line in shown[0].splitlines()]
+    assert [r[-1] == "tuned" for r in rows if r and r[0] in "1234"] == [
+        False, True, False, False,
+    ]  # fmt: skip

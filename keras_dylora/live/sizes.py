@@ -82,10 +82,14 @@ def tables(model):
     by_rank = Table(box=box.SIMPLE_HEAD)
     for name in ("rank", "trained parameters", "bytes"):
         by_rank.add_column(name, justify="right")
+    named, shown = model._dylora.named, [layers, by_rank]
+    if named.cuts:
+        by_rank.add_column("cut")
     for b in range(1, rank + 1):
         size = parameters(model, b)
-        by_rank.add_row(str(b), f"{size:,}", f"{BYTES * size:,}")
-    named, shown = model._dylora.named, [layers, by_rank]
+        tuned = b <= named.max_rank and model._dylora.tuned_cut(b) is not None
+        cut = [("tuned" if tuned else "")] if named.cuts else []
+        by_rank.add_row(str(b), f"{size:,}", f"{BYTES * size:,}", *cut)
     if not named.is_plain:
         adapters = Table(box=box.SIMPLE_HEAD)
         adapters.add_column("adapter", overflow="fold")
