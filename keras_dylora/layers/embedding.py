@@ -22,6 +22,11 @@ class EmbeddingAdapter(LowRankAdapter):
     def geometry_of(layer: keras.Layer) -> Geometry:
         return Geometry((layer.input_dim,), (layer.output_dim,))
 
+    @staticmethod
+    def _initial_down(seed=None):
+        """As of a `Dense` layer of one input, which an id is."""
+        return keras.initializers.RandomUniform(-1.0, 1.0, seed)
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self._call_adapted("call", inputs, training)
 
@@ -53,8 +58,7 @@ class DyLoRAEmbedding(EmbeddingAdapter, keras.layers.Embedding):
         dropout: float. Of no effect, as an id has no part to drop. Defaults
             to `0`.
         scaling: str. Defaults to `"rank"`.
-        down_initializer: initializer. Defaults to `None`, as in
-            `DyLoRADense`.
+        down_initializer: initializer. Defaults to `None`, uniform within 1.
         up_initializer: initializer. Defaults to `"zeros"`.
 
     Input shape: `(batch, …)`, integers. Output shape: `(batch, …,

@@ -1,4 +1,4 @@
-"""The low-rank part that both adapted layers share."""
+"""The low-rank part that all adapted layers share."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,7 +27,7 @@ _cast = torch_product.cast if torch_product.ON_TORCH else ops.cast
 @_keras.keeps_own_state
 @_keras.loads_any_number
 class LowRankAdapter(_Base):
-    """What both layers share: `h = base(x) + ((x @ down) * gate) @ up`.
+    """What they all share: `h = base(x) + ((x @ down) * gate) @ up`.
 
     At a `TunedCut`, a core of `(rank, rank)` stands in the place of the gate:
     `h = base(x) + (x @ down) @ core @ up`.
@@ -79,9 +79,16 @@ class LowRankAdapter(_Base):
     ):
         self.set_arguments(arguments)
         self.down_initializer = keras.initializers.get(
-            down_initializer or _down_initializer()
+            down_initializer or self._initial_down()
         )
         self.up_initializer = keras.initializers.get(up_initializer)
+
+    @staticmethod
+    def _initial_down(seed=None):
+        """The authors' kaiming_uniform(a=sqrt(5)): limits 1 / sqrt(fan_in)."""
+        return keras.initializers.VarianceScaling(
+            1 / 3, mode="fan_in", distribution="uniform", seed=seed
+        )
 
     def set_arguments(self, arguments: AdapterArguments) -> None:
         """Takes over `AdapterArguments`, as attributes."""
@@ -122,7 +129,7 @@ class LowRankAdapter(_Base):
         """
         _keras.set_class(layer, cls)
         layer._is_upgraded = True
-        layer._set_adapter_arguments(arguments, _down_initializer(seed))
+        layer._set_adapter_arguments(arguments, cls._initial_down(seed))
         with _keras.unlocked(layer):
             layer._build_adapter(row, seed)
 
@@ -374,13 +381,6 @@ _ATTRIBUTES = (
     "_gate",
     "_is_upgraded",
 )
-
-
-def _down_initializer(seed=None):
-    """The authors' kaiming_uniform(a=sqrt(5)): limits 1 / sqrt(fan_in)."""
-    return keras.initializers.VarianceScaling(
-        1 / 3, mode="fan_in", distribution="uniform", seed=seed
-    )
 
 
 def _gradient_where(mask, x):
