@@ -2,7 +2,14 @@
 
 import dataclasses
 
-from keras_dylora.adapters.peft.layout import Blocks, Layout
+from keras_dylora.adapters.peft.layout import (
+    Blocks,
+    Layout,
+    attention,
+    feedforward,
+    fused,
+    head,
+)
 
 
 def layout_of(model):
@@ -31,71 +38,46 @@ def _class_names(instance):
     return {cls.__name__ for cls in type(instance).__mro__}
 
 
-def _attention(keras, names, ours="query key value attention_output"):
-    """Names of the four projections, ours in the Keras layer `keras`."""
-    pairs = zip(names.split(), ours.split(), strict=True)
-    return {name: (f"{keras}/{x}",) for name, x in pairs}
-
-
-def _feedforward(up, down):
-    return {
-        up: ("feedforward_intermediate_dense",),
-        down: ("feedforward_output_dense",),
-    }
-
-
 _LAYER = "transformer_layer_{}"
 
-_BERT = _attention(
+_BERT = attention(
     "self_attention_layer",
     "attention.self.query attention.self.key attention.self.value "
     "attention.output.dense",
-) | _feedforward("intermediate.dense", "output.dense")
+) | feedforward("intermediate.dense", "output.dense")
 
 
-_WORDS = "embeddings.word_embeddings"
+# The embedding of tokens.
+_WORDS = {"embedding": "embeddings.word_embeddings"}
+_TOKENS = {"embedding": "embed_tokens"}
 
 
 def _opt(keras):
     """The layers of OPT's and BART's blocks."""
     names = "q_proj k_proj v_proj out_proj"
     names = " ".join(f"self_attn.{x}" for x in names.split())
-    return _attention(keras, names) | _feedforward("fc1", "fc2")
+    return attention(keras, names) | feedforward("fc1", "fc2")
 
 
 _PROJECTIONS = (
     "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
 )
 
-_LLAMA = _attention("self_attention", _PROJECTIONS) | {
+_LLAMA = attention("self_attention", _PROJECTIONS) | {
     "mlp.gate_proj": ("feedforward_gate_dense",),
-    **_feedforward("mlp.up_proj", "mlp.down_proj"),
+    **feedforward("mlp.up_proj", "mlp.down_proj"),
 }
 
-_GEMMA = _attention("attention", _PROJECTIONS) | {
+_GEMMA = attention("attention", _PROJECTIONS) | {
     "mlp.gate_proj": ("ffw_gating",),
     "mlp.up_proj": ("ffw_gating_2",),
     "mlp.down_proj": ("ffw_linear",),
 }
 
 
-def _fused(keras, query, key, value):
-    """The three projections that are one layer, ours in the layer `keras`."""
-    return tuple(f"{keras}/{x}" for x in (query, key, value))
-
-
-def _head(names, ours):
-    """The weights of a head, by the names of its layers and of ours."""
-    return {
-        f"{name}.{theirs}": f"{layer}/{weight}"
-        for name, layer in zip(names.split(), ours.split(), strict=True)
-        for theirs, weight in (("weight", "kernel"), ("bias", "bias"))
-    }
-
-
 def _t5(keras, number, name):
     names = " ".join(f"layer.{number}.{name}.{x}" for x in "qkvo")
-    return _attention(
+    return attention(
         keras,
         names,
         "query_projector key_projector value_projector output_projector",
@@ -129,23 +111,18 @@ def _stack(backbone, linear, keras=_LAYER, name="encoder.layer.{}", **rest):
 
 def _decoder(family, linear, keras=_LAYER):
     """Rows of a decoder as Llama's are, by the name of its classes."""
-    bare = _stack(
-        f"{family}Backbone",
-        linear,
-        keras,
-        "layers.{}",
-        embedding="embed_tokens",
-    )
+    backbone = f"{family}Backbone"
+    bare = _stack(backbone, linear, keras, "layers.{}", **_TOKENS)
     return _rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM")
 
 
 def _roberta(family):
     return _rows(
-        _stack(f"{family}Backbone", _BERT, embedding=_WORDS),
+        _stack(f"{family}Backbone", _BERT, **_WORDS),
         f"{family}TextClassifier",
         "roberta.",
         "SEQ_CLS",
-        _head("classifier.dense classifier.out_proj", "pooled_dense logits"),
+        head("classifier.dense classifier.out_proj", "pooled_dense logits"),
     )
 
 
@@ -163,38 +140,38 @@ LAYOUTS = {
             "BertBackbone",
             _BERT,
             outside={"pooler.dense": ("pooled_dense",)},
-            embedding=_WORDS,
+            **_WORDS,
         ),
         "BertTextClassifier",
         "bert.",
         "SEQ_CLS",
-        _head("classifier", "logits"),
+        head("classifier", "logits"),
     ),
     **_rows(
         _stack(
             "DistilBertBackbone",
-            _attention(
+            attention(
                 "self_attention_layer",
                 "attention.q_lin attention.k_lin attention.v_lin "
                 "attention.out_lin",
             )
-            | _feedforward("ffn.lin1", "ffn.lin2"),
+            | feedforward("ffn.lin1", "ffn.lin2"),
             name="transformer.layer.{}",
-            embedding=_WORDS,
+            **_WORDS,
         ),
         "DistilBertTextClassifier",
         "distilbert.",
         "SEQ_CLS",
-        _head("pre_classifier classifier", "pooled_dense logits"),
+        head("pre_classifier classifier", "pooled_dense logits"),
     ),
     **_rows(
         _stack(
             "AlbertBackbone",
-            _attention(
+            attention(
                 "self_attention_layer",
                 "attention.query attention.key attention.value attention.dense",
             )
-            | _feedforward("ffn", "ffn_output"),
+            | feedforward("ffn", "ffn_output"),
             keras="group_{}_inner_layer_0",
             name="encoder.albert_layer_groups.{}.albert_layers.0",
             outside={
@@ -207,17 +184,15 @@ LAYOUTS = {
         "AlbertTextClassifier",
         "albert.",
         "SEQ_CLS",
-        _head("classifier", "logits"),
+        head("classifier", "logits"),
     ),
     **_rows(
         _stack(
             "GPT2Backbone",
             {
-                "attn.c_attn": _fused(
-                    "self_attention", "query", "key", "value"
-                ),
+                "attn.c_attn": fused("self_attention", "query", "key", "value"),
                 "attn.c_proj": ("self_attention/attention_output",),
-                **_feedforward("mlp.c_fc", "mlp.c_proj"),
+                **feedforward("mlp.c_fc", "mlp.c_proj"),
             },
             name="h.{}",
             transposed=True,
@@ -229,7 +204,7 @@ LAYOUTS = {
     ),
     **_decoder("Llama", _LLAMA),  # and Llama 3, a subclass
     **_decoder("Mistral", _LLAMA),
-    **_decoder("Mixtral", _attention("self_attention", _PROJECTIONS)),
+    **_decoder("Mixtral", attention("self_attention", _PROJECTIONS)),
     **_decoder("Qwen", _LLAMA),  # Qwen 2 and 2.5
     **_decoder("Qwen3", _LLAMA),
     **_decoder("Gemma", _GEMMA, "decoder_block_{}"),  # 1 and 2
@@ -237,7 +212,7 @@ LAYOUTS = {
     **_decoder(
         "Phi3",
         {
-            "self_attn.qkv_proj": _fused("attention", "query", "key", "value"),
+            "self_attn.qkv_proj": fused("attention", "query", "key", "value"),
             "self_attn.o_proj": ("attention/attention_output",),
             "mlp.gate_up_proj": (
                 "feedforward_gate_dense",
@@ -268,7 +243,7 @@ LAYOUTS = {
         _stack(
             "BloomBackbone",
             {
-                "self_attention.query_key_value": _fused(
+                "self_attention.query_key_value": fused(
                     "self_attention", "query_dense", "key_dense", "value_dense"
                 ),
                 "self_attention.dense": ("self_attention/output_dense",),
@@ -286,7 +261,7 @@ LAYOUTS = {
         _stack(
             "FalconBackbone",  # as falcon-rw, a key and value for each head
             {
-                "self_attention.query_key_value": _fused(
+                "self_attention.query_key_value": fused(
                     "attention", "query_dense", "key_dense", "value_dense"
                 ),
                 "self_attention.dense": ("attention/output_dense",),
@@ -308,7 +283,7 @@ LAYOUTS = {
                     "self_attention/query_key_value",
                 ),
                 "attention.dense": ("self_attention/attention_output",),
-                **_feedforward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+                **feedforward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
             },
             name="layers.{}",
         ),
@@ -319,18 +294,18 @@ LAYOUTS = {
     **_rows(
         _stack(
             "DebertaV3Backbone",
-            _attention(
+            attention(
                 "self_attention_layer",
                 "attention.self.query_proj attention.self.key_proj "
                 "attention.self.value_proj attention.output.dense",
             )
-            | _feedforward("intermediate.dense", "output.dense"),
+            | feedforward("intermediate.dense", "output.dense"),
             keras="disentangled_attention_encoder_layer_{}",
         ),
         "DebertaV3TextClassifier",
         "deberta.",
         "SEQ_CLS",
-        _head("pooler.dense classifier", "pooled_dense logits"),
+        head("pooler.dense classifier", "pooled_dense logits"),
     ),
     "ElectraBackbone": _stack(
         "ElectraBackbone",
@@ -371,7 +346,7 @@ LAYOUTS = {
                     "decoder.layers.{}",
                     "transformer_decoder_layer_{}",
                     _opt("self_attention")
-                    | _attention(
+                    | attention(
                         "cross_attention",
                         "encoder_attn.q_proj encoder_attn.k_proj "
                         "encoder_attn.v_proj encoder_attn.out_proj",
@@ -390,7 +365,7 @@ LAYOUTS = {
                 Blocks(
                     "layers.{}",
                     "vit_encoder/transformer_block_{}",
-                    _attention(
+                    attention(
                         "mha",
                         "attention.q_proj attention.k_proj attention.v_proj "
                         "attention.o_proj",
@@ -407,6 +382,6 @@ LAYOUTS = {
         "ViTImageClassifier",
         "vit.",
         None,
-        _head("classifier", "predictions"),
+        head("classifier", "predictions"),
     ),
 }

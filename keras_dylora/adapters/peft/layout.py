@@ -166,3 +166,33 @@ class Layout:
             module: self.columns([tree.layers[path] for path in paths])
             for module, paths in modules.items()
         }
+
+
+# What the rows of families are made of.
+
+
+def attention(keras, names, ours="query key value attention_output"):
+    """Names of the four projections, ours in the Keras layer `keras`."""
+    pairs = zip(names.split(), ours.split(), strict=True)
+    return {name: (f"{keras}/{x}",) for name, x in pairs}
+
+
+def feedforward(up, down):
+    return {
+        up: ("feedforward_intermediate_dense",),
+        down: ("feedforward_output_dense",),
+    }
+
+
+def fused(keras, query, key, value):
+    """The three projections that are one layer, ours in the layer `keras`."""
+    return tuple(f"{keras}/{x}" for x in (query, key, value))
+
+
+def head(names, ours):
+    """The weights of a head, by the names of its layers and of ours."""
+    return {
+        f"{name}.{theirs}": f"{layer}/{weight}"
+        for name, layer in zip(names.split(), ours.split(), strict=True)
+        for theirs, weight in (("weight", "kernel"), ("bias", "bias"))
+    }
