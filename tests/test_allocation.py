@@ -82,6 +82,7 @@ def test_kernels_of_a_merged_model(case):
         )
 
 
+@pytest.mark.once
 def test_live_merged_reloaded_and_truncated_agree(case, tmp_path):
     scaling, ranks = case
     model = enabled(scaling)
@@ -122,6 +123,7 @@ def test_live_merged_reloaded_and_truncated_agree(case, tmp_path):
         )
 
 
+@pytest.mark.once
 def test_what_is_cut_off_stays_so_in_training():
     model = enabled()
     model.compile(keras.optimizers.AdamW(1e-2), loss=classification_loss())
@@ -151,6 +153,7 @@ def test_a_change_traces_nothing():
     assert len({x.tobytes() for x in outputs}) == 4
 
 
+@pytest.mark.once
 def test_training_keeps_it_and_draws_ranks():
     model = enabled()
     chosen = allocation(model, [2, 1, 3, 4])
@@ -160,6 +163,7 @@ def test_training_keeps_it_and_draws_ranks():
     assert model.rank == chosen
 
 
+@pytest.mark.once
 def test_within_a_gradient():
     model = enabled()
     chosen = allocation(model, [2, 0, 3, 1])

@@ -171,6 +171,7 @@ def test_an_adapter_that_is_zero_has_no_order_to_keep():
     assert reported(model).state(1) == "cut"
 
 
+@pytest.mark.once
 def test_a_named_adapter_of_a_lower_rank(tmp_path):
     """It is trained at its own rank, whatever that of the model is."""
     source = kd.enable_dylora(gpt2(), rank=2, min_rank=2, verbose=0)

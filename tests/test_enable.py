@@ -380,6 +380,7 @@ def test_disable_needs_an_enabled_model():
         kd.disable_dylora(functional())
 
 
+@pytest.mark.once
 def test_any_seed_serves():
     model = roberta_classifier(dropout=0.1)
     kd.enable_dylora(model, rank=2, dropout=0.1, seed=2**63 - 1)

@@ -127,6 +127,7 @@ def test_too_few_steps_are_trained_with_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.once
 def test_saved_and_resumed(stop, tmp_path):
     def compiled(model):
         model.compile(keras.optimizers.Adam(0.01), "mse")

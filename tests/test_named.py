@@ -86,6 +86,7 @@ def test_each_is_trained_as_though_it_were_alone(full_rank_steps):
             np.testing.assert_allclose(mine, wanted, atol=1e-6)
 
 
+@pytest.mark.once
 def test_learning_rate_is_the_users():
     model = enabled()
     train(model, 1)

@@ -173,6 +173,7 @@ def test_every_rank_learns_and_inference_is_unchanged(objective):
         )
 
 
+@pytest.mark.once
 def test_summed_in_mixed_precision_with_a_head_of_its_own():
     """Loss scaling and a model whose `call` takes no `training`."""
 

@@ -41,6 +41,7 @@ def merged_by_hand(model):
     return plain
 
 
+@pytest.mark.once
 def test_a_layer_has_a_rank_of_its_own():
     model = enabled()
     assert model.dylora_layers[0]._gate.gate.variable.shape == (4, 4)

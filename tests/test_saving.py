@@ -116,6 +116,7 @@ def test_loading_goes_on_where_saving_stopped(frozen, tmp_path):
     assert all(w.trainable for w in again.weights)
 
 
+@pytest.mark.once
 def test_weights_file(tmp_path):
     model = trained(roberta_classifier, frozen=True)
     model.set_rank(3)

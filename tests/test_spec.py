@@ -191,6 +191,7 @@ def test_statistics_belong_to_the_adapter_after_loading(tmp_path):
     ],
     ids=["head", "model"],
 )
+@pytest.mark.once
 def test_what_is_frozen_by_a_flag_is_saved_and_comes_back(freeze, tmp_path):
     model = enabled()
     model.add_adapter("a")

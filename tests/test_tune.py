@@ -139,6 +139,7 @@ def test_the_same_each_time_and_ranks_one_after_another():
     assert ranks == [{1}, {2}, {3}]
 
 
+@pytest.mark.once
 def test_a_rank_for_each_layer():
     model = trained()
     small = allocation(model, [0, 3])
@@ -306,6 +307,7 @@ def own_loop(model):
 
 
 @pytest.mark.parametrize("train", [fit, train_on_batch, own_loop])
+@pytest.mark.once
 def test_training_goes_on_without_them(train):
     model = tuned(min_rank=1)
     model.set_rank(1)
@@ -370,6 +372,7 @@ def test_default_ranks():
         ({"y": None}, ValueError, "inputs and targets"),
     ],
 )
+@pytest.mark.once
 def test_bad_arguments(arguments, error, message):
     model = tuned([1])
     before = outputs(model, 1)

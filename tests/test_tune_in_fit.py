@@ -98,6 +98,7 @@ def test_it_is_tune_ranks_after_the_training(jit):
     assert [report.state(b) for b in (1, 2, 3)] == ["tuned"] * 2 + ["trained"]
 
 
+@pytest.mark.once
 def test_validation_computes_with_the_cuts_so_far():
     model = model_of()
     model.set_rank(1)
@@ -145,6 +146,7 @@ def test_an_interrupted_run_goes_on_in_another_process(tmp_path, at):
     assert not len(model._dylora.named.tuning)
 
 
+@pytest.mark.once
 def test_an_error_keeps_the_cuts_so_far():
     model = model_of()
     with pytest.raises(Stopping):
@@ -192,6 +194,7 @@ def test_a_lora_that_is_ordered_and_tuned():
     assert sides(model).keys() == {1, 2}
 
 
+@pytest.mark.once
 def test_an_adapter_of_its_own():
     model = model_of()
     fit(model)
