@@ -96,7 +96,7 @@ def test_the_place_is_read_only_when_it_may_be_the_last():
 
     model = progressive_mlp(4)
     model.compile("adam", "mse")
-    tuning = TuningInFit(model, write_back)
+    tuning = TuningInFit(model)
     callback = kd.training.Phases(write_back, Decays(model), tuning)
     model.fit(*mlp_data(96), batch_size=8, verbose=0, callbacks=[callback])
     assert set(reads) == {0, 4}

@@ -1,14 +1,12 @@
 """Adapted embeddings and convolutions as they are served, without Keras."""
 
-import numpy as np
 import pytest
 
-import keras_dylora as kd
 from tests.models import with_tuned_cuts
 from tests.test_conv import images, network
 from tests.test_embedding import classifier, language_model
-from tests.test_export import batch, prompts, serve
-from tests.test_tuned_exports import assert_served
+from tests.test_export import batch
+from tests.test_tuned_exports import assert_served, assert_written
 
 pytestmark = pytest.mark.long
 
@@ -42,15 +40,4 @@ def test_every_rank(kind, layout, tmp_path):
 
 
 def test_generated_text(tmp_path):
-    model = with_tuned_cuts(language_model(), 1)
-    path = tmp_path / "artifact"
-    kd.export_ranks(model, path, [1, 3], generate_signature=True, verbose=False)
-    inputs = {**prompts(), "end_token_id": np.int32(-1)}
-    mixed = {**inputs, "rank": np.array([3, 1, 3], "int32")}
-    (found,), _ = serve(tmp_path / "server", [(path, "generate", mixed)])
-    rows = []
-    for i, b in enumerate([3, 1, 3]):
-        with model.rank_scope(b):
-            made = model.generate(prompts(), stop_token_ids=None)
-        rows.append(made["token_ids"][i])
-    np.testing.assert_array_equal(found["token_ids"], rows)
+    assert_written(with_tuned_cuts(language_model(), 1), tmp_path)

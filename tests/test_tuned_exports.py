@@ -40,6 +40,21 @@ def assert_served(model, ranks, inputs, wanted, mixed, layout, folder):
         np.testing.assert_allclose(outputs[-1]["output_0"], rows, atol=2e-5)
 
 
+def assert_written(model, folder):
+    """That an artifact writes what the model does, at mixed ranks."""
+    path = folder / "artifact"
+    kd.export_ranks(model, path, [1, 3], generate_signature=True, verbose=False)
+    inputs = {**prompts(), "end_token_id": np.int32(-1)}
+    mixed = {**inputs, "rank": np.array([3, 1, 3], "int32")}
+    (found,), _ = serve(folder / "server", [(path, "generate", mixed)])
+    rows = []
+    for i, b in enumerate([3, 1, 3]):
+        with model.rank_scope(b):
+            made = model.generate(prompts(), stop_token_ids=None)
+        rows.append(made["token_ids"][i])
+    np.testing.assert_array_equal(found["token_ids"], rows)
+
+
 @pytest.mark.parametrize("layout", ["shared", "merged"])
 def test_every_rank(layout, tmp_path):
     model = roberta()
@@ -69,15 +84,4 @@ def test_several_adapters(tmp_path):
 
 
 def test_generated_text(tmp_path):
-    model = with_tuned_cuts(gpt2(), 1, 3)
-    path = tmp_path / "artifact"
-    kd.export_ranks(model, path, [1, 3], generate_signature=True, verbose=False)
-    inputs = {**prompts(), "end_token_id": np.int32(-1)}
-    mixed = {**inputs, "rank": np.array([3, 1, 3], "int32")}
-    (found,), _ = serve(tmp_path / "server", [(path, "generate", mixed)])
-    rows = []
-    for i, b in enumerate([3, 1, 3]):
-        with model.rank_scope(b):
-            made = model.generate(prompts(), stop_token_ids=None)
-        rows.append(made["token_ids"][i])
-    np.testing.assert_array_equal(found["token_ids"], rows)
+    assert_written(with_tuned_cuts(gpt2(), 1, 3), tmp_path)

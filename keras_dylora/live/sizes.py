@@ -41,8 +41,9 @@ def announcement(tree, targets):
     body = sum(
         math.prod(v.shape)
         for path, layer in tree.layers.items()
-        if path in adapted or path not in spec.trained
-        if path in adapted or not type(layer).__name__.endswith("Embedding")
+        if path in adapted
+        or path not in spec.trained
+        and not type(layer).__name__.endswith("Embedding")
         for v in _keras.own_weights(layer)
         if len(v.shape) > 1 and id(v) not in adapters
     )

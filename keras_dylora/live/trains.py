@@ -87,7 +87,7 @@ class Trains(_Base):
         if hasattr(self, "_dylora"):
             warn_of_frozen(self._dylora)
         decays = Decays(self)
-        tuning = TuningInFit(self, training.write_back)
+        tuning = TuningInFit(self)
         in_phases = map(self._run_option, ("full_rank_steps", "tune"))
         if decays or any(in_phases):
             phases = training.Phases(training.write_back, decays, tuning)

@@ -112,8 +112,8 @@ class TuningInFit:
     one which was interrupted goes on from there, also from a file.
     """
 
-    def __init__(self, model, write_back):
-        self.model, self.write_back = model, write_back
+    def __init__(self, model):
+        self.model = model
         self.tuning = None
 
     @property
@@ -139,7 +139,7 @@ class TuningInFit:
             again: bool. Whether this `fit` goes on with one that tuned.
         """
         model = self.model
-        self.write_back(model)
+        training.write_back(model)
         paths = model._dylora.layers
         chosen = [
             dict.fromkeys(paths, b) for b in model.dylora_config.tuned_ranks
@@ -167,11 +167,11 @@ class TuningInFit:
         """Has the model compute with the cuts as they are now."""
         if self.tuning is None:
             return
-        self.write_back(self.model)
+        training.write_back(self.model)
         function = self.model.train_function
         self.model._dylora.set_tuned_cuts(self.tuning.cuts())
         self.model.train_function = function
-        self.keep()
+        self._named.tuning = self.tuning.state()
 
     def end(self):
         """Gives the model back what it trains with, however `fit` ended."""
