@@ -9,6 +9,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.marks import once
 from tests.models import mlp, mlp_data, randomize_adapters
 
 
@@ -40,7 +41,7 @@ DOORS = {
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", once(DOORS, but=["fit"]))
 def test_the_model_outlives_it(door):
     model = randomize_adapters(mlp())
     model.compile("adam", "mse")
@@ -147,9 +148,10 @@ def assert_usable(model, values):
             "fit", 3, 2, marks=pytest.mark.skipif(backend.NAME == "torch",
             reason="Keras refuses steps_per_execution there"),
         ),
-        ("evaluate", 0, 1),
-        ("evaluate_ranks", 3, 1),
-        ("predict", 0, 1),
+        *(
+            pytest.param(*case, 1, marks=pytest.mark.once)
+            for case in [("evaluate", 0), ("evaluate_ranks", 3), ("predict", 0)]
+        ),
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_read(door, at, steps):
@@ -179,7 +181,9 @@ class Failing(keras.callbacks.Callback):
     on_test_batch_end = on_predict_batch_end = on_train_batch_end
 
 
-@pytest.mark.parametrize("door", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize(
+    "door", once(["fit", "evaluate", "predict"], but=["fit"])
+)
 def test_a_callback_that_raises(door):
     model, twin, data = trained_model(), trained_model(), mlp_data(32)
     if door == "fit":
@@ -215,7 +219,9 @@ def test_a_step_that_keras_refuses(door):
     model.fit(*data, verbose=0)
 
 
-@pytest.mark.parametrize("door", ["evaluate", "test_on_batch", "predict"])
+@pytest.mark.parametrize(
+    "door", once(["evaluate", "test_on_batch", "predict"], but=["evaluate"])
+)
 def test_inputs_of_another_shape(door):
     model, (x, y) = trained_model(), mlp_data(16)
     values = backend.snapshot(model.variables)

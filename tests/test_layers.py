@@ -8,6 +8,7 @@ import pytest
 
 import keras_dylora as kd
 from tests import backend
+from tests.marks import once
 from tests.models import mlp_data
 
 EQUATIONS = {
@@ -100,7 +101,9 @@ def test_einsum_with_axes_in_another_order(equation, output_shape):
     assert_merged_alike(randomize(layer), x)
 
 
-@pytest.mark.parametrize("mode", [None, "int8", "int4"], ids=str)
+@pytest.mark.parametrize(
+    "mode", once([None, "int8", "int4"], but=[None]), ids=str
+)
 @pytest.mark.parametrize("equation", [None, "abc,cd->adb"], ids=str)
 def test_threads_share_a_layer(equation, mode):
     """On each backend, where it isn't a product of matrices for torch too."""

@@ -31,7 +31,7 @@ def enabled(make):
 
 
 @pytest.mark.parametrize("dtype", once(TOLERANCE, but=["float32"]))
-@pytest.mark.parametrize("rank", once(range(5), but=[0, 2, 4]))
+@pytest.mark.parametrize("rank", once(range(5), but=[2]))
 @pytest.mark.parametrize(
     "make", [roberta_classifier, gpt2], ids=["roberta", "gpt2"]
 )

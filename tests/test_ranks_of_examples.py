@@ -70,11 +70,14 @@ def test_last_batches_and_evaluation_have_other_sizes():
     [
         pytest.param({"steps_per_execution": 2}, marks=not_on_torch),
         pytest.param({"run_eagerly": True}, marks=pytest.mark.long),
-        {
-            "optimizer": lambda: keras.optimizers.Adam(
-                0.01, gradient_accumulation_steps=2
-            )
-        },
+        pytest.param(
+            {
+                "optimizer": lambda: keras.optimizers.Adam(
+                    0.01, gradient_accumulation_steps=2
+                )
+            },
+            marks=pytest.mark.once,
+        ),
     ],
     ids=["steps-per-execution", "eager", "accumulation"],
 )

@@ -83,7 +83,7 @@ def trained(optimizer, epochs=12, **fields):
     return model, losses, losses(epochs)
 
 
-COMPILED = ["adam", "adamax", "adafactor", "accumulation", "loss-scale"]
+COMPILED = ["adam", "adafactor", "accumulation"]
 
 
 @pytest.mark.parametrize("name", once(OPTIMIZERS, but=COMPILED))
@@ -102,7 +102,9 @@ def test_training_goes_on_behind_the_order(name):
     assert after[-1] < before[-1]
 
 
-@pytest.mark.parametrize("name", ["adam", "adagrad", "adafactor", "ftrl"])
+@pytest.mark.parametrize(
+    "name", once(["adam", "adagrad", "adafactor", "ftrl"], but=["adam"])
+)
 def test_columns_that_depend_on_each_other(name):
     """A layer of six outputs has no more than six columns of its own."""
     model, losses, before = trained(OPTIMIZERS[name](), rank=8)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests import backend
+from tests.marks import once
 from tests.models import mlp, mlp_data, randomize, randomize_adapters
 
 # On TensorFlow, no layer with a `training` argument can be rematerialized as a
@@ -76,15 +77,20 @@ SAME_RESULT = ("steps-per-execution", "no-jit", "run-eagerly", "remat")
 
 # Keras refuses several steps per execution on torch. torch compiles for half a
 # minute. Without jit, JAX runs as it does eagerly, only slower.
+NOT_ON_TORCH = ["steps-per-execution", "all-together", "jit-compile"]
 LEFT_OUT = {
     "tensorflow": [],
     "jax": ["no-jit"],
-    "torch": ["steps-per-execution", "all-together", "jit-compile"],
+    "torch": NOT_ON_TORCH,
 }[backend.NAME]
 
 
 def parameters(names):
-    return [name for name in names if name not in LEFT_OUT]
+    """Of what torch runs too, plain steps alone are compiled in `make test`."""
+    return once(
+        [name for name in names if name not in LEFT_OUT],
+        but=["plain", *NOT_ON_TORCH],
+    )
 
 
 def fit(model, epochs=4):

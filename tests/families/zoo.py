@@ -468,7 +468,7 @@ def basnet():
             block_type="basic_block",
         ),
         num_classes=1,
-        image_shape=(64, 64, 3),
+        image_shape=(32, 32, 3),
     )
     return hub.BASNetImageSegmenter(backbone, preprocessor=None)
 
@@ -1166,7 +1166,7 @@ FAMILIES = {
     ),
     "vit-det": Family(vit_det, IMAGES),
     # Images, by convolutions.
-    "basnet": Family(basnet, partial(numbers, 64, 64, 3)),
+    "basnet": Family(basnet, partial(numbers, 32, 32, 3)),
     "cspnet": image_classifier_family(
         hub.CSPNetImageClassifier,
         hub.CSPNetBackbone,
