@@ -146,6 +146,10 @@ class DyLoRAConfig:
         tune: float in `[0, 1)`. The last share of the steps of `fit`, which
             train no more: they tune the cuts of `tuned_ranks`, as
             `tune_ranks` does. Defaults to `0`.
+        trainable_tokens: list of int, the ids of tokens whose rows of the
+            table of tokens are trained in full, or `"new"`: those that the
+            model's tokenizer has more than the table has rows, which then
+            grows. Defaults to `None`.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -179,6 +183,7 @@ class DyLoRAConfig:
     draw: str = "step"
     full_rank_steps: int | float = 0
     tune: float = 0.0
+    trainable_tokens: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         arguments = dataclasses.asdict(AdapterArguments.of(self))
@@ -196,6 +201,9 @@ class DyLoRAConfig:
             object.__setattr__(self, "full_rank_steps", steps)
         check_fraction("tune", self.tune)
         object.__setattr__(self, "tune", float(self.tune))
+        object.__setattr__(
+            self, "trainable_tokens", _as_tokens(self.trainable_tokens)
+        )
         if self.tune and not self.tuned_ranks:
             raise ValueError(
                 "`tune` is for ranks below the maximum. "
@@ -356,6 +364,19 @@ class DyLoRAConfig:
         config = dict(config)
         config["rank_distribution"] = _revived(config)
         return cls(**config)
+
+
+def _as_tokens(tokens):
+    """A tuple of different ids, `"new"` or `None`, or an error says why not."""
+    if tokens is None or tokens == "new":
+        return tokens
+    if isinstance(tokens, (str, int)) or not tokens:
+        raise TypeError(
+            "`trainable_tokens` must be a list of ids, at least one, or "
+            f"'new'. Received: trainable_tokens={tokens!r}"
+        )
+    ids = [as_rank(i, 0, INT32_MAX, "trainable_tokens") for i in tokens]
+    return tuple(sorted(set(ids)))
 
 
 def _revived(config):

@@ -14,11 +14,13 @@ from keras_dylora.adapters.identity import Identity, renamed
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers.factors import Factors, float32_array
 from keras_dylora.layers.kinds import adapted_class, matrix_shape
+from keras_dylora.layers.tokens import NAME as TOKENS
 from keras_dylora.layers.tuned import TunedCut, find
 from keras_dylora.live.enable import upgrade
 from keras_dylora.live.model import DyLoRAModel, adaptation_of
 from keras_dylora.live.named import DEFAULT, check_name
 from keras_dylora.live.targets import Targets, check_targets, trained_by_default
+from keras_dylora.live.tokens import find_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,11 @@ class AdapterWeights:
                     f"An adapter must have {rule} of the model it is loaded "
                     f"into. Received: rank {rank} for a model of rank {high}"
                 )
-        every = tree.weights
+        every, tokens = tree.weights, None
+        if not enabled:
+            tokens = self._token_rows(tree)
+        elif self.has_tokens:
+            self._check_tokens(model.dylora_config.trainable_tokens)
         # The file says what to adapt, and which averages it holds; the model
         # must have it.
         trained = {p: v for p, v in every.items() if p in self.trained}
@@ -148,6 +154,8 @@ class AdapterWeights:
                 if adapted_class(layer) and path in self.layers
             }
         shapes = {f"head/{path}": tuple(v.shape) for path, v in trained.items()}
+        if tokens:
+            shapes[f"head/{tokens.weight}"] = tokens.shape
         for path, layer in layers.items():
             inputs, outputs = matrix_shape(layer)
             rank = self.layers[path].rank if path in self.layers else None
@@ -164,7 +172,7 @@ class AdapterWeights:
                 "The highest rank of the layers must be that of the config. "
                 f"Received: {highest} instead of {self.config.rank}"
             )
-        check_float({path: every[path] for path in self.trained})
+        check_float({p: v for p, v in every.items() if p in self.trained})
 
     def put_on(self, tree, whole=True, strict=True, name=DEFAULT):
         """Gives a model these weights, once checked; enables it if it isn't.
@@ -215,17 +223,43 @@ class AdapterWeights:
         """
         layers = {p: x for p, x in tree.layers.items() if p in self.layers}
         check_targets(layers)
+        tokens = self._token_rows(tree)
         trained = trained_by_default(tree)
         if whole or self.trained:
             weights, trained = tree.weights, {}
             for path in self.trained:
+                if tokens and path == tokens.weight:
+                    continue
                 layer = path.rpartition("/")[0]
                 averages = _keras.statistics(tree.every[layer])
                 mine = trained.setdefault(layer, [])
                 if all(weights[path] is not v for v in averages):
                     mine.append(weights[path])
-        config = dataclasses.replace(self.config, target_layers=list(layers))
-        upgrade(tree, config, Targets(layers, trained, {}))
+        config = dataclasses.replace(
+            self.config,
+            target_layers=list(layers),
+            trainable_tokens=tokens and tokens.tokens,
+        )
+        upgrade(tree, config, Targets(layers, trained, {}, tokens))
+
+    @property
+    def has_tokens(self):
+        """Whether rows of tokens are among what was trained besides."""
+        return any(path.endswith(f"/{TOKENS}") for path in self.trained)
+
+    def _token_rows(self, tree):
+        """The `TokenRows` of a model that isn't enabled, or `None`."""
+        wanted = self.config.trainable_tokens if self.has_tokens else None
+        return find_tokens(tree, wanted, self.layers)
+
+    def _check_tokens(self, here):
+        """Raises a `ValueError` if a model trains other tokens."""
+        if here != self.config.trainable_tokens:
+            raise ValueError(
+                "An adapter must have the `trainable_tokens` of the model it "
+                f"is loaded into. Received: {self.config.trainable_tokens} "
+                f"for a model of {here}"
+            )
 
     @property
     def ranks(self):

@@ -32,13 +32,18 @@ def adapted_class(layer: keras.Layer) -> type[LowRankAdapter] | None:
 
     There is none of a layer that is adapted.
     """
-    cls: Any = type(layer)
+    return _class_for(type(layer))
+
+
+def _class_for(cls: Any) -> type[LowRankAdapter] | None:
     return ADAPTED_CLASSES.get(cls) or reversible_class(cls)
 
 
 def geometry(layer: keras.Layer) -> Geometry:
     """The `Geometry` of a layer that is adapted or can be."""
-    cls = adapted_class(layer) or type(layer)
+    cls: Any = type(layer)
+    if not issubclass(cls, LowRankAdapter):  # it may have trained tokens
+        cls = _class_for(getattr(cls, "original_class", cls))
     return cls.geometry_of(layer)
 
 

@@ -14,12 +14,14 @@ from keras_dylora.distributions import RankDraw
 from keras_dylora.layers.gate import GateRow, RankGate
 from keras_dylora.layers.kinds import adapted_class
 from keras_dylora.layers.low_rank import LowRankAdapter
+from keras_dylora.layers.tokens import NAME
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.active_ranks import ActiveRanks
 from keras_dylora.live.named import NamedAdapters
 from keras_dylora.live.plain import flags, restore
 from keras_dylora.live.recompile import reset_compiled
 from keras_dylora.live.spec import Spec
+from keras_dylora.live.tokens import TokenRows
 from keras_dylora.training.objectives import OBJECTIVES
 
 
@@ -33,14 +35,17 @@ class Adaptation(ActiveRanks):
         config: `DyLoRAConfig`.
         spec: `Spec`. Layers that are adapted already, as in a hand-built
             model, stay as they are.
+        tokens: `TokenRows` or `None`.
     """
 
-    def __init__(self, tree, config, spec):
+    def __init__(self, tree, config, spec, tokens=None):
         self.model = tree.model
         self.config = config
         self.spec = spec
         self.layers = {path: tree.layers[path] for path in spec.adapted}
         self.upgraded = [x for x in self.layers.values() if adapted_class(x)]
+        self.tokens = tokens
+        self.table = tokens and tree.layers[tokens.path]
         # What `undo` and `as_plain` make trainable again. None of a hand-built
         # model's business.
         self.before = flags(tree) if self.upgraded else []
@@ -91,11 +96,15 @@ class Adaptation(ActiveRanks):
                 # All that JAX and torch take.
                 seed=(self.config.seed + i) % 2**31,
             )
+        if self.tokens:
+            self.tokens.apply(tree)
         if self.upgraded:
             self.spec.apply(tree)
 
     def undo(self):
         """Gives every layer back as it was."""
+        if self.tokens and hasattr(self.table, NAME):
+            self.tokens.undo(self.model, self.table)
         for layer in self.upgraded:
             if isinstance(layer, LowRankAdapter):
                 layer.downgrade()
@@ -228,8 +237,12 @@ class Adaptation(ActiveRanks):
             # By place, since Keras numbers unnamed layers anew in each process.
             "layers": [places[id(x)] for x in self.upgraded] or None,
             "spec": self.spec.get_config(tree),
+            **self._tokens_config(places),
             "flags": [x.trainable for x in tree.every.values()],
         }
+
+    def _tokens_config(self, places):
+        return {"table": places[id(self.table)]} if self.tokens else {}
 
     @classmethod
     def from_config(cls, tree, config, trainable):
@@ -244,7 +257,15 @@ class Adaptation(ActiveRanks):
             places, every = config["layers"], list(tree.layers)
             paths = [every[i] for i in places] if places else tree.adapted
             spec = Spec(dict.fromkeys(paths, AdapterArguments.of(dylora)), {})
-        adaptation = cls(tree, dylora, spec)
+        tokens = None
+        if "table" in config:
+            path = list(tree.layers)[config["table"]]
+            rows, width = (
+                tree.layers[path].input_dim,
+                tree.layers[path].output_dim,
+            )
+            tokens = TokenRows(path, dylora.trainable_tokens, rows, rows, width)
+        adaptation = cls(tree, dylora, spec, tokens)
         adaptation.open = False
         adaptation.apply(tree)
         weights = list(zip(tree.model.weights, trainable, strict=True))

@@ -9,6 +9,7 @@ import keras
 from keras_dylora import training
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
 from keras_dylora.layers.low_rank import LowRankAdapter
+from keras_dylora.layers.tokens import NAME
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.adaptation import Adaptation
 from keras_dylora.live.live_class import to_dylora_class, to_original_class
@@ -149,10 +150,14 @@ def upgrade(tree, config, targets):
     arguments = dict.fromkeys(targets.adapted, AdapterArguments.of(config))
     weights = [v for each in targets.trained.values() for v in each]
     spec = Spec.of(tree, arguments, weights, targets.trained)
-    adaptation = Adaptation(tree, config, spec)
+    tokens = targets.tokens
+    if tokens:
+        config = dataclasses.replace(config, trainable_tokens=tokens.tokens)
+        spec = spec.with_weight(tokens.path, NAME)
+    adaptation = Adaptation(tree, config, spec, tokens)
     try:
-        adaptation.keep_head(tree)
         adaptation.apply(tree)
+        adaptation.keep_head(tree)
         to_dylora_class(model, adaptation, DyLoRAModel)
         return announcement(tree, targets)
     except BaseException:

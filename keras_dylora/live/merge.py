@@ -74,10 +74,11 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     here, there = (list(x.layers.values()) for x in (tree, Tree(merged)))
     factors = adaptation.factors(chosen)
     by_id = {id(x): factors[path] for path, x in adaptation.layers.items()}
-    pairs = zip(here, there, strict=False)
+    pairs = list(zip(here, there, strict=False))
     adapted = [(layer, target) for layer, target in pairs if id(layer) in by_id]
-    sources = _other_weights(model, [layer for layer, _ in adapted])
-    targets = _other_weights(merged, [target for _, target in adapted])
+    tables = [(x, target) for x, target in pairs if x is adaptation.table]
+    sources = _other_weights(model, [layer for layer, _ in adapted + tables])
+    targets = _other_weights(merged, [target for _, target in adapted + tables])
     shapes = [[tuple(w.shape) for w in x] for x in (sources, targets)]
     differ = [x for x in itertools.zip_longest(*shapes) if x[0] != x[1]]
     if len(here) != len(there) or differ:
@@ -90,14 +91,24 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
         update = layer.kernel_update(by_id[id(layer)])
         kernel = getattr(target, layer.kernel_name)
         kernel.assign(float_kernel(layer) + update)
-        if getattr(layer, "bias", None) is not None:
-            target.bias.assign(_keras.value_for_another(layer.bias))
+        _copy_beside(layer, target)
+    for layer, target in tables:
+        target.embeddings.assign(layer.table())
+        _copy_beside(layer, target)
     for target, source in zip(targets, sources, strict=True):
         target.assign(_keras.value_for_another(source))
     probe.check_merged(model, merged, chosen)
     if model.compiled:
         compile_as(merged, model)
     return merged
+
+
+def _copy_beside(layer, target):
+    """Copies what a layer has beside its kernel."""
+    for name in ("bias", "reverse_embeddings"):
+        weight = getattr(layer, name, None)
+        if weight is not None:
+            getattr(target, name).assign(_keras.value_for_another(weight))
 
 
 def _other_weights(model, layers):

@@ -79,11 +79,13 @@ def as_plain(tree, whole=False):
     """
     model, adaptation = tree.model, tree.model._dylora
     instances, layers = [model, *adaptation.upgraded], []
+    table = [adaptation.table] if adaptation.tokens else []
     if whole:
         layers = list(adaptation.layers.values())
         models = _keras.submodels(model)
         instances = [x for x in models if hasattr(x, "original_class")]
         instances += layers
+    instances += table
     now = flags(tree) if adaptation.before else []
     try:
         with (

@@ -85,6 +85,12 @@ class Spec:
             trained[path] = (*known, *(x for x in names if x not in known))
         return dataclasses.replace(self, trained=trained)
 
+    def with_weight(self, path: str, name: str) -> Self:
+        """The spec with a weight of a layer that is trained in full too."""
+        names = (*self.trained.get(path, ()), name)
+        trained = {**self.trained, path: tuple(dict.fromkeys(names))}
+        return dataclasses.replace(self, trained=trained)
+
     def with_config(self, config: Any) -> Self:
         """The spec after a model got another `DyLoRAConfig`.
 

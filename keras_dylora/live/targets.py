@@ -15,6 +15,7 @@ from keras_dylora.layers.kinds import (
 )
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.calls import never_called
+from keras_dylora.live.tokens import TokenRows, find_tokens
 
 ALL_LINEAR, ALL_CONV = "all-linear", "all-conv"
 # In KerasHub's families; fused projections too.
@@ -39,6 +40,7 @@ class Targets:
     trained: dict
     # Linear layers that aren't adapted although they were meant, with why.
     left_out: dict
+    tokens: TokenRows | None = None
 
 
 def find_targets(tree, config, backbone=None):
@@ -91,10 +93,11 @@ def find_targets(tree, config, backbone=None):
         warnings.warn(f"{message}, which are left out", stacklevel=3)
         left_out |= dict.fromkeys(unused, "the model never calls")
         chosen = {p: x for p, x in chosen.items() if p not in left_out}
+    tokens = find_tokens(tree, config.trainable_tokens, chosen)
     untold = config.trainable_layers is None and not backbones
     if untold and not _is_backbone(model):
         _warn_of_frozen_output(model, paths, chosen)
-    return Targets(chosen, trained, left_out)
+    return Targets(chosen, trained, left_out, tokens)
 
 
 def _no_target(wanted, known):

@@ -37,7 +37,8 @@ _HARMLESS_KEYS = {
     "alpha_pattern", "auto_mapping", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "modules_to_save", "rank_pattern",
-    "runtime_config", "target_modules", "use_rslora",
+    "runtime_config", "target_modules", "trainable_token_indices",
+    "use_rslora",
 }  # fmt: skip
 
 
@@ -49,6 +50,7 @@ _TYPES = {
     "modules_to_save": list,
     "rank_pattern": dict,
     "target_modules": (str, list),
+    "trainable_token_indices": (list, dict),
     "use_rslora": bool,
 }
 

@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from keras_dylora.adapters.peft import files as peft_files
+from keras_dylora.adapters.peft import tokens
 from keras_dylora.adapters.peft.families import layout_of
 from keras_dylora.adapters.peft.layout import check_tied
 from keras_dylora.adapters.weights import AdapterWeights, check_shapes
@@ -99,6 +100,7 @@ def _read(tree, directory, strict, head):
         adapter = adapter.without_head()
     adapter = _placed(tree, layout, adapter, strict)
     adapter = _without_table(tree, layout, adapter)
+    adapter, ids, update = tokens.taken_out(tree, layout, adapter)
     modules = layout.modules(tree)
     columns = layout.columns_by_module(tree, modules)
     modules = _adapted(modules, adapter, layout)
@@ -129,7 +131,9 @@ def _read(tree, directory, strict, head):
         {f"{peft_files.PREFIX}{name}": x for name, x in shapes.items()},
         adapter.tensors,
     )
-    config = _config(modules, adapter)
+    config = dataclasses.replace(
+        _config(modules, adapter), trainable_tokens=ids
+    )
     parts = {}
     for module, paths in modules.items():
         factors = absent.get(module)
@@ -144,7 +148,7 @@ def _read(tree, directory, strict, head):
         parts = {path: factors.ordered()[0] for path, factors in parts.items()}
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
     trained |= {path: value for value, path in embeddings.values()}
-    return AdapterWeights(parts, trained, config, adapter.identity)
+    return AdapterWeights(parts, trained | update, config, adapter.identity)
 
 
 def _without_table(tree, layout, adapter):

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_dylora import files
 from keras_dylora.adapters.peft import files as peft_files
+from keras_dylora.adapters.peft import tokens
 from keras_dylora.adapters.peft.card import is_ours, model_card
 from keras_dylora.adapters.peft.families import layout_of
 from keras_dylora.adapters.peft.layout import check_tied
@@ -142,6 +143,13 @@ def to_peft(
     every = tree.weights
     head = {path: every[path] for path in family.head.values()}
     _check_exportable(tree, head, modules, whole)
+    token_config, token_rows = tokens.of_model(tree, family)
+    if token_rows and layout == "server":
+        raise ValueError(
+            "Servers read the factors of an adapter alone, and no trained "
+            "tokens. Use `layout='peft'`, or `merge`. Received: "
+            f"layout={layout!r} of a model with {token_config}"
+        )
     columns = family.columns_by_module(tree, modules)
     trained = {
         name: float32_array(head[path]).T for name, path in family.head.items()
@@ -156,10 +164,11 @@ def to_peft(
             config = peft_files.peft_config(
                 family, fused, dylora, base_model_name_or_path
             )
+            config |= token_config
             (folder / name).mkdir(exist_ok=True)
             peft_files.write(
                 folder / name,
-                _tensors(fused, family) | trained,
+                _tensors(fused, family) | trained | token_rows,
                 config,
                 # A server's is padded, and none of ours when it is loaded.
                 described if layout == "peft" else None,
@@ -214,7 +223,9 @@ def _check_exportable(tree, head, modules, weights):
         )
     check_tied(tree, weights.layers)
     spec = tree.model._dylora.spec
-    other = sorted(set(spec.full(tree)) - set(head))
+    rows = tree.model._dylora.tokens
+    exported = {*head, rows.weight} if rows else set(head)
+    other = sorted(set(spec.full(tree)) - exported)
     if other:
         raise ValueError(
             "A PEFT adapter can hold adapters and the task head, and nothing "

@@ -1,0 +1,112 @@
+"""Embeddings of which some tokens' rows are trained in full."""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dylora import _keras
+from keras_dylora.layers.embedding import reversible_class
+from keras_dylora.layers.factors import float32_array
+
+if TYPE_CHECKING:
+    # What it is mixed into.
+    from keras.layers import Embedding as _Base
+else:
+    _Base = object
+
+NAME = "trained_tokens"
+
+
+@_keras.loads_any_number
+class TrainedTokens(_Base):
+    """An embedding that adds an update to the rows of some tokens.
+
+    Computes `embeddings[id] + trained_tokens[i]` for the `i`-th of the tokens,
+    and the plain row for all others. Reversed and tied, it adds `x @
+    trained_tokens.T` to their logits. The update `(tokens, output_dim)` is in
+    float32 and begins as zeros.
+    """
+
+    original_class: type
+    trained_tokens: keras.Variable
+
+    @classmethod
+    def upgrade(cls, layer: keras.Layer, tokens: tuple[int, ...]) -> None:
+        """Turns a built embedding into this class, in place."""
+        _keras.set_class(layer, cls)
+        layer._token_places = np.full(layer.input_dim, len(tokens), "int32")
+        layer._token_places[list(tokens)] = np.arange(len(tokens))
+        with _keras.unlocked(layer):
+            layer.trained_tokens = layer.add_weight(
+                shape=(len(tokens), layer.output_dim),
+                initializer="zeros",
+                dtype="float32",
+                name=NAME,
+            )
+
+    def downgrade(self) -> None:
+        """Makes the layer its base layer again."""
+        _keras.forget(self, NAME)
+        self.__dict__.pop("_token_places", None)
+        _keras.set_class(self, self.original_class)
+
+    def table(self) -> np.ndarray:
+        """The table with the rows of the tokens as they are trained."""
+        rows = float32_array(self.embeddings)
+        own = self._token_places < self.trained_tokens.shape[0]
+        places = self._token_places[own]
+        rows[own] += float32_array(self.trained_tokens)[places]
+        return rows
+
+    def call(self, inputs: Any, reverse: bool = False) -> Any:
+        if not reverse:
+            # A plain `Embedding` takes no `reverse`.
+            outputs = super().call(inputs)
+            ids = ops.cast(inputs, "int32")
+            places = ops.take(self._token_places, ids)
+            update = ops.take(self._extended(), places, axis=0)
+            return outputs + ops.cast(update, outputs.dtype)
+        base = _keras.stand_in(self, self.original_class, logit_soft_cap=None)
+        logits = base.call(inputs, reverse=True)
+        if self.tie_weights:
+            update = ops.transpose(self._extended())
+            update = ops.cast(inputs, self.compute_dtype) @ update
+            update = ops.take(update, self._token_places, axis=-1)
+            logits = logits + ops.cast(update, logits.dtype)
+        cap = getattr(self, "logit_soft_cap", None)
+        return logits if cap is None else ops.tanh(logits / cap) * cap
+
+    def _extended(self):
+        """The update, with zeros for all other tokens as its last row."""
+        update = ops.cast(self.trained_tokens, self.compute_dtype)
+        return ops.pad(update, [[0, 1], [0, 0]])
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        store[NAME] = self.trained_tokens
+
+    def load_own_variables(self, store: Any) -> None:
+        if NAME not in store.keys():
+            raise ValueError(
+                f"The file holds no trained tokens for layer '{self.path}'. "
+                "Load the weights of a base model before you enable DyLoRA."
+            )
+        super().load_own_variables(store)
+        self.trained_tokens.assign(store[NAME])
+
+
+@functools.cache
+def tokens_class(original: Any) -> type[TrainedTokens] | None:
+    """The class that trains tokens of an embedding, or `None` of any other."""
+    if original is not keras.layers.Embedding and not reversible_class(
+        original
+    ):
+        return None
+    return type(
+        f"TrainedTokens{original.__name__}",
+        (TrainedTokens, original),
+        {"original_class": original},
+    )
