@@ -1,11 +1,14 @@
 """Adapted embeddings and convolutions as they are served, without Keras."""
 
+import numpy as np
 import pytest
 
-from tests.models import with_tuned_cuts
+import keras_dylora as kd
+from tests.models import randomize_adapters, with_tuned_cuts
 from tests.test_conv import images, network
 from tests.test_embedding import classifier, language_model
-from tests.test_export import batch
+from tests.test_export import batch, serve
+from tests.test_tokens import enabled, rows_of, table_of
 from tests.test_tuned_exports import assert_served, assert_written
 
 pytestmark = pytest.mark.long
@@ -41,3 +44,20 @@ def test_every_rank(kind, layout, tmp_path):
 
 def test_generated_text(tmp_path):
     assert_written(with_tuned_cuts(language_model(), 1), tmp_path)
+
+
+def test_trained_tokens_of_each_example(tmp_path):
+    model, inputs = enabled("roberta"), batch(6, 12)
+    inputs["token_ids"][:, 1] = 49  # a trained one
+    wanted = {"default": at(model, 2, inputs)}
+    model.add_adapter("other")
+    randomize_adapters(model, seed=3)
+    table_of(model).trained_tokens.assign(-rows_of(model))
+    wanted["other"] = at(model, 2, inputs)
+    path = tmp_path / "artifact"
+    kd.export_ranks(model, path, [2], adapters="all", verbose=False)
+    names = np.array(["default", "other"] * 3)
+    call = {**inputs, "adapter": names, "rank": np.full(6, 2, "int32")}
+    (found,), _ = serve(tmp_path / "server", [(path, "serve", call)])
+    rows = [wanted[name][i] for i, name in enumerate(names)]
+    np.testing.assert_allclose(found["output_0"], rows, atol=2e-5)
