@@ -8,10 +8,10 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def mean(values):
+def mean(values, digits=2):
     """Mean ± standard deviation, or nothing where there are no values."""
     values = np.atleast_1d(values)
     if not len(values):
         return ""
-    cell = f"{np.mean(values):.2f}"
-    return f"{cell} ± {np.std(values):.2f}" if len(values) > 1 else cell
+    cell = f"{np.mean(values):.{digits}f}"
+    return f"{cell} ± {np.std(values):.{digits}f}" if len(values) > 1 else cell

@@ -375,6 +375,9 @@ def test_verified_export_with_a_manifest(tmp_path):
         verbose=False,
     )
     manifest = json.loads((path / "manifest.json").read_text())
+    readme = (path / "README.md").read_text()
+    assert "| 1 | 1 |\n| 4 | 4 |\n" in readme
+    assert "rank=tf.constant(4))" in readme
     assert manifest["ranks"] == [1, 4]
     assert manifest["alpha"] == 8
     assert list(manifest["signatures"]) == ["rank_1", "rank_4", "serve"]

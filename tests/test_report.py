@@ -82,7 +82,7 @@ def test_cuts():
 def test_only_untrained_ranks():
     untrained = kd.RankReport({2: {"loss": 0.5}}, min_rank=4)
     with pytest.raises(ValueError, match=r"finite 'loss'.*2: \('untrained'"):
-        untrained.best("loss")
+        untrained.best()
     untrained.plot()
 
 
@@ -139,6 +139,7 @@ def test_plot(ending, tmp_path):
     ("call", "message"),
     [
         (lambda r, p: r.best("f1"), "metric='f1'"),
+        (lambda r, p: r.best("acuracy"), "did you mean 'accuracy'"),
         (lambda r, p: r.best("accuracy", mode="high"), "mode='high'"),
         (lambda r, p: r.best("accuracy", -1), "tolerance=-1"),
         (lambda r, p: r.best("accuracy", 5), "in the units.*tolerance=5"),
@@ -149,6 +150,7 @@ def test_plot(ending, tmp_path):
     ],
     ids=[
         "metric",
+        "misspelt",
         "mode",
         "tolerance",
         "percent",

@@ -220,7 +220,7 @@ def test_a_backbone_has_no_head():
     [
         ({"r": 4, "lora_alpha": 8}, r"\['r', 'lora_alpha'\].*\['rank', 'alpha"),
         ({"target_modules": ["query"]}, r"\['target_layers'\] here"),
-        ({"ranks": 4}, r"Received: \['ranks'\]$"),
+        ({"ranks": 4}, r"Received: \['ranks'\] .did you mean 'rank'"),
     ],
     ids=["rank", "targets", "unknown"],
 )
@@ -231,8 +231,12 @@ def test_names_of_other_libraries(overrides, message):
 
 @pytest.mark.parametrize(
     ("target_layers", "message"),
-    [([], r"target_layers=\[\]"), ("all_linear", "did you mean 'all-linear'")],
-    ids=["none", "underscore"],
+    [
+        ([], r"target_layers=\[\]"),
+        ("all_linear", "did you mean 'all-linear'"),
+        (["qeury"], "'qeury' .did you mean 'query'"),
+    ],
+    ids=["none", "underscore", "misspelt"],
 )
 def test_targets_that_are_none(target_layers, message):
     with pytest.raises(ValueError, match=message):

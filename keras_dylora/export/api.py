@@ -10,7 +10,7 @@ import keras
 from keras_dylora import files
 from keras_dylora import ranks as ranks_module
 from keras_dylora.allocation import Rank, RankAllocation
-from keras_dylora.export import by_tensorflow, manifest
+from keras_dylora.export import by_tensorflow, manifest, readme
 from keras_dylora.export.plan import Inputs, Plan, Served, ServedAdapter
 from keras_dylora.export.verify import verify as verify_artifact
 from keras_dylora.live import sizes
@@ -63,9 +63,10 @@ def export_ranks(
     `RankAllocation` in it stands for a number above `config.rank` as the input
     `rank`, which the manifest tells.
 
-    `manifest.json` tells the ranks, the signatures, the sizes and the SHA-256
-    of each file. On JAX and torch the artifact is written by a child process
-    that rebuilds the model under TensorFlow.
+    `README.md` tells which ranks it serves and how to call it;
+    `manifest.json` the signatures, the sizes and the SHA-256 of each file. On
+    JAX and torch the artifact is written by a child process that rebuilds the
+    model under TensorFlow.
 
     Args:
         model: an enabled model.
@@ -154,9 +155,19 @@ def export_ranks(
         if verify:
             verified = verify_artifact(model, folder, plan)
             progress.add(1)
+        tuned = [x for x in plan.ranks if _is_tuned(adaptation, x)]
+        readme.write(folder, plan, tuned)
         manifest.write(
             folder, config, plan, verified, metrics, list(adaptation.layers)
         )
+
+
+def _is_tuned(adaptation, served):
+    """Whether a rank of the active adapter is a tuned cut."""
+    if served.highest > adaptation.max_rank:
+        return False
+    ranks = served.ranks(list(adaptation.layers))
+    return adaptation.tuned_cut(ranks) is not None
 
 
 def _warn_of_cuts(model, plan):

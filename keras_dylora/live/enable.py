@@ -8,6 +8,7 @@ import keras
 
 from keras_dylora import training
 from keras_dylora.config import AdapterArguments, DyLoRAConfig
+from keras_dylora.hints import meant
 from keras_dylora.layers.low_rank import LowRankAdapter
 from keras_dylora.layers.tokens import NAME
 from keras_dylora.layers.tree import Tree
@@ -112,12 +113,16 @@ def enable_dylora(
         if name not in DyLoRAConfig.__dataclass_fields__
     ]
     if unknown:
-        meant = [OTHER_NAMES[name] for name in unknown if name in OTHER_NAMES]
+        fields = list(DyLoRAConfig.__dataclass_fields__)
+        others = [OTHER_NAMES[name] for name in unknown if name in OTHER_NAMES]
+        hint = (
+            f", which are {others} here"
+            if others
+            else meant(*unknown[:1], fields)
+        )
         raise TypeError(
-            "The arguments must be fields of `DyLoRAConfig`: "
-            f"{list(DyLoRAConfig.__dataclass_fields__)}. "
-            f"Received: {unknown}"
-            + (f", which are {meant} here" if meant else "")
+            f"The arguments must be fields of `DyLoRAConfig`: {fields}. "
+            f"Received: {unknown}{hint}"
         )
     config = dataclasses.replace(config or DyLoRAConfig(), **overrides)
     if not model.built:

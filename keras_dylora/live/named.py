@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import _keras
+from keras_dylora.hints import meant
 from keras_dylora.layers.factors import float32_array
 from keras_dylora.layers.tuned import TunedCut
 
@@ -171,7 +172,8 @@ class NamedAdapters:
         if name not in self._kept:
             raise ValueError(
                 "The name must be that of an adapter of the model. "
-                f"Received: name={name!r}, which isn't one of {self.names}"
+                f"Received: name={name!r}{meant(name, self.names)}, which "
+                f"isn't one of {self.names}"
             )
 
     def _change(self, name, kept, tree):

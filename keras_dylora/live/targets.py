@@ -7,6 +7,7 @@ import warnings
 import keras
 
 from keras_dylora import _keras
+from keras_dylora.hints import meant
 from keras_dylora.layers.kinds import (
     ADAPTED_CLASSES,
     CONVOLUTIONS,
@@ -159,8 +160,8 @@ def _select(paths, patterns, argument):
     for pattern in patterns:
         found = {p for p, x in paths.items() if _matches(pattern, p, x)}
         if not found:
-            meant = pattern.replace("_", "-").lower() == ALL_LINEAR
-            hint = f" (did you mean {ALL_LINEAR!r}?)" if meant else ""
+            names = [ALL_LINEAR, ALL_CONV, *(x.name for x in paths.values())]
+            hint = meant(pattern, names)
             raise ValueError(
                 f"`{argument}` must name layers of the model. "
                 f"Received: {pattern!r}{hint}, which matches none of "

@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_dylora import files, tables
 from keras_dylora.allocation import Rank, RankAllocation
+from keras_dylora.hints import meant
 from keras_dylora.reports.directions import direction_of
 
 if TYPE_CHECKING:
@@ -130,12 +131,13 @@ class RankReport:
             raise ValueError(
                 f"`metric` must be one of {self.metric_names}. "
                 f"Received: metric={metric!r}"
+                f"{meant(metric, self.metric_names)}"
             )
         return [values[metric] for values in self.metrics.values()]
 
     def best(
         self,
-        metric: str,
+        metric: str = "loss",
         tolerance: float = 0,
         mode: Literal["auto", "max", "min"] = "auto",
         max_parameters: int | None = None,
@@ -145,7 +147,7 @@ class RankReport:
         Of those that were trained or tuned, or are cuts of columns in order.
 
         Args:
-            metric: str. Name of the metric.
+            metric: str. Name of the metric. Defaults to `"loss"`.
             tolerance: float. How much worse than the best a rank may be, in
                 the units of the metric. Defaults to `0`.
             mode: `"max"`, `"min"` or `"auto"`. Defaults to `"auto"`, what the
