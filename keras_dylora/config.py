@@ -14,7 +14,13 @@ from keras_dylora.distributions import (
     Uniform,
     get_distribution,
 )
-from keras_dylora.ranks import INT32_MAX, SCALINGS, Scale, as_rank
+from keras_dylora.ranks import (
+    INT32_MAX,
+    SCALINGS,
+    Scale,
+    as_pattern,
+    as_rank,
+)
 from keras_dylora.training.objectives import OBJECTIVES
 
 # Names, paths or regular expressions, or a function of a path and its layer.
@@ -57,6 +63,13 @@ class AdapterArguments:
         """The arguments that a layer or a config has as attributes."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: getattr(source, name) for name in names})
+
+    def at_most(self, rank: int) -> Self:
+        """The arguments of a layer whose maximum rank is no higher."""
+        rank = min(self.rank, rank)
+        return dataclasses.replace(
+            self, rank=rank, min_rank=min(self.min_rank, rank)
+        )
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -146,6 +159,11 @@ class DyLoRAConfig:
         tune: float in `[0, 1)`. The last share of the steps of `fit`, which
             train no more: they tune the cuts of `tuned_ranks`, as
             `tune_ranks` does. Defaults to `0`.
+        rank_pattern: dict of a name, path or regular expression, as in
+            `target_layers`, to int in `1..rank`: lower maximum ranks of
+            layers. The first pattern that matches a layer counts. Where the
+            model is at rank `b`, such a layer is at its maximum, if that is
+            lower. Defaults to `None`, `rank` for all.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -179,11 +197,14 @@ class DyLoRAConfig:
     draw: str = "step"
     full_rank_steps: int | float = 0
     tune: float = 0.0
+    rank_pattern: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         arguments = dataclasses.asdict(AdapterArguments.of(self))
         for name, value in arguments.items():
             object.__setattr__(self, name, value)
+        pattern = as_pattern(self.rank_pattern, self.rank)
+        object.__setattr__(self, "rank_pattern", pattern)
         self.distribution.probabilities(self.min_rank, self.rank)
         _check_one_of("objective", self.objective, OBJECTIVES)
         _check_one_of("draw", self.draw, ("step", "example"))
@@ -320,9 +341,11 @@ class DyLoRAConfig:
         alpha = self.alpha
         if self.scaling == "constant":  # the scale stays, alpha / rank
             alpha *= rank / self.rank
+        pattern = self.rank_pattern or {}
         cut = dataclasses.replace(
             self,
             rank=rank,
+            rank_pattern={name: min(b, rank) for name, b in pattern.items()},
             alpha=alpha,
             min_rank=min(self.min_rank, rank),
             rank_distribution=distribution,

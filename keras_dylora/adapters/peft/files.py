@@ -74,7 +74,9 @@ class PeftAdapter:
             return None
         high = self.dylora.rank
         given = high if self.ranks is None else self.ranks
-        return ranks.by_layer(given, self.dylora.target_layers, high)
+        return ranks.by_layer(
+            given, dict.fromkeys(self.dylora.target_layers, high)
+        )
 
     def rank(self, module):
         """int. The rank of the adapter of a linear layer."""
