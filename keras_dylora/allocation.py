@@ -12,7 +12,7 @@ import keras
 
 from keras_dylora import files, tables
 from keras_dylora.layers.kinds import matrix_shape
-from keras_dylora.ranks import as_rank, by_layer
+from keras_dylora.ranks import INT32_MAX, as_rank, by_layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,10 +56,11 @@ class RankAllocation(Mapping[str, int]):
         max_rank: int | Mapping[str, int],
     ) -> None:
         if not isinstance(max_rank, Mapping):
-            max_rank = dict.fromkeys(matrices, max_rank)
-        self.max_ranks = {
-            path: as_rank(b, 1, name="max_rank") for path, b in max_rank.items()
-        }
+            most = as_rank(max_rank, 1, name="max_rank")
+            max_rank = dict.fromkeys(matrices, most)
+        self.max_ranks = by_layer(
+            max_rank, dict.fromkeys(matrices, INT32_MAX), 1
+        )
         self.max_rank = max(self.max_ranks.values())
         self.ranks = by_layer(dict(ranks), self.max_ranks)
         self.matrices = {p: tuple(matrices[p]) for p in self.ranks}

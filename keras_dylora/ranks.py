@@ -66,7 +66,7 @@ def by_layer(
         ValueError: if one isn't in `low..high`, or the paths are others.
     """
     if not isinstance(ranks, collections.abc.Mapping):
-        rank = as_rank(ranks, low, max(high.values()))
+        rank = as_rank(ranks, low, max(high.values(), default=INT32_MAX))
         return {path: min(rank, most) for path, most in high.items()}
     if set(ranks) != set(high):
         raise ValueError(

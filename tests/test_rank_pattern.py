@@ -363,6 +363,8 @@ def test_allocations_are_within_the_maximum_of_each_layer(tmp_path):
         ValueError, match="rank of first` must be between 0 and 2"
     ):
         model.set_rank(high)
+    with pytest.raises(ValueError, match="one for each adapted layer"):
+        kd.RankAllocation({"first": 1}, {"first": (10, 12)}, {"second": 4})
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -579,17 +581,28 @@ def test_operations_in_a_row(tmp_path):
     assert_same(logits(other), logits(again))
 
 
-@pytest.mark.once
+EXPORTS = {
+    "shared": {},
+    "merged": {"layout": "merged"},
+    "adapters": {"adapters": "all"},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"layout": "merged"}, {"adapters": "all"}],
-    ids=["shared", "merged", "adapters"],
+    "kind",
+    [
+        *(
+            pytest.param(x, marks=pytest.mark.long)
+            for x in ("shared", "merged")
+        ),
+        *once(["adapters"]),
+    ],
 )
-def test_exports_are_at_the_maximum_of_each_layer(options, tmp_path):
+def test_exports_are_at_the_maximum_of_each_layer(kind, tmp_path):
     model = patterned()
     model.add_adapter("other")
     randomize_adapters(model, seed=5)
     mixed = allocation(model, [1, 4])
     ranks = {"one": 1, "three": 3, "four": 4, "mixed": mixed}
     # It is verified: compared with the live model in a fresh process.
-    kd.export_ranks(model, tmp_path / "export", ranks=ranks, **options)
+    kd.export_ranks(model, tmp_path / "export", ranks=ranks, **EXPORTS[kind])
