@@ -526,7 +526,7 @@ def test_kinds_of_layers(kind, draw, tmp_path):
     x = rng.integers(0, 11, (16, *shape))
     if kind != "embedding":
         x = rng.normal(size=x.shape).astype("float32")
-    model.compile("sgd", "mse")
+    model.compile(keras.optimizers.Adam(1e-3), "mse")
     model.fit(x, np.zeros((16, 2)), batch_size=8, verbose=0)
     model.set_rank(3)
     wanted = backend.to_numpy(model(x))
