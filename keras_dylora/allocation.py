@@ -12,7 +12,7 @@ import keras
 
 from keras_dylora import files, tables
 from keras_dylora.layers.kinds import matrix_shape
-from keras_dylora.ranks import as_rank, by_layer
+from keras_dylora.ranks import INT32_MAX, as_rank, by_layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,8 @@ class RankAllocation(Mapping[str, int]):
             as in the base model.
         matrices: dict of layer path to `(inputs, outputs)`, the sizes of what
             the layer multiplies with.
-        max_rank: int. The maximum rank of the model.
+        max_rank: int. The maximum rank of the model; or dict of layer path to
+            int, where layers have a lower one by `rank_pattern`.
 
     Raises:
         TypeError: if a rank isn't an integer.
@@ -52,10 +53,16 @@ class RankAllocation(Mapping[str, int]):
         self,
         ranks: Mapping[str, int],
         matrices: Mapping[str, tuple[int, int]],
-        max_rank: int,
+        max_rank: int | Mapping[str, int],
     ) -> None:
-        self.max_rank = as_rank(max_rank, 1, name="max_rank")
-        self.ranks = by_layer(dict(ranks), matrices, self.max_rank)
+        if not isinstance(max_rank, Mapping):
+            most = as_rank(max_rank, 1, name="max_rank")
+            max_rank = dict.fromkeys(matrices, most)
+        self.max_ranks = by_layer(
+            max_rank, dict.fromkeys(matrices, INT32_MAX), 1
+        )
+        self.max_rank = max(self.max_ranks.values())
+        self.ranks = by_layer(dict(ranks), self.max_ranks)
         self.matrices = {p: tuple(matrices[p]) for p in self.ranks}
 
     @classmethod
@@ -63,7 +70,8 @@ class RankAllocation(Mapping[str, int]):
         """The allocation of a model with these ranks, a dict of path to int."""
         layers = model._dylora.layers
         matrices = {path: matrix_shape(x) for path, x in layers.items()}
-        return cls(ranks, matrices, model.dylora_config.rank)
+        max_ranks = {path: x.rank for path, x in layers.items()}
+        return cls(ranks, matrices, max_ranks)
 
     @property
     def parameters(self) -> int:
@@ -73,8 +81,8 @@ class RankAllocation(Mapping[str, int]):
     @property
     def share(self) -> float:
         """float. `parameters` over those at the maximum rank."""
-        columns = sum(sum(shape) for shape in self.matrices.values())
-        return self.parameters / (columns * self.max_rank)
+        whole = (b * sum(self.matrices[p]) for p, b in self.max_ranks.items())
+        return self.parameters / sum(whole)
 
     @property
     def label(self) -> str:
@@ -136,10 +144,12 @@ class RankAllocation(Mapping[str, int]):
         """The allocation as JSON, also written to `path` if one is given.
 
         Returns:
-            str: `{"max_rank": 8, "ranks": {…}, "matrices": {…}}`.
+            str: `{"max_rank": 8, "ranks": {…}, "matrices": {…}}`. Where the
+            maxima of layers differ, `max_rank` is a dict like `ranks`.
         """
+        one = len(set(self.max_ranks.values())) == 1
         content = {
-            "max_rank": self.max_rank,
+            "max_rank": self.max_rank if one else self.max_ranks,
             "ranks": self.ranks,
             "matrices": self.matrices,
         }

@@ -1,20 +1,31 @@
 """DyLoRAConfig: every choice of a run; what of them a layer needs."""
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
 
+from keras_dylora.checks import (
+    as_tokens,
+    check_fraction,
+    check_one_of,
+    check_positive,
+    is_share,
+)
 from keras_dylora.distributions import (
     Categorical,
     RankDistribution,
     Uniform,
     get_distribution,
 )
-from keras_dylora.ranks import INT32_MAX, SCALINGS, Scale, as_rank
+from keras_dylora.ranks import (
+    INT32_MAX,
+    SCALINGS,
+    Scale,
+    as_pattern,
+    as_rank,
+)
 from keras_dylora.training.objectives import OBJECTIVES
 
 # Names, paths or regular expressions, or a function of a path and its layer.
@@ -43,7 +54,7 @@ class AdapterArguments:
                 f"Received: frozen={self.frozen!r}"
             )
         check_fraction("dropout", dropout)
-        _check_one_of("scaling", self.scaling, SCALINGS)
+        check_one_of("scaling", self.scaling, SCALINGS)
         # NumPy's scalars are taken, but JSON and Keras need Python's.
         for field in dataclasses.fields(self):
             object.__setattr__(
@@ -58,36 +69,11 @@ class AdapterArguments:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: getattr(source, name) for name in names})
 
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises a `ValueError` for what is no positive, finite number."""
-    if not _is_number(value) or not math.isfinite(value) or value <= 0:
-        raise ValueError(
-            f"`{name}` must be a positive number. Received: {name}={value!r}"
-        )
-
-
-def check_fraction(name: str, value: Any) -> None:
-    """Raises a `ValueError` for what is no number in `[0, 1)`."""
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ValueError(
-            f"`{name}` must be in [0, 1). Received: {name}={value!r}"
-        )
-
-
-def _is_number(x):
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
-
-
-def _is_share(x):
-    return isinstance(x, float) and 0 < x < 1
-
-
-def _check_one_of(name, value, allowed):
-    if value not in tuple(allowed):
-        raise ValueError(
-            f"`{name}` must be one of {tuple(allowed)}. "
-            f"Received: {name}={value!r}"
+    def at_most(self, rank: int) -> Self:
+        """The arguments of a layer whose maximum rank is no higher."""
+        rank = min(self.rank, rank)
+        return dataclasses.replace(
+            self, rank=rank, min_rank=min(self.min_rank, rank)
         )
 
 
@@ -146,6 +132,11 @@ class DyLoRAConfig:
         tune: float in `[0, 1)`. The last share of the steps of `fit`, which
             train no more: they tune the cuts of `tuned_ranks`, as
             `tune_ranks` does. Defaults to `0`.
+        rank_pattern: dict of a name, path or regular expression, as in
+            `target_layers`, to int in `1..rank`: lower maximum ranks of
+            layers. The first pattern that matches a layer counts. Where the
+            model is at rank `b`, such a layer is at its maximum, if that is
+            lower. Defaults to `None`, `rank` for all.
         trainable_tokens: list of int, the ids of tokens whose rows of the
             table of tokens are trained in full, or `"new"`: those that the
             model's tokenizer has more than the table has rows, which then
@@ -183,18 +174,21 @@ class DyLoRAConfig:
     draw: str = "step"
     full_rank_steps: int | float = 0
     tune: float = 0.0
+    rank_pattern: Mapping[str, int] | None = None
     trainable_tokens: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         arguments = dataclasses.asdict(AdapterArguments.of(self))
         for name, value in arguments.items():
             object.__setattr__(self, name, value)
+        pattern = as_pattern(self.rank_pattern, self.rank)
+        object.__setattr__(self, "rank_pattern", pattern)
         self.distribution.probabilities(self.min_rank, self.rank)
-        _check_one_of("objective", self.objective, OBJECTIVES)
-        _check_one_of("draw", self.draw, ("step", "example"))
+        check_one_of("objective", self.objective, OBJECTIVES)
+        check_one_of("draw", self.draw, ("step", "example"))
         seed = as_rank(self.seed, 0, 2**63 - 1, "seed")
         object.__setattr__(self, "seed", seed)
-        if not _is_share(self.full_rank_steps):
+        if not is_share(self.full_rank_steps):
             steps = as_rank(
                 self.full_rank_steps, 0, INT32_MAX, "full_rank_steps"
             )
@@ -202,7 +196,7 @@ class DyLoRAConfig:
         check_fraction("tune", self.tune)
         object.__setattr__(self, "tune", float(self.tune))
         object.__setattr__(
-            self, "trainable_tokens", _as_tokens(self.trainable_tokens)
+            self, "trainable_tokens", as_tokens(self.trainable_tokens)
         )
         if self.tune and not self.tuned_ranks:
             raise ValueError(
@@ -210,7 +204,7 @@ class DyLoRAConfig:
                 f"Received: tune={self.tune}, rank={self.rank}, "
                 f"rank_distribution={self.rank_distribution!r}"
             )
-        if _is_share(self.full_rank_steps) and (
+        if is_share(self.full_rank_steps) and (
             self.full_rank_steps + self.tune > 1
         ):
             raise ValueError(
@@ -328,9 +322,11 @@ class DyLoRAConfig:
         alpha = self.alpha
         if self.scaling == "constant":  # the scale stays, alpha / rank
             alpha *= rank / self.rank
+        pattern = self.rank_pattern or {}
         cut = dataclasses.replace(
             self,
             rank=rank,
+            rank_pattern={name: min(b, rank) for name, b in pattern.items()},
             alpha=alpha,
             min_rank=min(self.min_rank, rank),
             rank_distribution=distribution,
@@ -364,19 +360,6 @@ class DyLoRAConfig:
         config = dict(config)
         config["rank_distribution"] = _revived(config)
         return cls(**config)
-
-
-def _as_tokens(tokens):
-    """A tuple of different ids, `"new"` or `None`, or an error says why not."""
-    if tokens is None or tokens == "new":
-        return tokens
-    if isinstance(tokens, (str, int)) or not tokens:
-        raise TypeError(
-            "`trainable_tokens` must be a list of ids, at least one, or "
-            f"'new'. Received: trainable_tokens={tokens!r}"
-        )
-    ids = [as_rank(i, 0, INT32_MAX, "trainable_tokens") for i in tokens]
-    return tuple(sorted(set(ids)))
 
 
 def _revived(config):

@@ -52,33 +52,65 @@ def as_list(values: Any) -> list[Any]:
 
 def by_layer(
     ranks: int | collections.abc.Mapping[str, int],
-    paths: collections.abc.Iterable[str],
-    high: int,
+    high: collections.abc.Mapping[str, int],
     low: int = 0,
 ) -> dict[str, int]:
     """A dict of path to rank, from one that is for all or a dict like it.
 
-    A layer of a dict may be at rank 0 while `low` is 1, but not all of them.
+    `high` is a dict of path to the maximum rank of a layer. At a rank that is
+    for all, a layer of a lower maximum is at its maximum. A layer of a dict
+    may be at rank 0 while `low` is 1, but not all of them.
 
     Raises:
         TypeError: if a rank isn't an integer.
         ValueError: if one isn't in `low..high`, or the paths are others.
     """
     if not isinstance(ranks, collections.abc.Mapping):
-        return dict.fromkeys(paths, as_rank(ranks, low, high))
-    if set(ranks) != set(paths):
+        rank = as_rank(ranks, low, max(high.values(), default=INT32_MAX))
+        return {path: min(rank, most) for path, most in high.items()}
+    if set(ranks) != set(high):
         raise ValueError(
             "`rank` must be one number, or one for each adapted layer. "
-            f"Received: ranks without {sorted(set(paths) - set(ranks))} and "
-            f"with {sorted(set(ranks) - set(paths))}"
+            f"Received: ranks without {sorted(set(high) - set(ranks))} and "
+            f"with {sorted(set(ranks) - set(high))}"
         )
-    checked = {p: as_rank(ranks[p], 0, high, f"rank of {p}") for p in paths}
+    checked = {
+        p: as_rank(ranks[p], 0, most, f"rank of {p}")
+        for p, most in high.items()
+    }
     if not any(b >= low for b in checked.values()):
         raise ValueError(
             "A layer at least must have a rank above 0. "
             f"Received: rank 0 for all {len(checked)} layers"
         )
     return checked
+
+
+def as_pattern(value: Any, high: int) -> dict[str, int] | None:
+    """Returns a `rank_pattern` as a dict of `str` to `int`, or `None`.
+
+    Raises a `TypeError` or `ValueError` for what is none, as `DyLoRAConfig`
+    says.
+    """
+    if not isinstance(value, (collections.abc.Mapping, type(None))) or any(
+        not isinstance(pattern, str) for pattern in value or ()
+    ):
+        raise TypeError(
+            "`rank_pattern` must be a dict of names or regular expressions to "
+            f"ranks. Received: rank_pattern={value!r}"
+        )
+    ranks = {
+        pattern: as_rank(b, -INT32_MAX, name=f"rank of {pattern!r}")
+        for pattern, b in (value or {}).items()
+    }
+    if any(not 1 <= b <= high for b in ranks.values()):
+        raise ValueError(
+            "`rank_pattern` must give ranks in `1..rank`. `rank` is the "
+            "highest of all layers, and a layer without an adapter is left "
+            "out of `target_layers`. "
+            f"Received: rank_pattern={ranks} with rank={high}"
+        )
+    return ranks or None
 
 
 # By the maximum rank, alpha and a rank `b`, an int or a float32 tensor.

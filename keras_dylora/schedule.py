@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_dylora.config import check_fraction, check_positive
+from keras_dylora.checks import check_fraction, check_positive
 
 
 @keras.saving.register_keras_serializable(package="keras_dylora")

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora.training.objectives import OBJECTIVES
 from tests import backend
 from tests.marks import once
 from tests.models import (
@@ -129,15 +128,20 @@ def test_summed_metrics_are_of_the_highest_rank_that_is_trained():
 
 def test_matryoshka_gate_of_the_paper():
     """Algorithm 1: g_i is the sum over trained ranks r >= i of 1 / sqrt(r)."""
-    config = kd.DyLoRAConfig(
+    model = kd.enable_dylora(
+        roberta_classifier(num_layers=1),
         rank=4,
         alpha=1.0,
         scaling="sqrt",
+        objective="matryoshka",
         rank_distribution=kd.Categorical({1: 5, 2: 1, 4: 1}),
     )
-    gate, _ = OBJECTIVES["matryoshka"](config).gate(None, 1)
+    adaptation = model._dylora
+    gates, _ = adaptation.objective.gate(adaptation, 1)
     paper = [1 + 0.5**0.5 + 0.5, 0.5**0.5 + 0.5, 0.5, 0.5]
-    np.testing.assert_allclose(backend.to_numpy(gate), paper, rtol=1e-6)
+    assert gates.keys() == adaptation.layers.keys()
+    for gate in gates.values():
+        np.testing.assert_allclose(backend.to_numpy(gate), paper, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@ class AdapterWeights:
     """The adapters of a model, and what was trained besides.
 
     Each layer has a rank and a scale of its own; the config's rank is the
-    highest. Moving averages beside what was trained are with it. The identity
-    of the model that they are of may be unknown, in an old file. Tuned cuts
-    are of the columns of all layers at the highest rank.
+    highest, and its `rank_pattern` has paths of layers alone. Moving averages
+    beside what was trained are with it. The identity of the model that they
+    are of may be unknown, in an old file. Tuned cuts are of the columns of all
+    layers at the highest rank.
     """
 
     layers: dict[str, Factors]
@@ -46,6 +47,9 @@ class AdapterWeights:
         adaptation.settle(tree)
         trained = adaptation.spec.head(tree)
         config, layers = adaptation.named_config, adaptation.layers
+        config = with_max_ranks(
+            config, {path: layer.rank for path, layer in layers.items()}
+        )
         if adaptation.max_rank < config.rank:
             config = config.at_maximum(adaptation.max_rank)
         return cls(
@@ -64,10 +68,7 @@ class AdapterWeights:
         `ranks.by_layer` does.
         """
         ranks = rank_functions.by_layer(
-            self.config.rank if ranks is None else ranks,
-            self.layers,
-            self.config.rank,
-            1,
+            self.config.rank if ranks is None else ranks, self.ranks, 1
         )
         tuned, scale = find(self.cuts, ranks), self.config.scale
         whole = ranks == self.ranks
@@ -102,6 +103,10 @@ class AdapterWeights:
             layers={paths.get(p, p): x for p, x in self.layers.items()},
             trained={renamed(p, paths): x for p, x in self.trained.items()},
             cuts=tuple(cut.renamed(paths) for cut in self.cuts),
+            config=with_max_ranks(
+                self.config,
+                {paths.get(p, p): b for p, b in self.max_ranks.items()},
+            ),
         )
         placed.check(tree, whole, name)
         if strict:
@@ -160,6 +165,12 @@ class AdapterWeights:
             inputs, outputs = matrix_shape(layer)
             rank = self.layers[path].rank if path in self.layers else None
             shapes |= tensor_names(path, (inputs, rank), (rank, outputs))
+            if enabled and rank is not None and rank > layer.rank:
+                raise ValueError(
+                    "An adapter must have at most the rank of each layer it "
+                    f"is loaded into. Received: rank {rank} for {path!r} of "
+                    f"rank {layer.rank}"
+                )
         missing = sorted(set(layers) - set(self.layers))
         extra = sorted(set(self.layers) - set(layers))
         summary = f" without {missing} and with {extra}"
@@ -199,7 +210,7 @@ class AdapterWeights:
         for path, layer in adaptation.layers.items():
             factors = self.layers[path]
             scale = config.scale.at(max(factors.rank, 1))
-            padded = factors.padded(rank).padded(config.rank)
+            padded = factors.padded(layer.rank)
             fresh = float32_array(layer.down)[:, rank:]
             layer.down.assign(np.hstack([padded.down[:, :rank], fresh]))
             layer.up.assign(padded.up * np.float32(padded.scale / scale))
@@ -240,7 +251,8 @@ class AdapterWeights:
             target_layers=list(layers),
             trainable_tokens=tokens and tokens.tokens,
         )
-        upgrade(tree, config, Targets(layers, trained, {}, tokens))
+        targets = Targets(layers, trained, {}, self.max_ranks, tokens)
+        upgrade(tree, config, targets)
 
     @property
     def has_tokens(self):
@@ -260,6 +272,12 @@ class AdapterWeights:
                 f"is loaded into. Received: {self.config.trainable_tokens} "
                 f"for a model of {here}"
             )
+
+    @property
+    def max_ranks(self):
+        """The maximum rank of each layer of a model of the config, by path."""
+        lower = self.config.rank_pattern or {}
+        return {path: lower.get(path, self.config.rank) for path in self.layers}
 
     @property
     def ranks(self):
@@ -298,8 +316,7 @@ class AdapterWeights:
         shapes = dict.fromkeys(kinds["head"].values())
         ranks = rank_functions.by_layer(
             config.rank if ranks is None else ranks,
-            kinds["adapter"],
-            config.rank,
+            dict.fromkeys(kinds["adapter"], config.rank),
         )
         for path, b in ranks.items():
             shapes |= tensor_names(path, (None, b), (b, None))
@@ -327,6 +344,12 @@ class AdapterWeights:
         }
         trained = {path: tensors[x] for path, x in kinds["head"].items()}
         return cls(layers, trained, config, identity, cuts)
+
+
+def with_max_ranks(config, ranks):
+    """A config whose `rank_pattern` gives layers their maxima, by path."""
+    lower = {path: b for path, b in ranks.items() if b < config.rank}
+    return dataclasses.replace(config, rank_pattern=lower)
 
 
 def check_float(weights):

@@ -158,7 +158,7 @@ def export_ranks(
         tuned = [x for x in plan.ranks if _is_tuned(adaptation, x)]
         readme.write(folder, plan, tuned)
         manifest.write(
-            folder, config, plan, verified, metrics, list(adaptation.layers)
+            folder, config, plan, verified, metrics, adaptation.layers
         )
 
 
@@ -259,8 +259,9 @@ def _served(named, model, high):
     """The ranks of a plan, from a dict of name to rank."""
     layers = adaptation_of(model).layers
     found, free = [], model.dylora_config.rank + 1
+    most = {path: min(x.rank, high) for path, x in layers.items()}
     for name, rank in named.items():
-        by_layer = ranks_module.by_layer(rank, layers, high, 1)
+        by_layer = ranks_module.by_layer(rank, most, 1)
         if isinstance(rank, RankAllocation):
             found.append(Served(name, free, tuple(by_layer.values())))
             free += 1

@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 NAME = "manifest.json"
 
 
-def write(folder, config, plan, verified, metrics, paths):
+def write(folder, config, plan, verified, metrics, layers):
     """Writes the manifest of the artifacts in a folder.
 
     Args:
@@ -21,7 +21,7 @@ def write(folder, config, plan, verified, metrics, paths):
         plan: `Plan`.
         verified: what `verify` returned, or `None`.
         metrics: dict of rank, as the input, to its metrics, or `None`.
-        paths: list of str. Those of the adapted layers.
+        layers: dict of path to adapted layer.
     """
     contents = {
         str(path.relative_to(folder)): {
@@ -41,7 +41,7 @@ def write(folder, config, plan, verified, metrics, paths):
         "names": {x.name: x.value for x in plan.ranks},
         "adapters": {x.name: x.rank for x in plan.adapters},
         "allocations": {
-            x.name: x.ranks(paths) for x in plan.ranks if x.by_layer
+            x.name: x.ranks(layers) for x in plan.ranks if x.by_layer
         },
         "alpha": config.alpha,
         "scaling": config.scaling,

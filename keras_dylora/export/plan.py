@@ -33,10 +33,11 @@ class Served:
         """int. The highest rank of a layer."""
         return max(self.rank) if self.by_layer else self.rank
 
-    def ranks(self, paths):
-        """Dict of path to rank, by the paths of the adapted layers."""
-        each = self.rank if self.by_layer else (self.rank,) * len(paths)
-        return dict(zip(paths, each, strict=True))
+    def ranks(self, layers):
+        """Dict of path to rank, by a dict of path to adapted layer."""
+        if self.by_layer:
+            return dict(zip(layers, self.rank, strict=True))
+        return {path: min(self.rank, x.rank) for path, x in layers.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,13 +26,19 @@ class Factors:
     def cut(self, rank, scale, sides=None):
         """The first `rank` columns and rows, at what a `Scale` says of it.
 
-        Or the mixtures of all that the `sides` of a `TunedCut` say.
+        Or the mixtures of all that the `sides` of a `TunedCut` say. All, if
+        there are no more.
         """
+        rank = min(rank, self.rank)
         at = scale.at(max(rank, 1))
         if sides is None:
             return Factors(self.down[:, :rank], self.up[:rank], at)
         left, right = sides
-        return Factors(self.down @ left, right @ self.up, at)
+        down, up = (
+            self.down @ left[: self.rank],
+            right[:, : self.rank] @ self.up,
+        )
+        return Factors(down, up, at)
 
     def padded(self, rank):
         """The same product, with columns and rows of zeros up to a rank."""

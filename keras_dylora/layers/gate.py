@@ -16,11 +16,12 @@ class RankGate:
 
     They live in one variable, so a new rank, or one for each layer, neither
     retraces nor recompiles anything. It isn't a weight, as it is state and not
-    something learned. `layers` is how many read it, `scale` their `Scale`.
+    something learned. `max_ranks` are those of the layers that read it, a list
+    of int; `scale` is their `Scale`, whose rank none exceeds.
     """
 
-    def __init__(self, layers, scale):
-        self.scale = scale
+    def __init__(self, max_ranks, scale):
+        self.max_ranks, self.scale = max_ranks, scale
         self.override = {}  # by row, what layers read in place of it
         self.chosen = False  # whether a step or a `rank_scope` set the rank
         self.folds = False  # whether a step had more rows than examples
@@ -30,8 +31,8 @@ class RankGate:
         self.cores = None  # a variable, once there is a tuned cut
         self.variable = keras.Variable(
             # Callable, as a layer may be built while JAX traces.
-            lambda shape, dtype: scale.gate([scale.rank] * layers),
-            shape=(layers, scale.rank),
+            lambda shape, dtype: scale.gate(max_ranks),
+            shape=(len(max_ranks), scale.rank),
             dtype="float32",
             trainable=False,
             autocast=False,
@@ -57,18 +58,21 @@ class RankGate:
         return np.count_nonzero(gates, axis=1).tolist()
 
     def set_rank(self, rank):
-        """Sets one rank for all layers, in `0..rank`."""
-        self.set_ranks([rank] * self.variable.shape[0])
+        """Sets one rank for all layers, up to the maximum of each."""
+        self.set_ranks([min(rank, most) for most in self.max_ranks])
 
     def set_ranks(self, active_ranks):
-        """Sets the rank of each layer, a list of int in `0..rank`."""
+        """Sets the rank of each layer, a list of int in `0..maximum`."""
         self.assign_ranks(active_ranks)
         if self.changed is not None:
             self.changed()
 
     def assign_ranks(self, active_ranks):
         """`set_ranks`, where the cores are set besides."""
-        checked = [ranks.as_rank(b, 0, self.scale.rank) for b in active_ranks]
+        checked = [
+            ranks.as_rank(b, 0, most)
+            for b, most in zip(active_ranks, self.max_ranks, strict=True)
+        ]
         self.variable.assign(self.scale.gate(checked))
 
     def set_cores(self, cores):
@@ -108,9 +112,13 @@ class RankGate:
             return self._rows.newest(self.variable, index)
         return ranks.newest(ops.convert_to_tensor(self.variable)[index])
 
-    def assign(self, row):
-        """Sets the gates of a step, all alike: `(rank,)`."""
-        self.variable.assign(ops.broadcast_to(row, self.variable.shape))
+    def assign(self, rows):
+        """Sets the gates of a step, a list of `(rank,)` for each layer."""
+        if all(row is rows[0] for row in rows):
+            value = ops.broadcast_to(rows[0], self.variable.shape)
+        else:
+            value = ops.stack(rows)
+        self.variable.assign(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +132,29 @@ class GateRow:
         """The gate of a layer, or the core that stands in its place.
 
         A gate is `(rank,)`, or `(batch, rank)` where examples have their own
-        rank. A core is `(1, rank, rank)`, or `(batch, rank, rank)`.
+        rank. A core is `(1, rank, rank)`, or `(batch, rank, rank)`. `rank` is
+        the maximum of the layer.
         """
         self.gate.read.add(self.index)
         if self.override is not None:
-            return ops.cast(self.override, dtype)
-        return self.gate.row(self.index, dtype)
+            value = ops.cast(self.override, dtype)
+        else:
+            value = self.gate.row(self.index, dtype)
+        most = self.gate.max_ranks[self.index]
+        if most == self.gate.scale.rank:
+            return value
+        own = slice(most)
+        return (
+            value[..., own, own] if len(value.shape) == 3 else value[..., own]
+        )
 
     def newest(self):
         """Which column is that of the rank, a mask `(rank,)`."""
         if self.override is not None:
-            return ranks.newest(self.override)
-        return self.gate.newest(self.index)
+            found = ranks.newest(self.override)
+        else:
+            found = self.gate.newest(self.index)
+        return found[: self.gate.max_ranks[self.index]]
 
     @property
     def override(self):

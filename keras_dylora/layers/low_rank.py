@@ -148,7 +148,8 @@ class LowRankAdapter(_Base):
 
     def build(self, input_shape: Any) -> None:
         self._build_base(input_shape)
-        row = GateRow(RankGate(1, self.scale))
+        scale = ranks.Scale(self.rank, self.alpha, self.scaling)
+        row = GateRow(RankGate([self.rank], scale))
         self._build_adapter(row, seed=None)
 
     def _build_base(self, input_shape):
@@ -233,8 +234,8 @@ class LowRankAdapter(_Base):
 
     @property
     def scale(self) -> ranks.Scale:
-        """The `Scale` of the layer."""
-        return ranks.Scale(self.rank, self.alpha, self.scaling)
+        """The `Scale` of the model, or of a layer that is alone."""
+        return self._gate.gate.scale
 
     @property
     def active_rank(self) -> int:

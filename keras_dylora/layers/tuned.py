@@ -18,6 +18,9 @@ import numpy as np
 class TunedCut:
     """The tuned cut of a rank, or of one rank for each layer.
 
+    The maximum is that of the model. A layer of a lower one reads no more
+    columns than it has.
+
     Args:
         left: dict of layer path to a float32 array `(maximum, rank)`.
         right: dict of layer path to a float32 array `(rank, maximum)`.

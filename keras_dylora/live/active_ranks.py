@@ -34,6 +34,24 @@ class ActiveRanks:
         return self.named.max_rank
 
     @property
+    def max_ranks(self):
+        """Dict of path to the highest rank of a layer of the live adapter."""
+        highest = self.max_rank
+        return {p: min(x.rank, highest) for p, x in self.layers.items()}
+
+    def by_layer(self, ranks, low=0):
+        """Dict of path to rank, checked; see `ranks.by_layer`."""
+        return rank_functions.by_layer(ranks, self.max_ranks, low)
+
+    def by_maximum(self, gate_of):
+        """Dict of path to what a function makes of the layer's maximum rank.
+
+        It is called once for each maximum.
+        """
+        found = {b: gate_of(b) for b in {x.rank for x in self.layers.values()}}
+        return {path: found[x.rank] for path, x in self.layers.items()}
+
+    @property
     def lowest_trained(self):
         """int. Of training so far, which within `full_rank_steps` is of one."""
         # The place last: to read it waits for the device.
@@ -54,16 +72,14 @@ class ActiveRanks:
         highest.
         """
         training.write_back(self.model)
-        by_layer = [
-            rank_functions.by_layer(rank, self.layers, self.max_rank)
-            for rank in ranks
-            if rank is not None
-        ]
+        by_layer = [self.by_layer(rank) for rank in ranks if rank is not None]
+        highest = self.max_ranks
         every = (
             b
             for each in by_layer
             if find(self.named.cuts, each) is None
-            for b in each.values()
+            for path, b in each.items()
+            if b < highest[path]
         )
         warn_of_cut(every, self.lowest_trained, self._factors)
 
@@ -72,8 +88,7 @@ class ActiveRanks:
 
     def tuned_cut(self, ranks):
         """The `TunedCut` of ranks, or `None`."""
-        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
-        return find(self.named.cuts, ranks)
+        return find(self.named.cuts, self.by_layer(ranks))
 
     def set_tuned_cuts(self, cuts):
         """Gives the live adapter tuned cuts, in place of those that it has.
@@ -124,12 +139,12 @@ class ActiveRanks:
                 gate.set_cores(_diagonal(gate.variable))
             return
         cores = {p: cut.core(p, self.config.scale) for p in self.layers}
-        for gate, rows in self._by_gate(cores).items():
-            gate.set_cores(np.stack([rows[i] for i in range(len(rows))]))
+        for gate, rows in self.by_gate(cores).items():
+            gate.set_cores(np.stack(rows))
 
     def factors(self, ranks):
         """Dict of path to `Factors` at ranks."""
-        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
+        ranks = self.by_layer(ranks)
         cut, scale = find(self.named.cuts, ranks), self.config.scale
         return {
             p: x.factors().cut(ranks[p], scale, cut and cut.sides(p))
@@ -138,8 +153,7 @@ class ActiveRanks:
 
     def gates_at(self, ranks):
         """Dict of path to what a layer reads at ranks, for `overridden`."""
-        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
-        scale = self.config.scale
+        ranks, scale = self.by_layer(ranks), self.config.scale
         cut = None if self.training else find(self.named.cuts, ranks)
         if cut is not None:
             cores = {p: cut.core(p, scale)[None] for p in self.layers}
@@ -177,10 +191,15 @@ class ActiveRanks:
 
     def set_ranks(self, ranks):
         """Sets the ranks, from a dict of path to int or one for all."""
-        ranks = rank_functions.by_layer(ranks, self.layers, self.max_rank)
-        for gate, rows in self._by_gate(ranks).items():
-            gate.assign_ranks([rows[i] for i in range(len(rows))])
+        ranks = self.by_layer(ranks)
+        for gate, rows in self.by_gate(ranks).items():
+            gate.assign_ranks(rows)
         self._set_cores(ranks)
+
+    def assign_gates(self, gates):
+        """Sets the gates of a step, a dict of path to `(rank,)`."""
+        for gate, rows in self.by_gate(gates).items():
+            gate.assign(rows)
 
     def overridden(self, value):
         """Within it, the layers read a tensor in place of their gates.
@@ -189,7 +208,9 @@ class ActiveRanks:
         """
         if not isinstance(value, dict):
             value = dict.fromkeys(self.layers, value)
-        return self._gates_with("override", self._by_gate(value))
+        rows = self.by_gate(value)
+        rows = {gate: dict(enumerate(each)) for gate, each in rows.items()}
+        return self._gates_with("override", rows)
 
     def untuned(self):
         """Within it, the layers read their gates, as training does."""
@@ -199,13 +220,18 @@ class ActiveRanks:
         """Within it, the layers know that their rank is meant."""
         return self._gates_with("chosen", dict.fromkeys(self.gates, True))
 
-    def _by_gate(self, values):
-        """Dict of gate to dict of row to the value of its layer."""
+    def by_gate(self, values):
+        """Dict of gate to the values of its layers, a list in their order.
+
+        Of a dict of path to value.
+        """
         found = {}
         for path, layer in self.layers.items():
             row = layer._gate
             found.setdefault(row.gate, {})[row.index] = values[path]
-        return found
+        return {
+            g: [rows[i] for i in range(len(rows))] for g, rows in found.items()
+        }
 
     @contextlib.contextmanager
     def _gates_with(self, attribute, values):

@@ -87,11 +87,12 @@ class Adaptation(ActiveRanks):
 
     def apply(self, tree):
         """Gives the layers their adapters, and freezes all but those."""
-        gate = RankGate(len(self.upgraded), self.config.scale)
+        each = [self.spec.adapted[tree.paths[id(x)]] for x in self.upgraded]
+        gate = RankGate([x.rank for x in each], self.config.scale)
         for i, layer in enumerate(self.upgraded):
             adapted_class(layer).upgrade(
                 layer,
-                self.spec.adapted[tree.paths[id(layer)]],
+                each[i],
                 GateRow(gate, i),
                 # All that JAX and torch take.
                 seed=(self.config.seed + i) % 2**31,

@@ -76,8 +76,9 @@ def enable_dylora(
     Raises:
         TypeError: if `model` isn't a `keras.Model` or a field is unknown.
         ValueError: if the model isn't built or was enabled before, if no
-            layer matches, or if a matched layer can't be adapted, or none of
-            them is called by the model. The model is unchanged then.
+            layer matches, if a pattern of `rank_pattern` has no layer of its
+            own, or if a matched layer can't be adapted, or none of them is
+            called by the model. The model is unchanged then.
 
     Warns:
         UserWarning: if a layer that matches is never called, which is left
@@ -118,7 +119,7 @@ def enable_dylora(
         hint = (
             f", which are {others} here"
             if others
-            else meant(*unknown[:1], fields)
+            else meant(unknown[0], fields)
         )
         raise TypeError(
             f"The arguments must be fields of `DyLoRAConfig`: {fields}. "
@@ -152,7 +153,10 @@ def upgrade(tree, config, targets):
     """Upgrades a model to what the `Targets` say; one line tells of it."""
     model = tree.model
     _warn_of_quantized(tree, targets.trained)
-    arguments = dict.fromkeys(targets.adapted, AdapterArguments.of(config))
+    arguments = {
+        path: AdapterArguments.of(config).at_most(targets.max_ranks[path])
+        for path in targets.adapted
+    }
     weights = [v for each in targets.trained.values() for v in each]
     spec = Spec.of(tree, arguments, weights, targets.trained)
     tokens = targets.tokens

@@ -4,7 +4,7 @@ import itertools
 
 import keras
 
-from keras_dylora import _keras, ranks
+from keras_dylora import _keras
 from keras_dylora.allocation import Rank
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live import probe
@@ -52,7 +52,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
     """
     adaptation = adaptation_of(model)
     rank = model.rank if rank is None else rank
-    chosen = ranks.by_layer(rank, adaptation.layers, adaptation.max_rank)
+    chosen = adaptation.by_layer(rank)
     for each in _keras.submodels(model):
         cls = type(each)
         if issubclass(cls, DyLoRAModel) and "original_class" not in vars(cls):

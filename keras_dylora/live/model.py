@@ -159,14 +159,16 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         """int. The rank that the model computes at outside of training.
 
         Training and validation keep it; `dylora_config.rank` is the maximum.
-        A `RankAllocation` where layers have different ones.
+        A `RankAllocation` where layers have different ones, unless those of a
+        lower one are at the maximum that `rank_pattern` gives them.
         """
         adaptation = adaptation_of(self)
         training.write_back(self)
         ranks = adaptation.ranks
-        if len(set(ranks.values())) > 1:
+        highest = max(ranks.values())
+        if ranks != adaptation.by_layer(highest):
             return RankAllocation.of(self, ranks)
-        return next(iter(ranks.values()))
+        return highest
 
     @property
     def trainable(self) -> bool:

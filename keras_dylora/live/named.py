@@ -110,7 +110,7 @@ class NamedAdapters:
                 shape = values[f"{path}/{side}"].shape
                 initializer = getattr(layer, f"{side}_initializer")
                 values[f"{path}/{side}"] = initializer(shape)
-        ranks = [self.adaptation.config.rank] * len(self.adaptation.layers)
+        ranks = [x.rank for x in self.adaptation.layers.values()]
         state = [
             np.full(v.shape, name == "full_rank")
             for name, v in self.adaptation.state.items()

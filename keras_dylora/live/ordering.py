@@ -59,9 +59,12 @@ def order_ranks(model: Model) -> Model:
     if not pending and config.scaling != "constant":
         adaptation.named.check_alone("A change of `scaling`")
     optimizer = getattr(model, "optimizer", None)
-    changed = training.order_columns(model, optimizer)
     if pending or config.scaling == "constant":
+        training.order_columns(model, optimizer)
         return model
+    alpha, before = config.scale.at(config.rank) * config.rank, config.scale
+    after = dataclasses.replace(config, scaling="constant", alpha=alpha)
+    changed = training.order_columns(model, optimizer, after.scale)
     if changed and config.min_rank < config.rank:
         warnings.warn(
             "Columns are ordered for one scale at all ranks. What this model "
@@ -71,8 +74,7 @@ def order_ranks(model: Model) -> Model:
             f"order only. Received: scaling={config.scaling!r}",
             stacklevel=2,
         )
-    alpha, before = config.scale.at(config.rank) * config.rank, config.scale
-    config = dataclasses.replace(config, scaling="constant", alpha=alpha)
+    config = after
     cuts = [
         cut.mapped(
             lambda _, x: x,

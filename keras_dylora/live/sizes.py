@@ -19,7 +19,7 @@ def parameters(model, rank):
     Columns and rows of the adapters up to it, and all that is trained in full.
     """
     layers = model._dylora.layers
-    ranks = by_layer(rank, layers, model.dylora_config.rank)
+    ranks = by_layer(rank, {path: x.rank for path, x in layers.items()})
     adapters = {id(v) for x in layers.values() for v in (x.down, x.up)}
     full = [v for v in model.trainable_variables if id(v) not in adapters]
     return sum(math.prod(v.shape) for v in full) + sum(
@@ -75,18 +75,17 @@ def tables(model):
     layers.add_column("adapted layer", overflow="fold")
     for name in ("matrix", "rank", "parameters"):
         layers.add_column(name, justify="right")
-    rank = model.dylora_config.rank
     for path, layer in model._dylora.layers.items():
         inputs, outputs = matrix_shape(layer)
-        size = f"{rank * (inputs + outputs):,}"
-        layers.add_row(path, f"{inputs} x {outputs}", str(rank), size)
+        size = f"{layer.rank * (inputs + outputs):,}"
+        layers.add_row(path, f"{inputs} x {outputs}", str(layer.rank), size)
     by_rank = Table(box=box.SIMPLE_HEAD)
     for name in ("rank", "trained parameters", "bytes"):
         by_rank.add_column(name, justify="right")
     named, shown = model._dylora.named, [layers, by_rank]
     if named.cuts:
         by_rank.add_column("cut")
-    for b in range(1, rank + 1):
+    for b in range(1, model.dylora_config.rank + 1):
         size = parameters(model, b)
         tuned = b <= named.max_rank and model._dylora.tuned_cut(b) is not None
         cut = [("tuned" if tuned else "")] if named.cuts else []

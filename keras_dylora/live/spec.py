@@ -94,11 +94,13 @@ class Spec:
     def with_config(self, config: Any) -> Self:
         """The spec after a model got another `DyLoRAConfig`.
 
-        Each layer keeps its own dropout.
+        Each layer keeps its own dropout, and a lower maximum rank.
         """
         arguments = AdapterArguments.of(config)
         adapted = {
-            path: dataclasses.replace(arguments, dropout=mine.dropout)
+            path: dataclasses.replace(
+                arguments.at_most(mine.rank), dropout=mine.dropout
+            )
             for path, mine in self.adapted.items()
         }
         return dataclasses.replace(self, adapted=adapted)

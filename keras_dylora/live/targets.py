@@ -41,6 +41,8 @@ class Targets:
     trained: dict
     # Linear layers that aren't adapted although they were meant, with why.
     left_out: dict
+    # The maximum rank of each layer that is adapted.
+    max_ranks: dict
     tokens: TokenRows | None = None
 
 
@@ -98,7 +100,31 @@ def find_targets(tree, config, backbone=None):
     untold = config.trainable_layers is None and not backbones
     if untold and not _is_backbone(model):
         _warn_of_frozen_output(model, paths, chosen)
-    return Targets(chosen, trained, left_out, tokens)
+    ranks = _max_ranks(chosen, config)
+    return Targets(chosen, trained, left_out, ranks, tokens)
+
+
+def _max_ranks(chosen, config):
+    """Dict of path to maximum rank, by the first pattern that matches."""
+    found = {}
+    for pattern, rank in (config.rank_pattern or {}).items():
+        named = _select(chosen, pattern, "rank_pattern")
+        if named.keys() <= found.keys():
+            raise ValueError(
+                "The first pattern of `rank_pattern` that matches a layer "
+                "counts, so a narrow one comes before a wide one. Received: "
+                f"{pattern!r} after others that match its {len(named)} layers"
+            )
+        found = dict.fromkeys(named, rank) | found
+    ranks = {path: found.get(path, config.rank) for path in chosen}
+    highest = max(ranks.values())
+    if highest < config.rank:
+        raise ValueError(
+            "`rank` is the maximum rank of at least one layer. "
+            f"Received: rank={config.rank}, and a `rank_pattern` that gives "
+            f"all {len(ranks)} layers at most {highest}; use rank={highest}"
+        )
+    return ranks
 
 
 def _no_target(wanted, known):

@@ -2,7 +2,7 @@
 
 import warnings
 
-from keras_dylora import ranks, training
+from keras_dylora import training
 from keras_dylora.allocation import Rank, RankAllocation
 from keras_dylora.layers.gate import GateRow, RankGate
 from keras_dylora.live.model import Model, adaptation_of
@@ -48,7 +48,7 @@ def truncate(model: Model, rank: Rank) -> Model:
     """
     adaptation = adaptation_of(model)
     adaptation.named.check_alone("`truncate`")
-    kept = ranks.by_layer(rank, adaptation.layers, adaptation.config.rank, 1)
+    kept = adaptation.by_layer(rank, 1)
     training.write_back(model)
     active = kept
     if not isinstance(rank, RankAllocation):
@@ -57,7 +57,7 @@ def truncate(model: Model, rank: Rank) -> Model:
     adaptation.warn_of_cut(rank)
     factors = adaptation.factors(kept)
     cuts = adaptation.named.cuts
-    if min(kept.values()) < adaptation.config.rank:
+    if kept != adaptation.max_ranks:
         cuts = []
     lost = [cut for cut in adaptation.named.cuts if cut.ranks != kept]
     if lost and not cuts:
@@ -70,9 +70,10 @@ def truncate(model: Model, rank: Rank) -> Model:
         )
     config = adaptation.config.at_maximum(max(kept.values()))
     spec, optimizer = adaptation.spec.with_config(config), new_optimizer(model)
+    highest = {path: each.rank for path, each in spec.adapted.items()}
     cut = {
-        id(gate): RankGate(gate.variable.shape[0], config.scale)
-        for gate in adaptation.gates
+        id(gate): RankGate(rows, config.scale)
+        for gate, rows in adaptation.by_gate(highest).items()
     }
     for path, layer in layers.items():
         row = GateRow(cut[id(layer._gate.gate)], layer._gate.index)

@@ -140,9 +140,8 @@ class TuningInFit:
         """
         model = self.model
         training.write_back(model)
-        paths = model._dylora.layers
         chosen = [
-            dict.fromkeys(paths, b) for b in model.dylora_config.tuned_ranks
+            model._dylora.by_layer(b) for b in model.dylora_config.tuned_ranks
         ]
         self.tuning = Tuning(model, chosen, steps, with_metrics=True)
         if again:

@@ -126,9 +126,9 @@ class _Search:
     def __init__(self, model):
         self.model = model
         config = model.dylora_config
-        self.high = model._dylora.max_rank
+        self.high = np.array([*model._dylora.max_ranks.values()])
         self.gates = keras.ops.convert_to_numpy(
-            config.scale.gate(np.arange(self.high + 1))
+            config.scale.gate(np.arange(self.high.max() + 1))
         )
         self.costs = np.array(
             [sum(matrix_shape(x)) for x in model.dylora_layers]
@@ -137,7 +137,7 @@ class _Search:
     def sizes(self, budget):
         """The budgets as numbers of parameters."""
         budgets = budget if isinstance(budget, (list, tuple)) else [budget]
-        whole, least = self.high * self.costs.sum(), self.costs.min()
+        whole, least = self.high @ self.costs, self.costs.min()
         found = []
         for each in budgets:
             if isinstance(each, bool) or not isinstance(each, numbers.Real):
@@ -184,7 +184,8 @@ class _Search:
         for step, batch in zip(range(STEPS), batches, strict=False):
             new = self.gain(ranks, gradient, batch)
             gain = MOMENTUM * gain + (1 - MOMENTUM) * new if step else new
-            change = FIRST * (LAST / FIRST) ** (step / (STEPS - 1)) * self.high
+            change = FIRST * (LAST / FIRST) ** (step / (STEPS - 1))
+            change *= self.high.max()
             ranks = self.moved(ranks, gain, change, size, lowest)
             if step >= 0.75 * STEPS:
                 last.append(ranks)

@@ -98,7 +98,7 @@ def _chosen(model, ranks):
     one_for_all = [b for b in given if not isinstance(b, RankAllocation)]
     allocations = [b for b in given if isinstance(b, RankAllocation)]
     for each in allocations:
-        rank_functions.by_layer(each, adaptation.layers, high)
+        adaptation.by_layer(each)
     chosen = sorted(set(rank_functions.as_ranks(one_for_all, 0, high)))
     chosen += sorted(set(allocations), key=lambda b: b.parameters)
     if not chosen:

@@ -107,8 +107,8 @@ def _chosen(adaptation, ranks):
         ranks = [b for b in adaptation.config.tuned_ranks if b < high]
     chosen = []
     for each in rank_functions.as_list(ranks):
-        by_path = rank_functions.by_layer(each, adaptation.layers, high, 1)
-        if min(by_path.values()) == high:
+        by_path = adaptation.by_layer(each, 1)
+        if by_path == adaptation.max_ranks:
             raise ValueError(
                 "A cut is below the maximum rank, which has all columns. "
                 f"Received: rank={each!r} of a model of rank {high}"

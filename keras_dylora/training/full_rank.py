@@ -4,6 +4,8 @@ The columns `down @ turn` and rows `inverse(turn) @ up` have the same product.
 What an optimizer keeps for them turns too (`slots.py`).
 """
 
+import dataclasses
+
 import numpy as np
 from keras import ops
 
@@ -17,13 +19,14 @@ def at_full_rank(adaptation):
     return bool(ops.convert_to_numpy(adaptation.full_rank))
 
 
-def order_columns(model, optimizer):
+def order_columns(model, optimizer, scale=None):
     """Orders the columns of the adapters of a model, and ends its full rank.
 
     The variables must be up to date. What the optimizer keeps turns with them,
-    unless it is `None`. Returns whether an adapter has columns to order: one
-    that was never trained has none. Raises a `ValueError` if training has
-    diverged.
+    unless it is `None`. For another `Scale`, the rows are scaled so that the
+    product at the maximum rank of each layer stays. Returns whether an adapter
+    has columns to order: one that was never trained has none. Raises a
+    `ValueError` if training has diverged.
     """
     adaptation = model._dylora
     layers = adaptation.layers.values()
@@ -38,21 +41,28 @@ def order_columns(model, optimizer):
             "Adapters must be finite to be ordered. "
             f"Received: NaN or infinity at {diverged}"
         )
-    found = [factors.ordered() for factors in whole.values()]
+    found = [_rescaled(*factors.ordered(), scale) for factors in whole.values()]
     fresh = {} if optimizer is None else slots.unknown(optimizer)
     turns, ordered = {}, {p: x for p, (x, *_) in zip(whole, found, strict=True)}
     cuts = [_turned(cut, whole, ordered) for cut in adaptation.named.cuts]
-    for layer, (factors, turn, back) in zip(layers, found, strict=True):
+    for layer, (factors, turn, back, ratio) in zip(layers, found, strict=True):
         layer.down.assign(factors.down)
         layer.up.assign(factors.up)
         turns[id(layer.down)] = turn, back.T, 1
-        turns[id(layer.up)] = back.T, turn, 0
+        turns[id(layer.up)] = back.T * ratio, turn / ratio, 0
     if optimizer is not None:
         slots.turn(optimizer, fresh, turns)
     adaptation.set_tuned_cuts(cuts)
     if adaptation.config.full_rank_steps:
         adaptation.full_rank.assign(0)
     return any(np.any(factors.up) for factors, *_ in found)
+
+
+def _rescaled(factors, turn, back, scale):
+    """What `Factors.ordered` gave, for a `Scale`, with the ratio of both."""
+    ratio = factors.scale / scale.at(factors.rank) if scale else 1.0
+    up = factors.up * np.float32(ratio)
+    return dataclasses.replace(factors, up=up), turn, back, ratio
 
 
 def _turned(cut, before, after):
@@ -64,12 +74,17 @@ def _turned(cut, before, after):
     """
 
     def left(path, x):
-        mixed = before[path].down.astype("float64") @ x
-        return np.linalg.lstsq(after[path].down, mixed)[0].astype("float32")
+        down, own = after[path].down, np.zeros_like(x)
+        columns = down.shape[1]
+        mixed = before[path].down.astype("float64") @ x[:columns]
+        own[:columns] = np.linalg.lstsq(down, mixed)[0]
+        return own
 
     def right(path, x):
-        mixed = x @ before[path].up.astype("float64")
-        found = np.linalg.lstsq(after[path].up.T, mixed.T)[0].T
-        return found.astype("float32")
+        up, own = after[path].up, np.zeros_like(x)
+        columns = len(up)
+        mixed = x[:, :columns] @ before[path].up.astype("float64")
+        own[:, :columns] = np.linalg.lstsq(up.T, mixed.T)[0].T
+        return own
 
     return cut.mapped(left, right)

@@ -5,6 +5,7 @@ An objective is one class: its name in `OBJECTIVES` is the one that
 """
 
 import contextlib
+import functools
 
 import keras
 from keras import ops
@@ -20,10 +21,11 @@ class Sampled:
         self.config = config
 
     def gate(self, adaptation, x):
-        """The gate of a step on inputs `x`, and a dict of what the step logs.
+        """The gates of a step on inputs `x`, and a dict of what it logs.
 
-        The gate is `(rank,)`, or `(batch, rank)` with one for each example.
-        If ranks are drawn, the model's place in the rank sequence moves on.
+        The gates are a dict of path to `(rank,)`, or to `(batch, rank)` with
+        one for each example. If ranks are drawn, the model's place in the rank
+        sequence moves on.
         """
         place, logs = adaptation.ranks_drawn, {}
         if self.config.draw == "example":
@@ -37,7 +39,7 @@ class Sampled:
         if self.config.draw == "step":
             logs["rank"] = drawn
         place.assign(place + 1)
-        return self._gate_at(drawn), logs
+        return self._gates_at(adaptation, drawn), logs
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
         """The loss of a step, a scalar tensor.
@@ -53,7 +55,13 @@ class Sampled:
             _check_examples(x, y_pred)
         return compute_loss(x, y, y_pred, *args, **kwargs)
 
-    def _gate_at(self, rank):
+    def _gates_at(self, adaptation, rank):
+        return adaptation.by_maximum(functools.partial(self._gate_at, rank))
+
+    def _gate_at(self, rank, most):
+        """The gate at a rank, of a layer of a maximum rank."""
+        if most < self.config.rank:
+            rank = ops.minimum(rank, most)
         return self.config.scale.gate(rank)
 
 
@@ -69,9 +77,11 @@ class Summed(Sampled):
     own_loss = True
 
     def gate(self, adaptation, x):
-        return self._gate_at(max(self.config.rank_probabilities)), {}
+        highest = max(self.config.rank_probabilities)
+        return self._gates_at(adaptation, highest), {}
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
+        adaptation = model._dylora
         total, probabilities = 0.0, self.config.rank_probabilities
         highest = max(probabilities)
         # The highest first, while `model.losses` are those beside `y_pred`.
@@ -81,7 +91,7 @@ class Summed(Sampled):
             else:
                 with (
                     _unchanged(model.metrics_variables),
-                    model._dylora.overridden(self._gate_at(b)),
+                    adaptation.overridden(self._gates_at(adaptation, b)),
                     forward(model, x) as predictions,
                 ):
                     loss = compute_loss(x, y, predictions, *args, **kwargs)
@@ -102,8 +112,12 @@ class Matryoshka(Sampled):
     draws = False
 
     def gate(self, adaptation, x):
-        trained = list(self.config.rank_probabilities)
-        return ops.sum(self._gate_at(trained), axis=0), {}
+        return self._gates_at(
+            adaptation, list(self.config.rank_probabilities)
+        ), {}
+
+    def _gate_at(self, rank, most):
+        return ops.sum(super()._gate_at(rank, most), axis=0)
 
 
 OBJECTIVES = {

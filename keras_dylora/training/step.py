@@ -23,17 +23,16 @@ def begin(model, data):
     """Sets the gates of a step, and in frozen mode opens its columns.
 
     Returns:
-        The gates `(batch, rank)` of the examples, to be read within
+        The gates `(batch, rank)` of the examples by path, to be read within
         `training`, or `None` where one gate is for all; and a dict of what the
         step logs: its `rank`, an int32 scalar tensor, where one is drawn.
     """
     adaptation = model._dylora
     x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-    gate, logs = adaptation.objective.gate(adaptation, x)
-    if len(gate.shape) == 2:
-        return gate, logs
-    for layer_gate in adaptation.gates:
-        layer_gate.assign(gate)
+    gates, logs = adaptation.objective.gate(adaptation, x)
+    if any(len(gate.shape) == 2 for gate in gates.values()):
+        return gates, logs
+    adaptation.assign_gates(gates)
     if adaptation.config.frozen:
         mask = ranks.column(logs["rank"], adaptation.config.rank)
         mask = ops.cast(mask, "float32")
@@ -44,7 +43,7 @@ def begin(model, data):
 
 
 def drawn(model, x, state=None):
-    """The gate of a training step that is one call, and the state after it.
+    """The gates of a training step that is one call, and the state after it.
 
     The state is that of `stateless_call`, or `None` where there are variables.
     Raises a `ValueError` if a step of the model is more than a call.
@@ -177,13 +176,22 @@ def hold(model, masked, values, iterations):
     change the columns of all ranks drawn since the update before.
     """
     opened = ops.convert_to_tensor(model._dylora.open_columns)
-    mask = ops.greater(opened, 0)
     for (variable, by_column), value in zip(masked, values, strict=True):
-        mine = mask if by_column else ops.expand_dims(mask, -1)
+        mine = _open(opened, variable.shape[-1 if by_column else 0])
+        mine = mine if by_column else ops.expand_dims(mine, -1)
         after = ops.convert_to_tensor(variable)
         variable.assign(ops.where(mine, after, value))
     updated = ops.not_equal(model.optimizer.iterations, iterations)
     model._dylora.open_columns.assign(ops.where(updated, 0.0, opened))
+
+
+def _open(opened, columns):
+    """A mask of the open columns of a layer, whose last may be a lower one."""
+    mask = ops.greater(opened, 0)
+    if columns == mask.shape[0]:
+        return mask
+    last = ops.any(mask[columns - 1 :], keepdims=True)
+    return ops.concatenate([mask[: columns - 1], last])
 
 
 def _adapters(model):

@@ -76,7 +76,9 @@ class PeftAdapter:
             return None
         high = self.dylora.rank
         given = high if self.ranks is None else self.ranks
-        return ranks.by_layer(given, self.dylora.target_layers, high)
+        return ranks.by_layer(
+            given, dict.fromkeys(self.dylora.target_layers, high)
+        )
 
     def rank(self, module):
         """int. The rank of the adapter of a linear layer."""
@@ -308,8 +310,8 @@ def peft_config(layout, fused, dylora, base):
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {k: r for k, (r, _) in other.items()},
-        "alpha_pattern": {k: a for k, (_, a) in other.items()},
+        "rank_pattern": {k: r for k, (r, _) in other.items() if r != rank},
+        "alpha_pattern": {k: a for k, (_, a) in other.items() if a != alpha},
         "use_rslora": rslora,
         "lora_dropout": dylora.dropout,
         "bias": "none",

@@ -9,7 +9,11 @@ from keras_dylora.adapters.peft import files as peft_files
 from keras_dylora.adapters.peft import tokens
 from keras_dylora.adapters.peft.families import layout_of
 from keras_dylora.adapters.peft.layout import check_tied
-from keras_dylora.adapters.weights import AdapterWeights, check_shapes
+from keras_dylora.adapters.weights import (
+    AdapterWeights,
+    check_shapes,
+    with_max_ranks,
+)
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.cuts import warn_of_cut
 from keras_dylora.layers.factors import Factors, float32_array
@@ -39,7 +43,8 @@ def from_peft(
     are put in order, as `order_ranks` does, and `scaling` is `"constant"`, so
     that it can be cut. Its scale is kept at every `alpha` of the model, and
     the adapter of a layer that is several in KerasHub, such as GPT-2's
-    `c_attn`, becomes one for each. Embeddings that PEFT saved, since tokens
+    `c_attn`, becomes one for each. PEFT's `rank_pattern` becomes that of the
+    config. Embeddings that PEFT saved, since tokens
     were added, go into a model of an equal vocabulary, and are trained in full
     from then on.
 
@@ -146,6 +151,8 @@ def _read(tree, directory, strict, head):
         parts |= _split(factors, paths, columns[module], ranks)
     if not ranks:
         parts = {path: factors.ordered()[0] for path, factors in parts.items()}
+        each = {path: factors.rank for path, factors in parts.items()}
+        config = with_max_ranks(config, each)
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
     trained |= {path: value for value, path in embeddings.values()}
     return AdapterWeights(parts, trained | update, config, adapter.identity)

@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from keras_dylora.export.plan import Served
 from keras_dylora.layers.tuned import find
 
 
@@ -17,30 +18,35 @@ class Gates:
     Args:
         plan: `Plan`.
         scale: the `Scale` of the model.
-        paths: list of str, of the adapted layers.
+        layers: dict of path to adapted layer.
         cuts: list of the `TunedCut`s of each adapter.
     """
 
-    def __init__(self, plan, scale, paths, cuts):
-        self.plan, self.paths, layers = plan, paths, len(paths)
-        ranks = {
-            b: dict.fromkeys(paths, b) for b in range(1, plan.highest + 1)
-        } | {x.value: x.ranks(paths) for x in plan.ranks}
+    def __init__(self, plan, scale, layers, cuts):
+        self.plan, self.paths = plan, list(layers)
+        every = [Served("", b, b) for b in range(1, plan.highest + 1)]
+        ranks = {x.value: x.ranks(layers) for x in [*every, *plan.ranks]}
         tuned = {
             (i, b): find(own, each)
             for i, own in enumerate(cuts)
             for b, each in ranks.items()
         }
         self.tuned = any(tuned.values())
-        self.by_layer = plan.by_layer or self.tuned
+        self.by_layer = (
+            plan.by_layer
+            or self.tuned
+            or any(x.rank < scale.rank for x in layers.values())
+        )
         self.names = [x.name for x in plan.adapters]
         widths = [x.rank for x in plan.adapters] or [scale.rank]
         self.own = [x.value for x in plan.ranks if x.by_layer]
-        gates = {b: scale.gate(b) for b in range(1, plan.highest + 1)}
-        gates |= {x.value: scale.gate(x.rank) for x in plan.ranks}
+        gates = {
+            b: scale.gate([*each.values()] if self.by_layer else b)
+            for b, each in ranks.items()
+        }
         shape = (sum(widths),)
         if self.by_layer:
-            shape = layers, *shape
+            shape = len(layers), *shape
         if self.tuned:
             shape = *shape, *shape[1:]
         size = len(widths), max(gates) + 1
@@ -53,14 +59,12 @@ class Gates:
                 gate = np.asarray(gate)
                 if gate[..., width:].any():
                     continue  # above the rank of this adapter
-                if self.by_layer:
-                    gate = np.broadcast_to(gate, (layers, scale.rank))
                 self.known[i, b] = True
                 own = slice(start, start + width)
                 if self.tuned:
                     cores = gate[..., None] * np.eye(scale.rank)
                     if (cut := tuned[i, b]) is not None:
-                        cores = np.stack([cut.core(p, scale) for p in paths])
+                        cores = np.stack([cut.core(p, scale) for p in layers])
                     self.table[i, b, :, own, own] = cores[:, :width, :width]
                 else:
                     self.table[i, b, ..., own] = gate[..., :width]

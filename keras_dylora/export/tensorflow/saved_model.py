@@ -97,7 +97,7 @@ def _write_shared(model, folder, plan):
     named = adaptation.named
     names = [x.name for x in plan.adapters] or [named.active]
     cuts = [named.cuts_of(name) for name in names]
-    gates = Gates(plan, adaptation.config.scale, list(adaptation.layers), cuts)
+    gates = Gates(plan, adaptation.config.scale, adaptation.layers, cuts)
     heads = stack(model, plan.adapters, plan.dtype) if plan.adapters else None
     stored = stored_variables.create(model.weights, plan.dtype)
     endpoints = _endpoints(model, plan)

@@ -35,11 +35,11 @@ def stack(model, adapters, dtype):
     factors, values = [], []
     for each in adapters:
         model.set_adapter(each.name)
-        factors.append([x.factors(each.rank) for x in layers])
+        factors.append([x.factors(each.rank).padded(each.rank) for x in layers])
         values.append([float32_array(v) for v in head.values()])
     rank = sum(each.rank for each in adapters)
     config = dataclasses.replace(adaptation.config, rank=rank)
-    gate = RankGate(len(layers), config.scale)
+    gate = RankGate([rank] * len(layers), config.scale)
     for i, (layer, own) in enumerate(
         zip(layers, zip(*factors, strict=True), strict=True)
     ):
