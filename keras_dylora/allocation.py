@@ -107,24 +107,30 @@ class RankAllocation(Mapping[str, int]):
         return f"RankAllocation({len(self)} layers, ranks {self.label})"
 
     def _grid(self):
-        """Dict of kind of layer to the ranks of its layers, in their order.
+        """Dict of kind of layer to dict of number to the rank of the layer.
 
-        Layers are of a kind if their paths differ by numbers alone.
+        Layers are of a kind if their paths differ by the first number alone;
+        one without a number is the first, as Keras counts.
         """
-        kinds = collections.defaultdict(list)
+        kinds = collections.defaultdict(dict)
         for path, b in self.ranks.items():
-            kinds[re.sub(r"_?\d+", "", path)].append(b)
+            found = re.search(r"_?(\d+)", path)
+            number = int(found[1]) if found else 0
+            kind = path.replace(found[0], "", 1) if found else path
+            if number in kinds[kind]:  # as of `dense` beside `dense_0`
+                kind, number = path, 0
+            kinds[kind][number] = b
         return kinds
 
     def _rows(self):
         """The names of the columns, and the cells of each kind of layer."""
         grid = self._grid()
-        depth = max(map(len, grid.values()))
+        numbers = sorted(set().union(*grid.values()))
         rows = [
-            [kind, *map(str, row), *[""] * (depth - len(row))]
+            [kind, *(str(row.get(number, "")) for number in numbers)]
             for kind, row in grid.items()
         ]
-        return ["ranks of layers", *map(str, range(depth))], rows
+        return ["ranks of layers", *map(str, numbers)], rows
 
     def _size(self):
         return (

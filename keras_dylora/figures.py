@@ -109,25 +109,25 @@ def curves(reports, metric, rank, label):
 
 
 def heat_map(grid, max_rank, title):
-    """The ranks of layers, by depth and kind.
+    """The ranks of layers, by number and kind.
 
     Args:
-        grid: dict of kind to list of ranks.
+        grid: dict of kind to dict of number to rank.
         max_rank: int. The top of the colours.
         title: str.
     """
     drawn = Figure((6.4, 4.0))
     axes = drawn.subplots()
-    depth = max(map(len, grid.values()))
-    rows = [[*row, *[np.nan] * (depth - len(row))] for row in grid.values()]
+    numbers = sorted(set().union(*grid.values()))
+    rows = [[row.get(i, np.nan) for i in numbers] for row in grid.values()]
     image = axes.imshow(rows, cmap="viridis", vmin=0, vmax=max_rank)
     for y, row in enumerate(grid.values()):
-        for x, b in enumerate(row):
+        for x, b in ((numbers.index(i), b) for i, b in row.items()):
             color = "white" if b < 0.6 * max_rank else "black"
             axes.text(x, y, b, ha="center", va="center", color=color)
-    axes.set_xticks(range(depth))
+    axes.set_xticks(range(len(numbers)), numbers)
     axes.set_yticks(range(len(grid)), list(grid))
-    axes.set_xlabel("depth")
+    axes.set_xlabel("number of the layer")
     axes.set_title(title)
     drawn.colorbar(image, label="rank", shrink=0.6)
     return drawn

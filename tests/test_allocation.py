@@ -327,6 +327,18 @@ def test_table_and_heat_map(tmp_path):
     assert image[:4, 0].tolist() == [0, 1, 2, 3]
 
 
+def test_columns_are_the_numbers_of_the_layers():
+    ranks = {"body1": 1, "body2": 2, "head": 3, "block_4/dense": 4}
+    chosen = kd.RankAllocation(ranks, dict.fromkeys(ranks, (5, 5)), 4)
+    names, rows = chosen._rows()
+    assert names[1:] == ["0", "1", "2", "4"]
+    assert rows == [
+        ["body", "", "1", "2", ""],
+        ["head", "3", "", "", ""],
+        ["block/dense", "", "", "", "4"],
+    ]
+
+
 WRONG = {
     "other-model": (
         lambda m, c: m.set_rank(kd.RankAllocation({"x": 1}, {"x": (1, 1)}, 4)),
