@@ -38,20 +38,36 @@ class AdapterWeights:
     cuts: tuple[TunedCut, ...] = ()
 
     @classmethod
-    def of(cls, tree):
-        """The adapters of an enabled model, at its maximum rank."""
+    def of(cls, tree, name=None):
+        """The adapter of a name in an enabled model, at its maximum rank.
+
+        By default the active one.
+        """
         adaptation = adaptation_of(tree.model)
         adaptation.settle(tree)
+        named, config = adaptation.named, adaptation.named_config
+        name = named.active if name is None else name
+        values, rank = named.values_of(name, tree), named.max_rank_of(name)
+        layers = {
+            path: Factors(
+                *(float32_array(values[f"{path}/{x}"]) for x in ("down", "up")),
+                config.scale.at(config.rank),
+            ).cut(rank, config.scale)
+            for path in adaptation.layers
+        }
         trained = adaptation.spec.head(tree)
-        config, layers = adaptation.named_config, adaptation.layers
-        if adaptation.max_rank < config.rank:
-            config = config.at_maximum(adaptation.max_rank)
         return cls(
-            {p: layer.factors(config.rank) for p, layer in layers.items()},
-            {p: float32_array(v) for p, v in trained.items()},
-            config,
+            layers,
+            {path: float32_array(values[path]) for path in trained},
+            config if rank == config.rank else config.at_maximum(rank),
             Identity.of(tree, trained),
-            tuple(x.of_columns(config.rank) for x in adaptation.named.cuts),
+            tuple(cut.of_columns(rank) for cut in named.cuts_of(name)),
+        )
+
+    def __repr__(self):
+        return (
+            f"AdapterWeights({len(self.layers)} layers, maximum rank "
+            f"{self.config.rank}, {len(self.trained)} weights trained in full)"
         )
 
     def cut(self, ranks):
@@ -95,16 +111,20 @@ class AdapterWeights:
             if strict:
                 raise
             return self
-        placed = dataclasses.replace(
+        placed = self.renamed(paths)
+        placed.check(tree, whole, name)
+        if strict:
+            self.identity.check_base(tree, paths)
+        return placed
+
+    def renamed(self, paths):
+        """A copy for a model with other paths, by a dict of old to new."""
+        return dataclasses.replace(
             self,
             layers={paths.get(p, p): x for p, x in self.layers.items()},
             trained={renamed(p, paths): x for p, x in self.trained.items()},
             cuts=tuple(cut.renamed(paths) for cut in self.cuts),
         )
-        placed.check(tree, whole, name)
-        if strict:
-            self.identity.check_base(tree, paths)
-        return placed
 
     def check(self, tree, whole=True, name=DEFAULT):
         """Raises a `ValueError` if the weights don't fit a model.
