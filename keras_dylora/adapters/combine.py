@@ -65,8 +65,8 @@ def combine_adapters(
     Args:
         adapters: dict of directory to weight, any finite number. A directory
             is one that `save_adapter` wrote; with `model`, also a PEFT
-            adapter as `from_peft` reads it, or the name of an adapter of the
-            model, active or not.
+            adapter as `from_peft` reads it, or, which comes first, the name
+            of an adapter of the model, active or not.
         rank: int, or `RankAllocation`, of the result. Defaults to `None`: the
             highest of an adapter, or with `"concatenate"`, which takes no
             other, that of all columns.

@@ -90,9 +90,9 @@ def load_adapter(
     file. An enabled one must have the same rank, alpha and layers; by a new
     name, the adapter comes beside those that are there, and may have a lower
     rank, which is the highest that it computes at until it is trained, and
-    another alpha, which goes into its rows. So may an adapter of one rank, such
-    as a combined one, have another scaling. Layers are found by their place in
-    the model, as Keras numbers those without a name anew in each process;
+    another alpha, which goes into its rows. An adapter of one rank, such as a
+    combined one, may have another scaling too. Layers are found by their place
+    in the model, as Keras numbers those without a name anew in each process;
     older files have their names alone.
 
     Args:
