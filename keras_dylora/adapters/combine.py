@@ -16,6 +16,7 @@ from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.allocation import Rank
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers.tree import Tree
+from keras_dylora.live.targets import listing
 
 # What each method takes besides, with the defaults.
 OPTIONS = {"density": None, "majority_sign_method": "total", "seed": 0}
@@ -146,7 +147,7 @@ def combine_adapters(
 
 
 def _check_method(method, options):
-    if method not in METHODS:
+    if method not in tuple(METHODS):
         raise ValueError(
             f"`method` must be one of {tuple(METHODS)}. "
             f"Received: method={method!r}"
@@ -214,12 +215,17 @@ def _trained(adapters, weights, head):
     shapes = {path: x.shape for path, x in first.trained.items()}
     for key, other in others:
         theirs = {path: x.shape for path, x in other.trained.items()}
-        if theirs != shapes:
+        unlike = [
+            f"{path}: {shapes.get(path)} and {theirs.get(path)}"
+            for path in shapes | theirs
+            if shapes.get(path) != theirs.get(path)
+        ]
+        if unlike:
             raise ValueError(
                 "Heads, and what else was trained in full, must be of the same "
                 "weights and shapes to be averaged; `head=…` names the adapter "
-                f"whose the result has. Received: {shapes} of {one!r}, and "
-                f"{theirs} of {key!r}"
+                "whose the result has. Received, of "
+                f"{one!r} and {key!r}: {listing(unlike)}"
             )
     total = sum(weights.values())
     if shapes and total <= 0:
@@ -265,6 +271,9 @@ def _summed(adapters, weights, rank, method, scale, options):
     rng = np.random.default_rng(options["seed"])
     density, found = options["density"], {}
     for path, each in parts.items():
+        if not (columns[path] and ranks[path]):
+            found[path] = sums.closest(each, 0, scale)
+            continue
         if method == "ties":
             majority = options["majority_sign_method"]
             update = sums.ties(each, density, majority)

@@ -90,10 +90,10 @@ def load_adapter(
     file. An enabled one must have the same rank, alpha and layers; by a new
     name, the adapter comes beside those that are there, and may have a lower
     rank, which is the highest that it computes at until it is trained, and
-    another alpha, which goes into its rows. An adapter of one rank, such as a
-    combined one, may have another scaling too. Layers are found by their place
-    in the model, as Keras numbers those without a name anew in each process;
-    older files have their names alone.
+    another alpha, which goes into its rows. So does the scale of an adapter of
+    one rank, such as a combined one, whose alpha and scaling are free. Layers
+    are found by their place in the model, as Keras numbers those without a name
+    anew in each process; older files have their names alone.
 
     Args:
         model: a built Keras or KerasHub model.
@@ -137,15 +137,11 @@ def load_adapter(
     else:
         weights = read(directory)
     config = weights.config
-    fields: list[str] = []
-    rescaled = False
-    if isinstance(model, DyLoRAModel):
-        if name in model.adapter_names:
-            fields.append("alpha")
-        if config.min_rank < config.rank:
-            fields.append("scaling")
-        else:
-            rescaled = config.scaling != model.dylora_config.scaling
+    of_one_rank = config.min_rank == config.rank
+    fields: tuple[str, ...] = ()
+    if isinstance(model, DyLoRAModel) and not of_one_rank:
+        replaces = name in model.adapter_names
+        fields = ("alpha", "scaling") if replaces else ("scaling",)
     for field in fields:
         mine = getattr(config, field)
         wanted = getattr(model.dylora_config, field)
@@ -158,7 +154,7 @@ def load_adapter(
     if not head:
         weights = dataclasses.replace(weights, trained={})
     weights.put_on(Tree(model), whole=head, strict=strict, name=name)
-    if rescaled and config.rank > 1:
+    if config.rank > 1 and config.scaling != model.dylora_config.scaling:
         warnings.warn(
             "A model scales all of its adapters alike, so one of another "
             "`scaling` computes the same at its maximum rank alone. "

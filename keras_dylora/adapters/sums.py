@@ -78,5 +78,5 @@ def _largest(x, density):
     size = np.abs(x).ravel()
     kept = int(density * size.size)
     mask = np.zeros(size.shape, bool)
-    mask[np.argpartition(size, size.size - kept)[size.size - kept :]] = True
+    mask[np.argpartition(-size, kept - 1)[:kept]] = True
     return x * mask.reshape(x.shape)
