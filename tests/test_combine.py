@@ -291,6 +291,7 @@ def test_files_by_ties_and_dare(method, folders):
         )
         np.testing.assert_allclose(product(found), cut(whole, 3), atol=2e-5)
     assert set(combined.ranks.values()) == {3}
+    assert list(combined.layers) == LAYERS  # what is random is by their order
     again = kd.combine_adapters(both, 3, method, density=0.6)
     assert_same(of(again), of(combined), 0)
     if method == "dare":
@@ -345,6 +346,7 @@ def test_names_and_files_together(tmp_path):
     mixed = kd.combine_adapters(both, model=model)
     names = kd.combine_adapters({"default": 1.0, "small": 0.5}, model=model)
     assert_same(of(mixed), of(names), 1e-6)
+    assert list(mixed.layers) == list(names.layers) == LAYERS
     # Files, by the layers of a model that isn't enabled.
     alone = kd.combine_adapters({tmp_path / "small": 0.5}, model=network())
     half = {path: 0.5 * x for path, x in updates(small).items()}
@@ -612,11 +614,15 @@ WRONG = {
         ValueError,
         r"in \(0, 1\].*density=0.0",
     ),
-    "density-svd": ({"density": 0.5}, ValueError, r"'svd' takes \[\].*0.5"),
+    "density-svd": (
+        {"density": 0.5},
+        ValueError,
+        "'svd' takes no `density`.*0.5",
+    ),
     "seed-ties": (
         {"method": "ties", "density": 0.5, "seed": 3},
         ValueError,
-        "'seed': 3",
+        "'ties' takes no `seed`.*seed=3",
     ),
     "seed": (
         {"method": "dare", "density": 0.5, "seed": 0.5},

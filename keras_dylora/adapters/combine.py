@@ -52,10 +52,10 @@ def combine_adapters(
     | `"dare"` | random values, made larger | `"dare_linear_svd"` |
 
     The last two are of the products too, not of `down` and `up` by themselves:
-    many factors have the same product. They take as much memory as the kernel
-    of one layer for each adapter, the first two no more than the adapters. All
-    but `"concatenate"` put the columns in order, as `order_ranks` does, so
-    that lower ranks are good cuts.
+    many factors have the same product. They build the update of one kernel at
+    a time, of each adapter; the first two build nothing of the size of a
+    kernel. All but `"concatenate"` put the columns in order, as `order_ranks`
+    does, so that lower ranks are good cuts.
 
     An adapter counts at its maximum rank, or at the ranks of its layers where
     those differ, whatever `set_rank` says. Tuned cuts of lower ranks aren't
@@ -152,13 +152,12 @@ def _check_method(method, options):
             f"`method` must be one of {tuple(METHODS)}. "
             f"Received: method={method!r}"
         )
-    given = {k: x for k, x in options.items() if x != OPTIONS[k]}
-    other = {k: x for k, x in given.items() if k not in METHODS[method]}
-    if other:
-        raise ValueError(
-            f"The method {method!r} takes {list(METHODS[method])} of the "
-            f"options. Received: {other}"
-        )
+    for name, value in options.items():
+        if name not in METHODS[method] and value != OPTIONS[name]:
+            raise ValueError(
+                f"The method {method!r} takes no `{name}`. "
+                f"Received: {name}={value!r}"
+            )
     density = options["density"]
     if "density" in METHODS[method] and not (
         _is_number(density) and 0 < density <= 1

@@ -40,7 +40,10 @@ def read(key, tree, head):
 
 
 def of_one_model(adapters, tree):
-    """Adapters by the paths of one model: the tree's, or the first one's."""
+    """Adapters by the paths of one model: the tree's, or the first one's.
+
+    Their layers are in the order of the model, whatever the file.
+    """
     if tree is None:
         identity = next(iter(adapters.values())).identity
         places = functools.partial(_paths_to, identity)
@@ -59,8 +62,11 @@ def of_one_model(adapters, tree):
                 "Adapters must be of one model and base to be combined. "
                 f"Received: {key!r}. {error}"
             ) from error
+        adapter = adapter.renamed(paths)
+        order = [path for path, _ in identity.layers if path in adapter.layers]
+        layers = {path: adapter.layers[path] for path in order} | adapter.layers
         found[key] = dataclasses.replace(
-            adapter.renamed(paths), identity=identity
+            adapter, layers=layers, identity=identity
         )
     return found
 
