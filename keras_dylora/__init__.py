@@ -1,6 +1,7 @@
 """DyLoRA for Keras 3: fine-tune once, use at every rank."""
 
 from keras_dylora.adapters import from_peft, load_adapter, save_adapter, to_peft
+from keras_dylora.adapters.combine import combine_adapters
 from keras_dylora.allocation import RankAllocation
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.distributions import Categorical, Geometric, Uniform
@@ -27,7 +28,8 @@ __all__ = [
     "DyLoRAEmbedding", "DyLoRAModel", "Geometric", "ProgressiveDecay",
     "RankAllocation",
     "RankEvaluation", "RankReport", "Uniform", "__version__",
-    "allocate_ranks", "disable_dylora", "enable_dylora", "evaluate_ranks",
+    "allocate_ranks", "combine_adapters", "disable_dylora",
+    "enable_dylora", "evaluate_ranks",
     "export_ranks", "from_peft", "load_adapter", "merge", "order_ranks",
     "save_adapter", "to_peft", "truncate", "tune_ranks",
 ]  # fmt: skip

@@ -66,7 +66,9 @@ class Identity:
 
         Raises a `ValueError` if the model has other layers.
         """
-        here = _layers(tree)
+        return self._paths(_layers(tree))
+
+    def _paths(self, here):
         if len(here) != len(self.layers):
             raise ValueError(
                 "An adapter must be loaded into a model of as many layers. "
@@ -93,13 +95,30 @@ class Identity:
         `paths` is what `paths_in` returned. Quantized weights can't tell.
         """
         here = tree.base_weights
+        names = {renamed(path, paths) for path in self.base} & here.keys()
+        self._check_base(
+            {
+                name: _first(here[name])
+                for name in names
+                if keras.backend.is_float_dtype(here[name].dtype)
+            },
+            paths,
+        )
+
+    def paths_to(self, other):
+        """Dict of the path of each layer to that in another `Identity`.
+
+        Raises a `ValueError` if the layers or the bases differ.
+        """
+        paths = self._paths(other.layers)
+        self._check_base(other.base, paths)
+        return paths
+
+    def _check_base(self, here, paths):
         for path, wanted in self.base.items():
-            mine = renamed(path, paths)
-            if mine not in here or not keras.backend.is_float_dtype(
-                here[mine].dtype
-            ):
+            found = here.get(renamed(path, paths))
+            if found is None:
                 continue
-            found = _first(here[mine])
             if len(found) != len(wanted) or not np.allclose(
                 found, wanted, rtol=TOLERANCE, atol=TOLERANCE * 1e-2
             ):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import warnings
 
 import keras
 from safetensors import SafetensorError
@@ -12,6 +13,7 @@ from keras_dylora import files
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.allocation import Rank
+from keras_dylora.cuts import users_line, warn_of_cut
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.model import DyLoRAModel, Model, adaptation_of
 from keras_dylora.live.named import DEFAULT
@@ -21,7 +23,7 @@ CONFIG_NAME = "adapter_config.json"
 
 
 def save_adapter(
-    model: keras.Model,
+    model: keras.Model | AdapterWeights,
     directory: str | os.PathLike[str],
     rank: Rank | None = None,
     overwrite: bool = True,
@@ -40,7 +42,7 @@ def save_adapter(
     are those of its cut, as in any other adapter.
 
     Args:
-        model: an enabled model.
+        model: an enabled model, or what `combine_adapters` returned.
         directory: str or path. Written beside, then renamed.
         rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
             `None`, the maximum.
@@ -59,8 +61,14 @@ def save_adapter(
     keras_dylora.load_adapter(other_clf, "adapter/")
     ```
     """
-    weights = AdapterWeights.of(Tree(model)).cut(rank)
-    adaptation_of(model).warn_of_cut(rank)
+    if isinstance(model, AdapterWeights):
+        weights = model.cut(rank)
+        if rank is not None:
+            ranks, lowest = weights.ranks.values(), model.config.min_rank
+            warn_of_cut(ranks, lowest, model.layers.values)
+    else:
+        weights = AdapterWeights.of(Tree(model)).cut(rank)
+        adaptation_of(model).warn_of_cut(rank)
     tensors = weights.tensors() | weights.cut_tensors()
     tensors = {name: x.copy("C") for name, x in tensors.items()}
     written = files.together(WEIGHTS_NAME, CONFIG_NAME)
@@ -71,7 +79,7 @@ def save_adapter(
 
 def load_adapter(
     model: Model,
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | AdapterWeights,
     name: str = DEFAULT,
     strict: bool = True,
     head: bool = True,
@@ -82,13 +90,14 @@ def load_adapter(
     file. An enabled one must have the same rank, alpha and layers; by a new
     name, the adapter comes beside those that are there, and may have a lower
     rank, which is the highest that it computes at until it is trained, and
-    another alpha, which goes into its rows. Layers are found by their place in
-    the model, as Keras numbers those without a name anew in each process;
-    older files have their names alone.
+    another alpha, which goes into its rows. So does the scale of an adapter of
+    one rank, such as a combined one, whose alpha and scaling are free. Layers
+    are found by their place in the model, as Keras numbers those without a name
+    anew in each process; older files have their names alone.
 
     Args:
         model: a built Keras or KerasHub model.
-        directory: str or path.
+        directory: str or path, or what `combine_adapters` returned.
         name: str. What the adapter is called; it is the active one then.
             Defaults to `"default"`, which replaces the one of that name.
         strict: bool. Whether the model must have the layers and the base
@@ -108,6 +117,10 @@ def load_adapter(
             message lists what is missing, extra or mis-shaped; the model is
             unchanged then.
 
+    Warns:
+        UserWarning: if an adapter of one rank has another scaling than the
+            model, so that its lower ranks aren't those of the file.
+
     Example:
 
     ```python
@@ -119,10 +132,14 @@ def load_adapter(
     clf.set_adapter("default")
     ```
     """
-    weights = _read(directory)
+    if isinstance(directory, AdapterWeights):
+        weights = directory
+    else:
+        weights = read(directory)
     config = weights.config
+    of_one_rank = config.min_rank == config.rank
     fields: tuple[str, ...] = ()
-    if isinstance(model, DyLoRAModel):
+    if isinstance(model, DyLoRAModel) and not of_one_rank:
         replaces = name in model.adapter_names
         fields = ("alpha", "scaling") if replaces else ("scaling",)
     for field in fields:
@@ -137,10 +154,18 @@ def load_adapter(
     if not head:
         weights = dataclasses.replace(weights, trained={})
     weights.put_on(Tree(model), whole=head, strict=strict, name=name)
+    if config.rank > 1 and config.scaling != model.dylora_config.scaling:
+        warnings.warn(
+            "A model scales all of its adapters alike, so one of another "
+            "`scaling` computes the same at its maximum rank alone. "
+            f"Received: scaling={config.scaling!r} for a model of "
+            f"scaling={model.dylora_config.scaling!r}",
+            stacklevel=users_line(),
+        )
     return model
 
 
-def _read(directory):
+def read(directory):
     """The `AdapterWeights` in a directory."""
     folder = pathlib.Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):

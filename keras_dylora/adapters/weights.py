@@ -41,23 +41,39 @@ class AdapterWeights:
     cuts: tuple[TunedCut, ...] = ()
 
     @classmethod
-    def of(cls, tree):
-        """The adapters of an enabled model, at its maximum rank."""
+    def of(cls, tree, name=None):
+        """The adapter of a name in an enabled model, at its maximum rank.
+
+        By default the active one.
+        """
         adaptation = adaptation_of(tree.model)
         adaptation.settle(tree)
+        named, config = adaptation.named, adaptation.named_config
+        name = named.active if name is None else name
+        values, rank = named.values_of(name, tree), named.max_rank_of(name)
+        layers = {
+            path: Factors(
+                *(float32_array(values[f"{path}/{x}"]) for x in ("down", "up")),
+                config.scale.at(layer.rank),
+            ).cut(min(rank, layer.rank), config.scale)
+            for path, layer in adaptation.layers.items()
+        }
         trained = adaptation.spec.head(tree)
-        config, layers = adaptation.named_config, adaptation.layers
         config = with_max_ranks(
-            config, {path: layer.rank for path, layer in layers.items()}
+            config, {p: x.rank for p, x in adaptation.layers.items()}
         )
-        if adaptation.max_rank < config.rank:
-            config = config.at_maximum(adaptation.max_rank)
         return cls(
-            {p: layer.factors(config.rank) for p, layer in layers.items()},
-            {p: float32_array(v) for p, v in trained.items()},
-            config,
+            layers,
+            {path: float32_array(values[path]) for path in trained},
+            config if rank == config.rank else config.at_maximum(rank),
             Identity.of(tree, trained),
-            tuple(x.of_columns(config.rank) for x in adaptation.named.cuts),
+            tuple(cut.of_columns(rank) for cut in named.cuts_of(name)),
+        )
+
+    def __repr__(self):
+        return (
+            f"AdapterWeights({len(self.layers)} layers, maximum rank "
+            f"{self.config.rank}, {len(self.trained)} weights trained in full)"
         )
 
     def cut(self, ranks):
@@ -98,7 +114,15 @@ class AdapterWeights:
             if strict:
                 raise
             return self
-        placed = dataclasses.replace(
+        placed = self.renamed(paths)
+        placed.check(tree, whole, name)
+        if strict:
+            self.identity.check_base(tree, paths)
+        return placed
+
+    def renamed(self, paths):
+        """A copy for a model with other paths, by a dict of old to new."""
+        return dataclasses.replace(
             self,
             layers={paths.get(p, p): x for p, x in self.layers.items()},
             trained={renamed(p, paths): x for p, x in self.trained.items()},
@@ -108,10 +132,6 @@ class AdapterWeights:
                 {paths.get(p, p): b for p, b in self.max_ranks.items()},
             ),
         )
-        placed.check(tree, whole, name)
-        if strict:
-            self.identity.check_base(tree, paths)
-        return placed
 
     def check(self, tree, whole=True, name=DEFAULT):
         """Raises a `ValueError` if the weights don't fit a model.

@@ -166,7 +166,7 @@ def _is_tuned(adaptation, served):
     """Whether a rank of the active adapter is a tuned cut."""
     if served.highest > adaptation.max_rank:
         return False
-    ranks = served.ranks(list(adaptation.layers))
+    ranks = served.ranks(adaptation.layers)
     return adaptation.tuned_cut(ranks) is not None
 
 

@@ -89,6 +89,18 @@ class NamedAdapters:
         kept = self._kept[name]
         return self.cuts if kept is None else kept.cuts
 
+    def ranks_of(self, name):
+        """Dict of layer path to the rank that an adapter computes at."""
+        kept = self._kept[name]
+        if kept is None:
+            return self.adaptation.ranks
+        return dict(zip(self.adaptation.layers, kept.ranks, strict=True))
+
+    def values_of(self, name, tree):
+        """Dict of path to the value of all that belongs to an adapter."""
+        kept = self._kept[name]
+        return self._own(tree) if kept is None else kept.values
+
     @property
     def is_plain(self):
         """Whether there is but one, as before there were names."""

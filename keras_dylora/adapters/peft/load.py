@@ -89,7 +89,7 @@ def from_peft(
         https://huggingface.co/docs/peft/developer_guides/checkpoint)
     """
     tree = Tree(model)
-    weights = _read(tree, directory, strict, head)
+    weights = read(tree, directory, strict, head)
     if rank is not None:
         whole, weights = weights, weights.cut(rank)
         warn_of_cut([rank], whole.config.min_rank, whole.layers.values)
@@ -97,7 +97,7 @@ def from_peft(
     return model
 
 
-def _read(tree, directory, strict, head):
+def read(tree, directory, strict, head):
     """The adapter for a model, as `AdapterWeights`; with its head, or not."""
     layout = layout_of(tree.model)
     adapter = peft_files.read(directory)
