@@ -26,6 +26,10 @@ class Blocks:
         first: int. The number of the first one in KerasHub. Defaults to `0`.
         ungated: dict that counts in place of `linear` where the model has no
             gates and so lacks some of its layers. Defaults to `None`, none.
+        optional: tuple of names of layers that not every block has. Defaults
+            to none.
+        separator: str. What Keras has between the names of a block and of a
+            layer in it. Defaults to a slash.
     """
 
     name: str
@@ -33,42 +37,34 @@ class Blocks:
     linear: dict
     first: int = 0
     ungated: dict | None = None
+    optional: tuple = ()
+    separator: str = "/"
 
     def modules(self, paths):
         """The linear layers of all blocks of a model, with Keras's paths."""
         found = {}
         for i in itertools.count():
-            block = self.keras.format(i + self.first)
-            if not any(path.startswith(f"{block}/") for path in paths):
+            block = self.keras.format(i + self.first) + self.separator
+            if not any(path.startswith(block) for path in paths):
                 return found
             linear = self.linear
             if self.ungated and not any(
-                path.startswith(f"{block}/") and "gate" in path
-                for path in paths
+                path.startswith(block) and "gate" in path for path in paths
             ):
                 linear = self.ungated
             for name, layers in linear.items():
-                found[f"{self.name.format(i)}.{name}"] = tuple(
+                ours = tuple(
                     f"{layer[1:]}_{i}".removesuffix("_0")
                     if layer.startswith("/")
-                    else f"{block}/{layer}"
+                    else f"{block}{layer}"
                     for layer in layers
                 )
+                if name not in self.optional or set(ours) <= set(paths):
+                    found[f"{self.name.format(i)}.{name}"] = ours
 
 
-def check_tied(tree, paths):
-    """Raises a `ValueError` if PEFT would compute something else.
-
-    That adapts an embedding alone, and not the output that is tied to it.
-    """
-    for path in paths:
-        writes = hasattr(tree.model, "generate")
-        if writes and getattr(tree.layers[path], "tie_weights", False):
-            raise ValueError(
-                "A PEFT adapter of an embedding doesn't reach the output that "
-                "is tied to it, and ours does. Use `merge`, or adapt other "
-                f"layers. Received: an adapter at {path!r}"
-            )
+# What transformers calls the output of a language model.
+OUTPUT = "lm_head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +85,9 @@ class Layout:
         task_type: str. PEFT's name of the task, `None` where it has none.
         head: dict of the weights of the head to the paths of their Keras
             variables.
+        only: dict of attributes of the KerasHub model or its backbone to
+            tuples of the values that transformers has a twin for. Defaults to
+            every value.
     """
 
     backbone: str
@@ -100,6 +99,20 @@ class Layout:
     prefix: str = ""
     task_type: str | None = "FEATURE_EXTRACTION"
     head: dict = dataclasses.field(default_factory=dict)
+    only: dict = dataclasses.field(default_factory=dict)
+
+    def check_variant(self, model):
+        """Raises a `ValueError` if transformers has no twin of a model."""
+        for owner in (model, getattr(model, "backbone", model)):
+            for name, values in self.only.items():
+                value = getattr(owner, name, values[0])
+                if value not in values:
+                    raise ValueError(
+                        "PEFT adapters can be exchanged for models that "
+                        f"transformers has, with `{name}` one of {values}. "
+                        f"Received: a {type(owner).__name__} of "
+                        f"{name}={value!r}"
+                    )
 
     @property
     def linear(self):
@@ -130,6 +143,13 @@ class Layout:
     def token_embedding(self, tree):
         """The embedding of tokens of a KerasHub model."""
         return getattr(tree.model, "backbone", tree.model).token_embedding
+
+    def tied(self, tree):
+        """The module of an embedding that the output is tied to, or `None`."""
+        if not self.embedding or not hasattr(tree.model, "generate"):
+            return None
+        tied = getattr(self.token_embedding(tree), "tie_weights", False)
+        return f"{self.prefix}{self.embedding}" if tied else None
 
     def tensor_names(self, module):
         """The names of the two tensors of a layer's adapter."""
@@ -196,3 +216,17 @@ def head(names, ours):
         for name, layer in zip(names.split(), ours.split(), strict=True)
         for theirs, weight in (("weight", "kernel"), ("bias", "bias"))
     }
+
+
+LAYER = "transformer_layer_{}"
+
+
+def stack(backbone, linear, keras=LAYER, name="encoder.layer.{}", **rest):
+    """The layout of a backbone with blocks of one kind."""
+    return Layout(backbone, (Blocks(name, keras, linear),), **rest)
+
+
+def rows(bare, task, prefix, task_type, head=None):
+    """The rows of a backbone and of a task on it."""
+    changes = {"prefix": prefix, "task_type": task_type, "head": head or {}}
+    return {bare.backbone: bare, task: dataclasses.replace(bare, **changes)}

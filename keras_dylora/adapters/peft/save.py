@@ -12,7 +12,8 @@ from keras_dylora import files
 from keras_dylora.adapters.peft import files as peft_files
 from keras_dylora.adapters.peft.card import is_ours, model_card
 from keras_dylora.adapters.peft.families import layout_of
-from keras_dylora.adapters.peft.layout import check_tied
+from keras_dylora.adapters.peft.layout import OUTPUT
+from keras_dylora.adapters.peft.tensors import kernel_size, of_factors
 from keras_dylora.adapters.weights import AdapterWeights, check_float
 from keras_dylora.allocation import Rank
 from keras_dylora.layers.factors import Factors, float32_array
@@ -143,12 +144,22 @@ def to_peft(
     head = {path: every[path] for path in family.head.values()}
     _check_exportable(tree, head, modules, whole)
     columns = family.columns_by_module(tree, modules)
+    sizes = {x: kernel_size(tree.layers[p]) for x, (p, *_) in modules.items()}
+    tied = family.tied(tree)
+    if layout == "server" and set(modules.get(tied, ())) & set(whole.layers):
+        raise ValueError(
+            "Servers read no adapter of an embedding that the output is tied "
+            "to. Use `layout='peft'` or `merge`, or adapt other layers. "
+            f"Received: layout={layout!r} with an adapter of {tied}"
+        )
     trained = {
         name: float32_array(head[path]).T for name, path in family.head.items()
     }
     with files.new_directory(directory, overwrite, _written) as folder:
         for name, weights in cut.items():
             fused, described = _described(weights, modules, columns)
+            if fused.get(tied) is not None:
+                fused[OUTPUT] = fused[tied].transposed()
             dylora = described.config
             if layout == "server":
                 fused = _of_one_rank(fused, server_rank)
@@ -159,7 +170,7 @@ def to_peft(
             (folder / name).mkdir(exist_ok=True)
             peft_files.write(
                 folder / name,
-                _tensors(fused, family) | trained,
+                _tensors(fused, family, sizes) | trained,
                 config,
                 # A server's is padded, and none of ours when it is loaded.
                 described if layout == "peft" else None,
@@ -194,11 +205,12 @@ def _described(weights, modules, columns):
     return fused, dataclasses.replace(weights, config=config)
 
 
-def _tensors(fused, layout):
+def _tensors(fused, layout, sizes):
+    """The tensors of all `Factors`, by name; `sizes` are those of kernels."""
     tensors = {}
     for module, factors in fused.items():
         if factors is not None:
-            sides = factors.down.T, factors.up.T
+            sides = of_factors(factors, sizes.get(module, ()))
             names = layout.tensor_names(module)
             tensors |= dict(zip(names, sides, strict=True))
     return tensors
@@ -209,10 +221,10 @@ def _check_exportable(tree, head, modules, weights):
     other = sorted(set(weights.layers) - known)
     if other:
         raise ValueError(
-            "A PEFT adapter can adapt the linear layers of the backbone and "
-            f"its embedding of tokens. Received: adapters at {other}"
+            "A PEFT adapter can adapt the linear layers, convolutions and "
+            "embedding of tokens that transformers has in its backbone. "
+            f"Received: adapters at {other}"
         )
-    check_tied(tree, weights.layers)
     spec = tree.model._dylora.spec
     other = sorted(set(spec.full(tree)) - set(head))
     if other:
@@ -222,7 +234,7 @@ def _check_exportable(tree, head, modules, weights):
         )
     check_float(head)
     for path, weight in head.items():
-        width = tree.model.backbone.hidden_dim
+        width = getattr(tree.model.backbone, "hidden_dim", weight.shape[0])
         if weight.shape[0] != width and len(weight.shape) == 2:
             raise ValueError(
                 "In transformers, the task head is as wide as the backbone, "
