@@ -105,11 +105,11 @@ def _t5_blocks(half, attention, number):
     )
 
 
-def _decoder(family, linear, keras=LAYER):
+def _decoder(family, linear, keras=LAYER, **task):
     """Rows of a decoder as Llama's are, by the name of its classes."""
     backbone = f"{family}Backbone"
     bare = stack(backbone, linear, keras, "layers.{}", **_TOKENS)
-    return rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM")
+    return rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM", **task)
 
 
 def _roberta(family):
@@ -198,7 +198,16 @@ LAYOUTS = {
     **_decoder("Qwen", _LLAMA),  # Qwen 2 and 2.5
     **_decoder("Qwen3", _LLAMA),
     **_decoder("Gemma", _GEMMA, "decoder_block_{}"),  # 1 and 2
-    **_decoder("Gemma3", _GEMMA, "decoder_block_{}"),
+    **_decoder(
+        "Gemma3",
+        _GEMMA,
+        "decoder_block_{}",
+        architectures={
+            "Gemma3ForCausalLM": "model.",
+            "Gemma3ForConditionalGeneration": "model.language_model.",
+        },
+        held_from=2560,  # the one of 4B
+    ),
     **_decoder(
         "Phi3",
         {

@@ -288,7 +288,7 @@ def _target_modules(layout, fused):
     targets = set()
     for module in (module for module, x in fused.items() if x is not None):
         short = _last(module)
-        unique = in_block[short] == 1 and short not in plain
+        unique = in_block[short] == 1 and short not in plain and layout.alone
         targets.add(short if unique else module)
     return sorted(targets)
 

@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import math
 import re
+import warnings
 
 import numpy as np
 
+from keras_dylora.cuts import users_line
 from keras_dylora.layers.kinds import geometry
 
 
@@ -88,6 +90,12 @@ class Layout:
         only: dict of attributes of the KerasHub model or its backbone to
             tuples of the values that transformers has a twin for. Defaults to
             every value.
+        architectures: dict of the classes of transformers that may hold the
+            model to the prefix in each. Defaults to none but its own.
+        held_from: int. The width of the backbone from which the published
+            models are of the last of them. Defaults to `None`, none is.
+        alone: bool. Whether the class of transformers has nothing beside the
+            model. Defaults to `True`.
     """
 
     backbone: str
@@ -100,6 +108,43 @@ class Layout:
     task_type: str | None = "FEATURE_EXTRACTION"
     head: dict = dataclasses.field(default_factory=dict)
     only: dict = dataclasses.field(default_factory=dict)
+    architectures: dict = dataclasses.field(default_factory=dict)
+    held_from: int | None = None
+    alone: bool = True
+
+    def of_architecture(self, model, architecture):
+        """The layout in a class of transformers, by its name.
+
+        Raises a `ValueError` if that isn't known; warns where none is named
+        and the published models of this size are of another class.
+        """
+        if architecture is None:
+            body = getattr(model, "backbone", model)
+            if self.held_from and body.hidden_dim >= self.held_from:
+                own, holder = self.architectures
+                warnings.warn(
+                    "transformers and vLLM load the published models of this "
+                    f"size as a {holder}, whose layers are called "
+                    f"`{self.architectures[holder]}…`. There an adapter by "
+                    "other names has no effect, and no error says so. Name "
+                    "the class that `config.json` of the base does: "
+                    f"architecture={holder!r} or {own!r}. Received: none, so "
+                    f"the adapter is for a {own}",
+                    stacklevel=users_line(),
+                )
+            return self
+        if architecture not in self.architectures:
+            raise ValueError(
+                "`architecture` must be a class of transformers whose names "
+                "are known here, one of "
+                f"{list(self.architectures)}; where there is none, leave it "
+                f"out. Received: architecture={architecture!r} for a "
+                f"{type(model).__name__}"
+            )
+        prefix = self.architectures[architecture]
+        return dataclasses.replace(
+            self, prefix=prefix, alone=prefix == self.prefix
+        )
 
     def check_variant(self, model):
         """Raises a `ValueError` if transformers has no twin of a model."""
@@ -226,7 +271,7 @@ def stack(backbone, linear, keras=LAYER, name="encoder.layer.{}", **rest):
     return Layout(backbone, (Blocks(name, keras, linear),), **rest)
 
 
-def rows(bare, task, prefix, task_type, head=None):
+def rows(bare, task, prefix, task_type, head=None, **changes):
     """The rows of a backbone and of a task on it."""
-    changes = {"prefix": prefix, "task_type": task_type, "head": head or {}}
+    changes |= {"prefix": prefix, "task_type": task_type, "head": head or {}}
     return {bare.backbone: bare, task: dataclasses.replace(bare, **changes)}

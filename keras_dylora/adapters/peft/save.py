@@ -37,6 +37,7 @@ def to_peft(
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     server_rank: int | None = None,
     report: RankReport | None = None,
+    architecture: str | None = None,
 ) -> None:
     """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
 
@@ -82,15 +83,21 @@ def to_peft(
             Defaults to `None`, the highest of a layer.
         report: `RankReport`, whose metrics go into the model card,
             `README.md`. Defaults to `None`.
+        architecture: str. The class of transformers that holds the base, as
+            `config.json` of the base names it, since the layers have other
+            names in some: `"Gemma3ForConditionalGeneration"`, as which Gemma 3
+            is published from 4B on, or `"Gemma3ForCausalLM"`. Defaults to
+            `None`, that of text alone, with a warning where the published
+            ones of its size are of another class.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if a rank, `layout` or `dtype` is none of its values, if
-            `rank` and `ranks` are given, if `server_rank` is below that of a
-            layer, if the model isn't enabled or of
-            another class, if adapters or trained weights have no place in a
-            PEFT adapter or are beyond `dtype`, or if the directory holds
-            something else.
+        ValueError: if a rank, `layout`, `dtype` or `architecture` is none of
+            its values, if `rank` and `ranks` are given, if `server_rank` is
+            below that of a layer, if the model isn't enabled or of another
+            class, if adapters or trained weights have no place in a PEFT
+            adapter or are beyond `dtype`, or if the directory holds something
+            else.
 
     Example:
 
@@ -138,7 +145,7 @@ def to_peft(
     whole = AdapterWeights.of(tree)
     cut = {name: whole.cut(b) for name, b in chosen.items()}
     adaptation_of(model).warn_of_cut(*chosen.values())
-    family = layout_of(model)
+    family = layout_of(model).of_architecture(model, architecture)
     modules = family.modules(tree)
     every = tree.weights
     head = {path: every[path] for path in family.head.values()}
