@@ -110,3 +110,26 @@ def test_what_one_side_of_a_tied_one_has_is_refused(
     with pytest.raises(ValueError, match=message):
         kd.from_peft(model, tmp_path)
     assert not isinstance(model, kd.DyLoRAModel)
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "llama"])
+def test_a_table_that_is_trained_in_full(name, pair, tmp_path):
+    twin, model = pair(name)
+    trained = ["token_embedding", "logits", "pooled_dense"]
+    trained = trained if name == "roberta" else trained[:1]
+    enabled(model, trainable_layers=trained)
+    layer = model.backbone.token_embedding
+    for weight in layer.weights:
+        weight.assign_add(
+            0.1 * np.random.default_rng(0).normal(size=weight.shape)
+        )
+    kd.to_peft(model, tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(
+        copy.deepcopy(twin), tmp_path / "adapter"
+    )
+    assert_same_logits(model, adapted)
+    _, again = pair(name)
+    kd.from_peft(again, tmp_path / "adapter")
+    assert_same_logits(again, adapted)
+    with pytest.raises(ValueError, match="but for servers.*token_embedding"):
+        kd.to_peft(model, tmp_path / "server", layout="server")

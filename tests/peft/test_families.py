@@ -244,3 +244,21 @@ def test_an_embedding_and_the_output_that_is_tied_to_it(pair, tmp_path):
     _, again = pair()
     kd.from_peft(again, tmp_path / "theirs")
     assert_same(again, adapted)
+
+
+@pytest.mark.parametrize("pair", ["gemma3"], indirect=True)
+def test_a_table_in_full_that_is_tied_to_the_output(pair, tmp_path):
+    twin, model = pair()
+    kd.enable_dylora(
+        model, rank=3, trainable_layers=["token_embedding"], verbose=0
+    )
+    randomize_adapters(model, scale=0.1)
+    table = model.backbone.token_embedding.embeddings
+    rng = np.random.default_rng(0)
+    table.assign_add(0.1 * rng.normal(size=table.shape))
+    kd.to_peft(model, tmp_path)
+    adapted = peft.PeftModel.from_pretrained(twin, tmp_path)
+    assert_same(model, adapted)
+    _, again = pair()
+    kd.from_peft(again, tmp_path)
+    assert_same(again, adapted)

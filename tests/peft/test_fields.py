@@ -129,7 +129,7 @@ REFUSED = {
         True,
     ),
     "kasa_config": ("roberta", {"kasa_config": KasaConfig()}, True),
-    "init_lora_weights": ("roberta", {"init_lora_weights": "pissa"}, False),
+    "init_lora_weights": ("roberta", {"init_lora_weights": "pissa"}, True),
     "modules_to_save": ("roberta", {"modules_to_save": ["LayerNorm"]}, True),
     "target_modules": (
         "llama",

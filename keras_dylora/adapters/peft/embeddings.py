@@ -121,3 +121,21 @@ def trained(model, adapter, every):
                 f"does. Received: another {name}" + " alone" * alone
             )
     return found
+
+
+def in_full(tree, layout):
+    """The tables of tokens that a PEFT adapter may hold in full.
+
+    A dict of the tensor's name to its path; one that is tied to the output has
+    two names.
+    """
+    if not layout.embedding:
+        return {}
+    layer = layout.token_embedding(tree)
+    path = tree.paths[id(layer)]
+    found = {f"{layout.prefix}{layout.embedding}.weight": f"{path}/embeddings"}
+    if layout.tied(tree):
+        found[OUTPUT_EMBEDDINGS] = f"{path}/embeddings"
+    elif not getattr(layer, "tie_weights", True):
+        found[OUTPUT_EMBEDDINGS] = f"{path}/reverse_embeddings"
+    return found

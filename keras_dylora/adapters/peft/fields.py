@@ -35,7 +35,7 @@ _MERGE = (
 )
 _CONVERT = (
     "`save_pretrained(…, path_initial_model_for_weight_conversion=…)` of PEFT "
-    "writes one"
+    f"writes one, or {_MERGE}"
 )
 _ANEW = "Train one without this"
 

@@ -236,8 +236,11 @@ def _save(path, tensors, dtype):
     save_file(stored, path, metadata={"format": "pt"})
 
 
-def peft_config(layout, fused, dylora, base):
-    """PEFT's configuration, of all linear layers with `Factors` or `None`."""
+def peft_config(layout, fused, tables, dylora, base):
+    """PEFT's configuration, of all layers with `Factors` or `None`.
+
+    And of the names of `tables` that were trained in full.
+    """
     rslora = dylora.scaling == "sqrt"
     sizes = {
         module: (x.rank, _lora_alpha(x, rslora))
@@ -261,11 +264,14 @@ def peft_config(layout, fused, dylora, base):
         "bias": "none",
         "fan_in_fan_out": layout.transposed,
         "target_modules": _target_modules(layout, fused),
-        "modules_to_save": sorted({k.split(".")[0] for k in layout.head})
+        "modules_to_save": sorted(
+            {k.split(".")[0] for k in layout.head}
+            | {_last(k.removesuffix(".weight")) for k in tables}
+        )
         or None,
         # PEFT ties what has this name.
-        "ensure_weight_tying": OUTPUT in fused
-        and _last(layout.embedding) == "embed_tokens",
+        "ensure_weight_tying": _last(layout.embedding) == "embed_tokens"
+        and (OUTPUT in fused or len(tables) > len(set(tables.values()))),
     }
 
 

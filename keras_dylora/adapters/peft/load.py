@@ -170,8 +170,8 @@ def _check_places(layout, adapter, shapes):
         raise ValueError(
             "An adapter must leave the head and the output to "
             "`modules_to_save`, as PEFT does for a `task_type`, or "
-            "`merge_and_unload` of PEFT puts it into the base. "
-            f"Received: target_modules={adapter.config['target_modules']!r} "
+            "`merge_and_unload` of PEFT puts it into the base. Received: "
+            f"target_modules={adapter.config.get('target_modules')!r} "
             f"with adapters of {sorted(adapted & outside)}"
         )
     full = [

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_dylora import files
+from keras_dylora.adapters.peft import embeddings
 from keras_dylora.adapters.peft import files as peft_files
 from keras_dylora.adapters.peft.card import is_ours, model_card
 from keras_dylora.adapters.peft.families import layout_of
@@ -148,8 +149,12 @@ def to_peft(
     family = layout_of(model).of_architecture(model, architecture)
     modules = family.modules(tree)
     every = tree.weights
-    head = {path: every[path] for path in family.head.values()}
-    _check_exportable(tree, head, modules, whole)
+    full = tree.model._dylora.spec.full(tree)
+    tables = embeddings.in_full(tree, family) if layout == "peft" else {}
+    tables = {name: path for name, path in tables.items() if path in full}
+    named = family.head | tables
+    head = {path: every[path] for path in named.values()}
+    _check_exportable(tree, head, tables.values(), modules, whole)
     columns = family.columns_by_module(tree, modules)
     sizes = {x: kernel_size(tree.layers[p]) for x, (p, *_) in modules.items()}
     tied = family.tied(tree)
@@ -160,7 +165,10 @@ def to_peft(
             f"Received: layout={layout!r} with an adapter of {tied}"
         )
     trained = {
-        name: float32_array(head[path]).T for name, path in family.head.items()
+        name: float32_array(head[path])
+        if path.endswith("/embeddings")
+        else float32_array(head[path]).T
+        for name, path in named.items()
     }
     with files.new_directory(directory, overwrite, _written) as folder:
         for name, weights in cut.items():
@@ -172,7 +180,7 @@ def to_peft(
                 fused = _of_one_rank(fused, server_rank)
                 dylora = dataclasses.replace(dylora, scaling="constant")
             config = peft_files.peft_config(
-                family, fused, dylora, base_model_name_or_path
+                family, fused, tables, dylora, base_model_name_or_path
             )
             (folder / name).mkdir(exist_ok=True)
             peft_files.write(
@@ -223,7 +231,7 @@ def _tensors(fused, layout, sizes):
     return tensors
 
 
-def _check_exportable(tree, head, modules, weights):
+def _check_exportable(tree, head, tables, modules, weights):
     known = {path for paths in modules.values() for path in paths}
     other = sorted(set(weights.layers) - known)
     if other:
@@ -236,11 +244,14 @@ def _check_exportable(tree, head, modules, weights):
     other = sorted(set(spec.full(tree)) - set(head))
     if other:
         raise ValueError(
-            "A PEFT adapter can hold adapters and the task head, and nothing "
-            f"else that is trained. Received: trained weights {other}"
+            "A PEFT adapter can hold adapters, the task head and, but for "
+            "servers, the embedding of tokens, and nothing else that is "
+            f"trained. Use `merge`. Received: trained weights {other}"
         )
     check_float(head)
     for path, weight in head.items():
+        if path in tables:
+            continue
         width = getattr(tree.model.backbone, "hidden_dim", weight.shape[0])
         if weight.shape[0] != width and len(weight.shape) == 2:
             raise ValueError(
