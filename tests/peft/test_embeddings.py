@@ -85,8 +85,14 @@ def test_a_tied_output(pair, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"target_modules": ["wte", "c_attn"]}, "wte or lm_head alone"),
-        ({"target_modules": ["wte", "lm_head"]}, "or another one"),
+        (
+            {"target_modules": ["wte", "c_attn"]},
+            "an adapter of transformer.wte alone",
+        ),
+        (
+            {"target_modules": ["wte", "lm_head"]},
+            "another adapter of lm_head than of transformer.wte",
+        ),
         (
             {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
             "another transformer.wte.weight alone",

@@ -225,6 +225,10 @@ NOT_LOADED = {
         as_plain(some_variant={"groups": 2}),
         "plain LoRA.*some_variant",
     ),
+    "expression": (
+        as_plain(alpha_pattern={"(query": 3}),
+        r"`alpha_pattern` .* must have regular expressions.*'\(query'",
+    ),
     "no-r": (as_plain(r=None), "`r` must be an integer"),
     "alpha": (as_plain(lora_alpha="7"), "`lora_alpha` must be a number"),
     "alpha-0": (as_plain(lora_alpha=0), "`alpha` must be a positive number"),

@@ -23,26 +23,29 @@ def without_output(tree, layout, adapter):
         return adapter
     names = {x: layout.tensor_names(x) for x in (tied, OUTPUT)}
     present = [
-        [f"{peft_files.PREFIX}{x}" in adapter.tensors for x in pair]
-        for pair in names.values()
+        module
+        for module, pair in names.items()
+        if all(f"{peft_files.PREFIX}{x}" in adapter.tensors for x in pair)
     ]
-    if not any(map(any, present)):
+    if not present:
         return adapter
-    same = all(map(all, present))
-    if same:
+    received = f"an adapter of {present[0]} alone"
+    if len(present) == 2:
         ours, other = (adapter.factors(x, pair) for x, pair in names.items())
         other = other.transposed()
-        same = (
+        if (
             np.array_equal(ours.down, other.down)
             and np.array_equal(ours.up, other.up)
             and ours.scale == other.scale
-        )
-    if not same:
+        ):
+            received = None
+        else:
+            received = f"another adapter of {OUTPUT} than of {tied}"
+    if received is not None:
         raise ValueError(
             "The output of the model is tied to the embedding, so an adapter "
             "must have the same on both, as `ensure_weight_tying` of PEFT "
-            f"does. Received: an adapter of {tied} or {OUTPUT} alone, or "
-            "another one"
+            f"does. Received: {received}"
         )
     keys = [f"{peft_files.PREFIX}{x}" for x in names[OUTPUT]]
     tensors = {k: x for k, x in adapter.tensors.items() if k not in keys}

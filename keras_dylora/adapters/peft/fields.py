@@ -98,6 +98,23 @@ def check(config, file):
                 f"`{key}` in {file} must be as PEFT writes it. "
                 f"Received: {key}={value!r}"
             )
+        for expression in _expressions(key, value):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(
+                    f"`{key}` in {file} must have regular expressions. "
+                    f"Received: {expression!r} ({error})"
+                ) from error
+
+
+def _expressions(key, value):
+    """What is read as a regular expression in the value of a field."""
+    if key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        return value or ()
+    if key == "layers_pattern" and isinstance(value, list):
+        return value
+    return [value] if isinstance(value, str) else ()
 
 
 # PEFT's rules for the names of layers.

@@ -247,6 +247,10 @@ def peft_config(layout, fused, tables, dylora, base):
         for module, x in fused.items()
         if x is not None
     }
+    # PEFT ties what has this name.
+    tying = _last(layout.embedding) == "embed_tokens" and (
+        OUTPUT in fused or len(tables) > len(set(tables.values()))
+    )
     # Patterns for as few layers as possible: not every program reads them.
     (rank, alpha), _ = collections.Counter(sizes.values()).most_common(1)[0]
     other = {k: size for k, size in sizes.items() if size != (rank, alpha)}
@@ -269,9 +273,7 @@ def peft_config(layout, fused, tables, dylora, base):
             | {_last(k.removesuffix(".weight")) for k in tables}
         )
         or None,
-        # PEFT ties what has this name.
-        "ensure_weight_tying": _last(layout.embedding) == "embed_tokens"
-        and (OUTPUT in fused or len(tables) > len(set(tables.values()))),
+        **({"ensure_weight_tying": True} if tying else {}),
     }
 
 

@@ -44,10 +44,11 @@ def to_peft(
 
     PEFT loads the directory onto the transformers model with the same base
     weights, and computes what `model` computes at that rank: `lora_alpha / r`
-    is `alpha / rank`. The head of a classifier is in `modules_to_save`. A file
-    of our own, `keras_dylora.json`, tells `from_peft` that the ranks have an
-    order. At a `RankAllocation`, `rank_pattern` and `alpha_pattern` tell the
-    ranks of the layers, and those at rank 0 are left out.
+    is `alpha / rank`. The head of a classifier and an embedding of tokens
+    that was trained in full are in `modules_to_save`. A file of our own,
+    `keras_dylora.json`, tells `from_peft` that the ranks have an order. At a
+    `RankAllocation`, `rank_pattern` and `alpha_pattern` tell the ranks of the
+    layers, and those at rank 0 are left out.
 
     Programs that serve adapters, such as vLLM, read one rank and one scale for
     all layers. `layout="server"` gives them that: lower ranks are padded with
@@ -64,7 +65,8 @@ def to_peft(
             DistilBERT, ALBERT or DeBERTa-v3, a causal LM of GPT-2, OPT, Bloom,
             Falcon, GPT-NeoX, Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to
             3, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or T5,
-            an image classifier of ViT, or the backbone of one, or of ELECTRA.
+            an image classifier of ViT or ResNet, or the backbone of one, or
+            of ELECTRA.
         directory: str or path. Written beside, then renamed.
         rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
             `None`, the maximum.
