@@ -162,8 +162,9 @@ def to_peft(
     tied = family.tied(tree)
     if layout == "server" and set(modules.get(tied, ())) & set(whole.layers):
         raise ValueError(
-            "Servers read no adapter of an embedding that the output is tied "
-            "to. Use `layout='peft'` or `merge`, or adapt other layers. "
+            "No adapter of an embedding that the output is tied to is written "
+            "for servers. Use `layout='peft'` or `merge`, or adapt other "
+            "layers. "
             f"Received: layout={layout!r} with an adapter of {tied}"
         )
     trained = {
