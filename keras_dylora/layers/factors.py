@@ -47,6 +47,10 @@ class Factors:
         up = np.pad(self.up, ((0, rest), (0, 0)))
         return Factors(down, up, self.scale)
 
+    def transposed(self):
+        """Those of the transposed product."""
+        return Factors(self.up.T, self.down.T, self.scale)
+
     def ordered(self):
         """Factors of the same product, with columns by falling singular values.
 

@@ -11,6 +11,7 @@ from tests.peft.making import (
     classifier,
     norms,
     of,
+    resnet,
     t5,
     task,
 )
@@ -423,4 +424,6 @@ FAMILIES = {
             "ViTImageClassifier", "ViTBackbone", {"predictions": "classifier"}
         ),
     ),
+    "resnet-basic": resnet("basic", [64, 8]),
+    "resnet-bottleneck": resnet("bottleneck", [256, 32]),
 }

@@ -169,3 +169,51 @@ def t5(gated):
             dropout=0.0,
         ),
     )
+
+
+def resnet(layer_type, filters):
+    """A ResNet of two stages, of which KerasHub reads timm's alone."""
+    stages = [(f"stack{i}_block{j}", i, j) for i in (0, 1) for j in (0, 1)]
+
+    def build(folder, twin):
+        body = HUB.ResNetBackbone(
+            input_conv_filters=[64],
+            input_conv_kernel_sizes=[7],
+            stackwise_num_filters=[64, 8],
+            stackwise_num_blocks=[2, 2],
+            stackwise_num_strides=[1, 2],
+            block_type=f"{layer_type}_block",
+            image_shape=(32, 32, 3),
+        )
+        pairs = {"conv1": "embedder.embedder"}
+        for ours, i, j in stages:
+            theirs = f"encoder.stages.{i}.layers.{j}"
+            pairs[f"{ours}_0"] = f"{theirs}.shortcut"
+            pairs |= {
+                f"{ours}_{n + 1}": f"{theirs}.layer.{n}" for n in range(3)
+            }
+        for ours, theirs in pairs.items():
+            if f"{ours}_conv" not in [layer.name for layer in body.layers]:
+                continue
+            module = twin.resnet.get_submodule(theirs)
+            kernel = module.convolution.weight.detach().numpy()
+            body.get_layer(f"{ours}_conv").set_weights(
+                [kernel.transpose(2, 3, 1, 0)]
+            )
+            norm = module.normalization
+            values = norm.weight, norm.bias, norm.running_mean, norm.running_var
+            body.get_layer(f"{ours}_bn").set_weights(
+                [x.detach().numpy() for x in values]
+            )
+        model = HUB.ResNetImageClassifier(body, num_classes=3)
+        return with_head(model, twin, {"predictions": "classifier.1"})
+
+    twin = of(
+        "ResNetForImageClassification",
+        "ResNetConfig",
+        hidden_sizes=filters,
+        depths=[2, 2],
+        layer_type=layer_type,
+        num_labels=3,
+    )
+    return twin, build

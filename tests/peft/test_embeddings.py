@@ -7,7 +7,7 @@ import peft
 import pytest
 
 import keras_dylora as kd
-from tests.models import gpt2, randomize_adapters
+from tests.models import randomize_adapters
 from tests.peft.twins import (
     adapter_tensors,
     assert_same_adapters,
@@ -63,14 +63,79 @@ def test_of_peft_itself(name, pair, tmp_path):
             kd.from_peft(pair(name)[1], tmp_path)
 
 
-def test_a_tied_one_is_refused(pair, tmp_path):
+def test_a_tied_output(pair, tmp_path):
+    """GPT-2's, which PEFT ties by no name: it has an adapter of its own."""
     twin, model = pair("gpt2")
-    trained_by_peft(twin, tmp_path / "peft", target_modules=["wte", "c_attn"])
-    with pytest.raises(ValueError, match="doesn't reach the output that is"):
-        kd.from_peft(model, tmp_path / "peft")
-    model = gpt2()
     kd.enable_dylora(model, target_layers=["token_embedding"], rank=2)
     randomize_adapters(model)
-    with pytest.raises(ValueError, match="doesn't reach the output that is"):
-        kd.to_peft(model, tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
+    kd.to_peft(model, tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(
+        copy.deepcopy(twin), tmp_path / "adapter"
+    )
+    assert_same_logits(model, adapted)
+    _, again = pair("gpt2")
+    kd.from_peft(again, tmp_path / "adapter")
+    assert_same_adapters(model, again, 2)
+    assert_same_logits(again, adapted)
+    with pytest.raises(ValueError, match="is written for servers"):
+        kd.to_peft(model, tmp_path / "server", layout="server")
+    assert not (tmp_path / "server").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"target_modules": ["wte", "c_attn"]},
+            "an adapter of transformer.wte alone",
+        ),
+        (
+            {"target_modules": ["wte", "lm_head"]},
+            "another adapter of lm_head than of transformer.wte",
+        ),
+        (
+            {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+            "another transformer.wte.weight alone",
+        ),
+        (
+            {
+                "target_modules": ["c_attn"],
+                "modules_to_save": ["wte", "lm_head"],
+            },
+            "tied, so an adapter must have the same.*another",
+        ),
+    ],
+    ids=["embedding", "both", "table", "both-tables"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_one_side_of_a_tied_one_has_is_refused(
+    config, message, pair, tmp_path
+):
+    twin, model = pair("gpt2")
+    trained_by_peft(twin, tmp_path, fan_in_fan_out=True, **config)
+    with pytest.raises(ValueError, match=message):
+        kd.from_peft(model, tmp_path)
+    assert not isinstance(model, kd.DyLoRAModel)
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "llama"])
+def test_a_table_that_is_trained_in_full(name, pair, tmp_path):
+    twin, model = pair(name)
+    trained = ["token_embedding", "logits", "pooled_dense"]
+    trained = trained if name == "roberta" else trained[:1]
+    enabled(model, trainable_layers=trained)
+    layer = model.backbone.token_embedding
+    for weight in layer.weights:
+        weight.assign_add(
+            0.1 * np.random.default_rng(0).normal(size=weight.shape)
+        )
+    kd.to_peft(model, tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(
+        copy.deepcopy(twin), tmp_path / "adapter"
+    )
+    assert_same_logits(model, adapted)
+    _, again = pair(name)
+    kd.from_peft(again, tmp_path / "adapter")
+    assert_same_logits(again, adapted)
+    with pytest.raises(ValueError, match="but for servers.*token_embedding"):
+        kd.to_peft(model, tmp_path / "server", layout="server")

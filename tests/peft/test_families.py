@@ -16,7 +16,7 @@ from keras_dylora.layers.tree import Tree
 from tests import backend
 from tests.models import VOCABULARY, allocation, randomize_adapters
 from tests.peft.families import FAMILIES
-from tests.peft.making import LENGTH
+from tests.peft.making import HUB, LENGTH
 
 pytestmark = pytest.mark.families
 
@@ -32,6 +32,11 @@ def twin_of(name):
             parameter.data += 0.1 * torch.randn_like(parameter)
         if name == "mistral":  # KerasHub reads it in half precision
             parameter.data = parameter.data.half().float()
+    for key, value in twin.named_buffers():
+        if key.endswith("running_mean"):
+            value += 0.1 * torch.randn_like(value)
+        elif key.endswith("running_var"):
+            value += torch.rand_like(value)
     return twin
 
 
@@ -45,7 +50,8 @@ def pair(request, tmp_path_factory):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     # As published ones have it, and KerasHub reads it.
-    config.setdefault("num_hidden_layers", twin.config.num_hidden_layers)
+    if hasattr(twin.config, "num_hidden_layers"):
+        config.setdefault("num_hidden_layers", twin.config.num_hidden_layers)
     path.write_text(json.dumps(config))
 
     def make():
@@ -81,7 +87,7 @@ def logits(model):
         names = {"input_ids": ids, "attention_mask": mask}
         if model.config.is_encoder_decoder:
             names |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-        if hasattr(model.config, "patch_size"):
+        if hasattr(model.config, "num_channels"):
             values = pixels.transpose(0, 3, 1, 2).astype("float32")
             names = {"pixel_values": torch.tensor(values)}
         with torch.no_grad():
@@ -108,6 +114,10 @@ def assert_same(first, second):
 def enabled(model, targets):
     if targets and "electra" in model.name:  # whose twin has no pooler
         targets = [".*self_attention_layer/.*", "feedforward.*", "embeddings.*"]
+    if isinstance(model, HUB.ViTImageClassifier) and targets:
+        targets = [".*mha/.*", ".*mlp/.*", "patch_embedding"]
+    if isinstance(model, HUB.ResNetImageClassifier):
+        targets = "all-conv"
     kd.enable_dylora(model, rank=3, alpha=3.0, target_layers=targets, verbose=0)
     # Small, so that T5's logits stay so.
     randomize_adapters(model, scale=0.1)
@@ -155,8 +165,10 @@ def served(twin, folder):
             module = modules[name.removesuffix(".lora_A.weight")]
             up = tensors[f"base_model.model.{name.replace('lora_A', 'lora_B')}"]
             assert down.shape[0] == up.shape[1] == config["r"]
-            update = up.float() @ down.float() * config["lora_alpha"]
-            module.weight.data += update / config["r"]
+            update = torch.einsum(
+                "or,r...->o...", up.float().flatten(1), down.float()
+            )
+            module.weight.data += update * config["lora_alpha"] / config["r"]
         elif not name.endswith(".lora_B.weight"):  # of the head
             module, _, parameter = name.rpartition(".")
             getattr(modules[module], parameter).data[:] = down.float()
@@ -197,3 +209,56 @@ def test_from_peft_to_keras(pair, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     kd.from_peft(model, tmp_path / "adapter")
     assert_same(model, adapted)
+
+
+TIED = ["gemma", "gemma2", "gemma3", "smollm3"]
+
+
+@pytest.mark.parametrize("pair", TIED, indirect=True)
+def test_an_embedding_and_the_output_that_is_tied_to_it(pair, tmp_path):
+    twin, model = pair()
+    base = logits(model)
+    kd.enable_dylora(
+        model,
+        rank=3,
+        target_layers=["token_embedding", r".*/(query|q_proj)"],
+        verbose=0,
+    )
+    randomize_adapters(model, scale=0.1)
+    kd.to_peft(model, tmp_path / "ours", rank=2)
+    model.set_rank(2)
+    assert np.abs(logits(model) - base).max() > 1e-3
+    adapted = peft.PeftModel.from_pretrained(
+        copy.deepcopy(twin), tmp_path / "ours"
+    )
+    assert_same(model, adapted)
+    # And as PEFT itself ties them.
+    config = peft.LoraConfig(
+        target_modules=["embed_tokens", "q_proj"],
+        ensure_weight_tying=True,
+        init_lora_weights=False,
+    )
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(twin, config)
+    adapted.save_pretrained(tmp_path / "theirs")
+    _, again = pair()
+    kd.from_peft(again, tmp_path / "theirs")
+    assert_same(again, adapted)
+
+
+@pytest.mark.parametrize("pair", ["gemma3"], indirect=True)
+def test_a_table_in_full_that_is_tied_to_the_output(pair, tmp_path):
+    twin, model = pair()
+    kd.enable_dylora(
+        model, rank=3, trainable_layers=["token_embedding"], verbose=0
+    )
+    randomize_adapters(model, scale=0.1)
+    table = model.backbone.token_embedding.embeddings
+    rng = np.random.default_rng(0)
+    table.assign_add(0.1 * rng.normal(size=table.shape))
+    kd.to_peft(model, tmp_path)
+    adapted = peft.PeftModel.from_pretrained(twin, tmp_path)
+    assert_same(model, adapted)
+    _, again = pair()
+    kd.from_peft(again, tmp_path)
+    assert_same(again, adapted)

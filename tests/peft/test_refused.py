@@ -52,7 +52,36 @@ def with_a_narrow_head():
     )
 
 
+def resnet(pooling="avg", **options):
+    """A ResNet as transformers has it, but for what is given."""
+    backbone = HUB.ResNetBackbone(
+        **{
+            "input_conv_filters": [64],
+            "input_conv_kernel_sizes": [7],
+            "stackwise_num_filters": [64],
+            "stackwise_num_blocks": [1],
+            "stackwise_num_strides": [1],
+            "block_type": "basic_block",
+            "image_shape": (16, 16, 3),
+            **options,
+        }
+    )
+    model = HUB.ResNetImageClassifier(backbone, 2, pooling=pooling)
+    return enabled(model, target_layers="all-conv")
+
+
 NOT_SAVED = {
+    "resnet-v2": (
+        lambda: resnet(use_pre_activation=True),
+        {},
+        "Received: a ResNetBackbone of use_pre_activation=True",
+    ),
+    "resnet-vd": (
+        lambda: resnet(block_type="basic_block_vd"),
+        {},
+        "block_type='basic_block_vd'",
+    ),
+    "resnet-pooling": (lambda: resnet("max"), {}, "pooling='max'"),
     "narrow-head": (with_a_narrow_head, {}, "as wide as the backbone, 16"),
     "not-enabled": (roberta_classifier, {}, "enable_dylora"),
     "rank-0": (lambda: enabled(roberta_classifier()), {"rank": 0}, "rank=0"),
@@ -224,6 +253,10 @@ NOT_LOADED = {
     "new-variant": (
         as_plain(some_variant={"groups": 2}),
         "plain LoRA.*some_variant",
+    ),
+    "expression": (
+        as_plain(alpha_pattern={"(query": 3}),
+        r"`alpha_pattern` .* must have regular expressions.*'\(query'",
     ),
     "no-r": (as_plain(r=None), "`r` must be an integer"),
     "alpha": (as_plain(lora_alpha="7"), "`lora_alpha` must be a number"),

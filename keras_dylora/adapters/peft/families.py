@@ -1,14 +1,16 @@
 """The families that PEFT adapters fit: a row for each."""
 
-import dataclasses
-
+from keras_dylora.adapters.peft.images import IMAGES
 from keras_dylora.adapters.peft.layout import (
+    LAYER,
     Blocks,
     Layout,
     attention,
     feedforward,
     fused,
     head,
+    rows,
+    stack,
 )
 
 
@@ -25,6 +27,7 @@ def layout_of(model):
                     "PEFT adapters can be exchanged for models of one kind of "
                     f"input. Received: a {type(body).__name__} of images too"
                 )
+            layout.check_variant(model)
             return layout
     raise ValueError(
         "PEFT adapters can be exchanged for the KerasHub models "
@@ -37,8 +40,6 @@ def layout_of(model):
 def _class_names(instance):
     return {cls.__name__ for cls in type(instance).__mro__}
 
-
-_LAYER = "transformer_layer_{}"
 
 _BERT = attention(
     "self_attention_layer",
@@ -104,21 +105,16 @@ def _t5_blocks(half, attention, number):
     )
 
 
-def _stack(backbone, linear, keras=_LAYER, name="encoder.layer.{}", **rest):
-    """The layout of a backbone with blocks of one kind."""
-    return Layout(backbone, (Blocks(name, keras, linear),), **rest)
-
-
-def _decoder(family, linear, keras=_LAYER):
+def _decoder(family, linear, keras=LAYER, **task):
     """Rows of a decoder as Llama's are, by the name of its classes."""
     backbone = f"{family}Backbone"
-    bare = _stack(backbone, linear, keras, "layers.{}", **_TOKENS)
-    return _rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM")
+    bare = stack(backbone, linear, keras, "layers.{}", **_TOKENS)
+    return rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM", **task)
 
 
 def _roberta(family):
-    return _rows(
-        _stack(f"{family}Backbone", _BERT, **_WORDS),
+    return rows(
+        stack(f"{family}Backbone", _BERT, **_WORDS),
         f"{family}TextClassifier",
         "roberta.",
         "SEQ_CLS",
@@ -126,17 +122,11 @@ def _roberta(family):
     )
 
 
-def _rows(bare, task, prefix, task_type, head=None):
-    """The rows of a backbone and of a task on it."""
-    changes = {"prefix": prefix, "task_type": task_type, "head": head or {}}
-    return {bare.backbone: bare, task: dataclasses.replace(bare, **changes)}
-
-
 LAYOUTS = {
     **_roberta("Roberta"),
     **_roberta("XLMRoberta"),
-    **_rows(
-        _stack(
+    **rows(
+        stack(
             "BertBackbone",
             _BERT,
             outside={"pooler.dense": ("pooled_dense",)},
@@ -147,8 +137,8 @@ LAYOUTS = {
         "SEQ_CLS",
         head("classifier", "logits"),
     ),
-    **_rows(
-        _stack(
+    **rows(
+        stack(
             "DistilBertBackbone",
             attention(
                 "self_attention_layer",
@@ -164,8 +154,8 @@ LAYOUTS = {
         "SEQ_CLS",
         head("pre_classifier classifier", "pooled_dense logits"),
     ),
-    **_rows(
-        _stack(
+    **rows(
+        stack(
             "AlbertBackbone",
             attention(
                 "self_attention_layer",
@@ -186,8 +176,8 @@ LAYOUTS = {
         "SEQ_CLS",
         head("classifier", "logits"),
     ),
-    **_rows(
-        _stack(
+    **rows(
+        stack(
             "GPT2Backbone",
             {
                 "attn.c_attn": fused("self_attention", "query", "key", "value"),
@@ -208,7 +198,16 @@ LAYOUTS = {
     **_decoder("Qwen", _LLAMA),  # Qwen 2 and 2.5
     **_decoder("Qwen3", _LLAMA),
     **_decoder("Gemma", _GEMMA, "decoder_block_{}"),  # 1 and 2
-    **_decoder("Gemma3", _GEMMA, "decoder_block_{}"),
+    **_decoder(
+        "Gemma3",
+        _GEMMA,
+        "decoder_block_{}",
+        architectures={
+            "Gemma3ForCausalLM": "model.",
+            "Gemma3ForConditionalGeneration": "model.language_model.",
+        },
+        held_from=2560,  # the one of 4B
+    ),
     **_decoder(
         "Phi3",
         {
@@ -233,14 +232,14 @@ LAYOUTS = {
             "mlp.down_proj": ("mlp/down_proj",),
         },
     ),
-    **_rows(
-        _stack("OPTBackbone", _opt("self_attention"), name="decoder.layers.{}"),
+    **rows(
+        stack("OPTBackbone", _opt("self_attention"), name="decoder.layers.{}"),
         "OPTCausalLM",
         "model.",
         "CAUSAL_LM",
     ),
-    **_rows(
-        _stack(
+    **rows(
+        stack(
             "BloomBackbone",
             {
                 "self_attention.query_key_value": fused(
@@ -257,8 +256,8 @@ LAYOUTS = {
         "transformer.",
         "CAUSAL_LM",
     ),
-    **_rows(
-        _stack(
+    **rows(
+        stack(
             "FalconBackbone",  # as falcon-rw, a key and value for each head
             {
                 "self_attention.query_key_value": fused(
@@ -275,8 +274,8 @@ LAYOUTS = {
         "transformer.",
         "CAUSAL_LM",
     ),
-    **_rows(
-        _stack(
+    **rows(
+        stack(
             "GPTNeoXBackbone",  # fused in Keras too, in the same order
             {
                 "attention.query_key_value": (
@@ -291,8 +290,8 @@ LAYOUTS = {
         "gpt_neox.",
         "CAUSAL_LM",
     ),
-    **_rows(
-        _stack(
+    **rows(
+        stack(
             "DebertaV3Backbone",
             attention(
                 "self_attention_layer",
@@ -307,12 +306,12 @@ LAYOUTS = {
         "SEQ_CLS",
         head("pooler.dense classifier", "pooled_dense logits"),
     ),
-    "ElectraBackbone": _stack(
+    "ElectraBackbone": stack(
         "ElectraBackbone",
         _BERT,
         outside={"embeddings_project": ("embeddings_projection",)},
     ),
-    **_rows(
+    **rows(
         Layout(
             "T5Backbone",
             (
@@ -333,7 +332,7 @@ LAYOUTS = {
         "",
         "SEQ_2_SEQ_LM",
     ),
-    **_rows(
+    **rows(
         Layout(
             "BartBackbone",
             (
@@ -358,30 +357,5 @@ LAYOUTS = {
         "model.",
         "SEQ_2_SEQ_LM",
     ),
-    **_rows(
-        Layout(
-            "ViTBackbone",
-            (
-                Blocks(
-                    "layers.{}",
-                    "vit_encoder/transformer_block_{}",
-                    attention(
-                        "mha",
-                        "attention.q_proj attention.k_proj attention.v_proj "
-                        "attention.o_proj",
-                    )
-                    | {
-                        "mlp.fc1": ("mlp/dense_1",),
-                        "mlp.fc2": ("mlp/dense_2",),
-                    },
-                    first=1,
-                ),
-            ),
-            task_type=None,
-        ),
-        "ViTImageClassifier",
-        "vit.",
-        None,
-        head("classifier", "predictions"),
-    ),
+    **IMAGES,
 }

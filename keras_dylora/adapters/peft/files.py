@@ -6,7 +6,6 @@ import json
 import math
 import numbers
 import pathlib
-import re
 
 import ml_dtypes  # noqa: F401  NumPy's bfloat16
 import numpy as np
@@ -16,8 +15,10 @@ from safetensors.numpy import save_file
 from keras_dylora import files, ranks
 from keras_dylora.adapters import metadata
 from keras_dylora.adapters.identity import Identity
+from keras_dylora.adapters.peft import fields
+from keras_dylora.adapters.peft.layout import OUTPUT
+from keras_dylora.adapters.peft.tensors import to_factors
 from keras_dylora.config import DyLoRAConfig
-from keras_dylora.layers.factors import Factors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -30,37 +31,14 @@ PREFIX = "base_model.model."
 # What is in it, so that it can be told as ours, where no rank is kept.
 SERVER = {"layout": "server"}
 
-# Initial values only; the others change the base weights too.
-_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Keys that leave the arithmetic of an adapter alone, or are handled here.
-_HARMLESS_KEYS = {
-    "alpha_pattern", "auto_mapping", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "modules_to_save", "rank_pattern",
-    "runtime_config", "target_modules", "trainable_token_indices",
-    "use_rslora",
-}  # fmt: skip
-
-
-# Of the others that are read here, the types that PEFT writes.
-_TYPES = {
-    "alpha_pattern": dict,
-    "exclude_modules": (str, list),
-    "layers_to_transform": (int, list),
-    "modules_to_save": list,
-    "rank_pattern": dict,
-    "target_modules": (str, list),
-    "trainable_token_indices": (list, dict),
-    "use_rslora": bool,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter:
     """What an adapter directory holds.
 
     If `to_peft` wrote it, the config and the identity of a model, and the
-    ranks of its layers where they differ.
+    ranks of its layers where they differ. Of two `prefixes`, layers have the
+    first in the configuration and the second in the model.
     """
 
     config: dict
@@ -68,6 +46,7 @@ class PeftAdapter:
     dylora: DyLoRAConfig | None
     identity: Identity | None
     ranks: dict[str, int] | None
+    prefixes: tuple[str, str] = ("", "")
 
     @property
     def layer_ranks(self):
@@ -109,54 +88,47 @@ class PeftAdapter:
     def moved(self, old, new):
         """A copy with another prefix of the layers, such as `"roberta."`."""
 
-        def name(key):
-            return new + key.removeprefix(old) if key.startswith(old) else key
-
-        config = dict(self.config)
-        for key in ("rank_pattern", "alpha_pattern"):
-            config[key] = {
-                name(k): x for k, x in (config.get(key) or {}).items()
-            }
-        if isinstance(config.get("target_modules"), list):
-            config["target_modules"] = list(map(name, config["target_modules"]))
         tensors = {
-            f"{PREFIX}{name(k.removeprefix(PREFIX))}": x
+            f"{PREFIX}{_renamed(k.removeprefix(PREFIX), old, new)}": x
             for k, x in self.tensors.items()
         }
-        return dataclasses.replace(self, config=config, tensors=tensors)
+        return dataclasses.replace(self, tensors=tensors, prefixes=(old, new))
+
+    def in_config(self, module):
+        """The name that a layer has in the configuration."""
+        return _renamed(module, *self.prefixes[::-1])
 
     def factors(self, module, names):
         """The adapter of a layer, as `Factors`, by the names of its tensors."""
-        a, b = map(self.tensor, names)
-        return Factors(a.T, b.T, self.alpha(module) / self.rank(module))
+        scale = self.alpha(module) / self.rank(module)
+        return to_factors(*map(self.tensor, names), scale)
 
     def _of(self, module, pattern, default):
-        for key, value in (self.config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        return self.config.get(default)
+        return fields.pattern(
+            self.config, pattern, self.in_config(module), default
+        )
 
     def adapts(self, module, names):
-        """Whether the adapter is for a layer, by name or by tensor."""
-        if any(f"{PREFIX}{name}" in self.tensors for name in names):
-            return True
-        if _names(self.config.get("exclude_modules"), module):
-            return False
-        numbered = self.config.get("layers_to_transform")
-        if numbered is not None and numbered != []:
-            if isinstance(numbered, int):
-                numbered = [numbered]
-            block = re.search(r"\.(\d+)\.", module)
-            if block is None or int(block[1]) not in numbered:
-                return False
-        return _names(self.config.get("target_modules"), module)
+        """Whether the adapter is for a layer, by its tensors or its name.
+
+        Raises a `ValueError` if its tensors are those of a layer that the
+        configuration leaves out, which PEFT wouldn't adapt.
+        """
+        if not any(f"{PREFIX}{name}" in self.tensors for name in names):
+            return fields.targets(self.config, self.in_config(module))
+        field = fields.left_out_by(self.config, self.in_config(module))
+        if field is not None:
+            raise ValueError(
+                f"An adapter must have tensors of the layers that `{field}` "
+                f"in {CONFIG_NAME} leaves in, and no others. "
+                f"Received: {field}={self.config[field]!r} and tensors of "
+                f"{module}"
+            )
+        return True
 
 
-def _names(names, module):
-    """PEFT's rule: a regular expression, or a list of endings."""
-    if isinstance(names, str):
-        return bool(re.fullmatch(names, module))
-    return any(f".{module}".endswith(f".{name}") for name in names or ())
+def _renamed(name, old, new):
+    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def read(directory):
@@ -181,39 +153,13 @@ def read(directory):
                 f"Received: {str(folder)!r} without {name}"
             )
     config = files.read_json(folder / CONFIG_NAME)
-    _check_plain_lora(config)
-    tensors = _load(folder / WEIGHTS_NAME)
-    return PeftAdapter(config, tensors, *_dylora_config(folder))
-
-
-def _check_plain_lora(config):
-    wrong = {
-        key: value
-        for key, value in config.items()
-        # What PEFT adds to LoRA is switched on by a bool or a non-empty
-        # list or dict, and is off by default.
-        if key not in _HARMLESS_KEYS
-        and (value is True or (value and isinstance(value, (dict, list))))
+    fields.check(config, CONFIG_NAME)
+    tensors = {
+        name: value
+        for name, value in _load(folder / WEIGHTS_NAME).items()
+        if not name.endswith(fields.OF_TRAINING)
     }
-    for key, allowed in (
-        ("peft_type", ("LORA",)),
-        ("bias", (None, "none")),
-        ("init_lora_weights", _HARMLESS_INITS),
-    ):
-        if config.get(key) not in allowed:
-            wrong[key] = config.get(key)
-    if wrong:
-        raise ValueError(
-            "The adapter must be a plain LoRA. Received: "
-            + ", ".join(f"{k}={v!r}" for k, v in wrong.items())
-        )
-    for key, types in _TYPES.items():
-        value = config.get(key)
-        if value is not None and not isinstance(value, types):
-            raise ValueError(
-                f"`{key}` in {CONFIG_NAME} must be as PEFT writes it. "
-                f"Received: {key}={value!r}"
-            )
+    return PeftAdapter(config, tensors, *_dylora_config(folder))
 
 
 def _load(path):
@@ -292,14 +238,21 @@ def _save(path, tensors, dtype):
     save_file(stored, path, metadata={"format": "pt"})
 
 
-def peft_config(layout, fused, dylora, base):
-    """PEFT's configuration, of all linear layers with `Factors` or `None`."""
+def peft_config(layout, fused, tables, dylora, base):
+    """PEFT's configuration, of all layers with `Factors` or `None`.
+
+    And of the names of `tables` that were trained in full.
+    """
     rslora = dylora.scaling == "sqrt"
     sizes = {
         module: (x.rank, _lora_alpha(x, rslora))
         for module, x in fused.items()
         if x is not None
     }
+    # PEFT ties what has this name.
+    tying = _last(layout.embedding) == "embed_tokens" and (
+        OUTPUT in fused or len(tables) > len(set(tables.values()))
+    )
     # Patterns for as few layers as possible: not every program reads them.
     (rank, alpha), _ = collections.Counter(sizes.values()).most_common(1)[0]
     other = {k: size for k, size in sizes.items() if size != (rank, alpha)}
@@ -317,8 +270,12 @@ def peft_config(layout, fused, dylora, base):
         "bias": "none",
         "fan_in_fan_out": layout.transposed,
         "target_modules": _target_modules(layout, fused),
-        "modules_to_save": sorted({k.split(".")[0] for k in layout.head})
+        "modules_to_save": sorted(
+            {k.split(".")[0] for k in layout.head}
+            | {_last(k.removesuffix(".weight")) for k in tables}
+        )
         or None,
+        **({"ensure_weight_tying": True} if tying else {}),
     }
 
 
@@ -341,7 +298,7 @@ def _target_modules(layout, fused):
     targets = set()
     for module in (module for module, x in fused.items() if x is not None):
         short = _last(module)
-        unique = in_block[short] == 1 and short not in plain
+        unique = in_block[short] == 1 and short not in plain and layout.alone
         targets.add(short if unique else module)
     return sorted(targets)
 

@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import math
 import re
+import warnings
 
 import numpy as np
 
+from keras_dylora.cuts import users_line
 from keras_dylora.layers.kinds import geometry
 
 
@@ -26,6 +28,10 @@ class Blocks:
         first: int. The number of the first one in KerasHub. Defaults to `0`.
         ungated: dict that counts in place of `linear` where the model has no
             gates and so lacks some of its layers. Defaults to `None`, none.
+        optional: tuple of names of layers that not every block has. Defaults
+            to none.
+        separator: str. What Keras has between the names of a block and of a
+            layer in it. Defaults to a slash.
     """
 
     name: str
@@ -33,42 +39,34 @@ class Blocks:
     linear: dict
     first: int = 0
     ungated: dict | None = None
+    optional: tuple = ()
+    separator: str = "/"
 
     def modules(self, paths):
         """The linear layers of all blocks of a model, with Keras's paths."""
         found = {}
         for i in itertools.count():
-            block = self.keras.format(i + self.first)
-            if not any(path.startswith(f"{block}/") for path in paths):
+            block = self.keras.format(i + self.first) + self.separator
+            if not any(path.startswith(block) for path in paths):
                 return found
             linear = self.linear
             if self.ungated and not any(
-                path.startswith(f"{block}/") and "gate" in path
-                for path in paths
+                path.startswith(block) and "gate" in path for path in paths
             ):
                 linear = self.ungated
             for name, layers in linear.items():
-                found[f"{self.name.format(i)}.{name}"] = tuple(
+                ours = tuple(
                     f"{layer[1:]}_{i}".removesuffix("_0")
                     if layer.startswith("/")
-                    else f"{block}/{layer}"
+                    else f"{block}{layer}"
                     for layer in layers
                 )
+                if name not in self.optional or set(ours) <= set(paths):
+                    found[f"{self.name.format(i)}.{name}"] = ours
 
 
-def check_tied(tree, paths):
-    """Raises a `ValueError` if PEFT would compute something else.
-
-    That adapts an embedding alone, and not the output that is tied to it.
-    """
-    for path in paths:
-        writes = hasattr(tree.model, "generate")
-        if writes and getattr(tree.layers[path], "tie_weights", False):
-            raise ValueError(
-                "A PEFT adapter of an embedding doesn't reach the output that "
-                "is tied to it, and ours does. Use `merge`, or adapt other "
-                f"layers. Received: an adapter at {path!r}"
-            )
+# What transformers calls the output of a language model.
+OUTPUT = "lm_head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +87,15 @@ class Layout:
         task_type: str. PEFT's name of the task, `None` where it has none.
         head: dict of the weights of the head to the paths of their Keras
             variables.
+        only: dict of attributes of the KerasHub model or its backbone to
+            tuples of the values that transformers has a twin for. Defaults to
+            every value.
+        architectures: dict of the classes of transformers that may hold the
+            model to the prefix in each. Defaults to none but its own.
+        held_from: int. The width of the backbone from which the published
+            models are of the last of them. Defaults to `None`, none is.
+        alone: bool. Whether the class of transformers has nothing beside the
+            model. Defaults to `True`.
     """
 
     backbone: str
@@ -100,6 +107,57 @@ class Layout:
     prefix: str = ""
     task_type: str | None = "FEATURE_EXTRACTION"
     head: dict = dataclasses.field(default_factory=dict)
+    only: dict = dataclasses.field(default_factory=dict)
+    architectures: dict = dataclasses.field(default_factory=dict)
+    held_from: int | None = None
+    alone: bool = True
+
+    def of_architecture(self, model, architecture):
+        """The layout in a class of transformers, by its name.
+
+        Raises a `ValueError` if that isn't known; warns where none is named
+        and the published models of this size are of another class.
+        """
+        if architecture is None:
+            body = getattr(model, "backbone", model)
+            if self.held_from and body.hidden_dim >= self.held_from:
+                own, holder = self.architectures
+                warnings.warn(
+                    "transformers and vLLM load the published models of this "
+                    f"size as a {holder}, whose layers are called "
+                    f"`{self.architectures[holder]}…`. There an adapter by "
+                    "other names has no effect, and no error says so. Name "
+                    "the class that `config.json` of the base does: "
+                    f"architecture={holder!r} or {own!r}. Received: none, so "
+                    f"the adapter is for a {own}",
+                    stacklevel=users_line(),
+                )
+            return self
+        if architecture not in self.architectures:
+            raise ValueError(
+                "`architecture` must be a class of transformers whose names "
+                "are known here, one of "
+                f"{list(self.architectures)}; where there is none, leave it "
+                f"out. Received: architecture={architecture!r} for a "
+                f"{type(model).__name__}"
+            )
+        prefix = self.architectures[architecture]
+        return dataclasses.replace(
+            self, prefix=prefix, alone=prefix == self.prefix
+        )
+
+    def check_variant(self, model):
+        """Raises a `ValueError` if transformers has no twin of a model."""
+        for owner in (model, getattr(model, "backbone", model)):
+            for name, values in self.only.items():
+                value = getattr(owner, name, values[0])
+                if value not in values:
+                    raise ValueError(
+                        "PEFT adapters can be exchanged for models that "
+                        f"transformers has, with `{name}` one of {values}. "
+                        f"Received: a {type(owner).__name__} of "
+                        f"{name}={value!r}"
+                    )
 
     @property
     def linear(self):
@@ -130,6 +188,13 @@ class Layout:
     def token_embedding(self, tree):
         """The embedding of tokens of a KerasHub model."""
         return getattr(tree.model, "backbone", tree.model).token_embedding
+
+    def tied(self, tree):
+        """The module of an embedding that the output is tied to, or `None`."""
+        if not self.embedding or not hasattr(tree.model, "generate"):
+            return None
+        tied = getattr(self.token_embedding(tree), "tie_weights", False)
+        return f"{self.prefix}{self.embedding}" if tied else None
 
     def tensor_names(self, module):
         """The names of the two tensors of a layer's adapter."""
@@ -196,3 +261,17 @@ def head(names, ours):
         for name, layer in zip(names.split(), ours.split(), strict=True)
         for theirs, weight in (("weight", "kernel"), ("bias", "bias"))
     }
+
+
+LAYER = "transformer_layer_{}"
+
+
+def stack(backbone, linear, keras=LAYER, name="encoder.layer.{}", **rest):
+    """The layout of a backbone with blocks of one kind."""
+    return Layout(backbone, (Blocks(name, keras, linear),), **rest)
+
+
+def rows(bare, task, prefix, task_type, head=None, **changes):
+    """The rows of a backbone and of a task on it."""
+    changes |= {"prefix": prefix, "task_type": task_type, "head": head or {}}
+    return {bare.backbone: bare, task: dataclasses.replace(bare, **changes)}

@@ -5,26 +5,19 @@ import os
 
 import numpy as np
 
+from keras_dylora.adapters.fitting import check_shapes
+from keras_dylora.adapters.peft import embeddings, fields, tensors, tokens
 from keras_dylora.adapters.peft import files as peft_files
-from keras_dylora.adapters.peft import tokens
 from keras_dylora.adapters.peft.families import layout_of
-from keras_dylora.adapters.peft.layout import check_tied
-from keras_dylora.adapters.weights import (
-    AdapterWeights,
-    check_shapes,
-    with_max_ranks,
-)
+from keras_dylora.adapters.peft.layout import OUTPUT
+from keras_dylora.adapters.weights import AdapterWeights, with_max_ranks
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.cuts import warn_of_cut
-from keras_dylora.layers.factors import Factors, float32_array
+from keras_dylora.layers.factors import Factors
 from keras_dylora.layers.kinds import matrix_shape
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.model import Model
 from keras_dylora.live.named import DEFAULT
-
-# What transformers calls the embeddings of tokens, and those of the output.
-EMBEDDINGS = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
-OUTPUT_EMBEDDINGS = "lm_head.weight"
 
 
 def from_peft(
@@ -104,34 +97,30 @@ def read(tree, directory, strict, head):
     if not head:
         adapter = adapter.without_head()
     adapter = _placed(tree, layout, adapter, strict)
-    adapter = _without_table(tree, layout, adapter)
+    adapter = embeddings.without_output(tree, layout, adapter)
+    adapter = embeddings.without_tables(tree, layout, adapter)
     adapter, ids, update = tokens.taken_out(tree, layout, adapter)
     modules = layout.modules(tree)
     columns = layout.columns_by_module(tree, modules)
     modules = _adapted(modules, adapter, layout)
-    check_tied(tree, [p for paths in modules.values() for p in paths if p])
     ranks = adapter.layer_ranks
-    # The head may be left out of a file, but as a whole.
-    has_head = adapter.config.get("modules_to_save") or any(
-        f"{peft_files.PREFIX}{name}" in adapter.tensors for name in layout.head
-    )
-    head = layout.head if has_head else {}
+    head = _head(layout, adapter)
     every, layers = tree.weights, tree.layers
     shapes = {n: tuple(every[p].shape)[::-1] for n, p in head.items()}
-    embeddings = _embeddings(tree.model, adapter, every)
-    shapes |= {n: adapter.tensor(n).shape for n in embeddings}
+    tables = embeddings.trained(tree.model, adapter, every)
+    shapes |= {n: adapter.tensor(n).shape for n in tables}
     absent = {}  # a layer of ours at rank 0 isn't in the file
     for module, paths in modules.items():
-        inputs, _ = matrix_shape(layers[next(filter(None, paths))])
+        layer = layers[next(filter(None, paths))]
         outputs = sum(map(len, columns[module]))
         if ranks and not _own_rank(paths, ranks):
-            nothing = np.zeros((inputs, 0)), np.zeros((0, outputs))
-            absent[module] = Factors(*nothing, 1.0)
+            nothing = np.zeros((matrix_shape(layer)[0], 0))
+            absent[module] = Factors(nothing, np.zeros((0, outputs)), 1.0)
             continue
-        rank = adapter.rank(module)
-        sides = (rank, inputs), (outputs, rank)
+        sides = tensors.shapes(layer, adapter.rank(module), outputs)
         names = layout.tensor_names(module)
         shapes |= dict(zip(names, sides, strict=True))
+    _check_places(layout, adapter, shapes)
     check_shapes(
         {f"{peft_files.PREFIX}{name}": x for name, x in shapes.items()},
         adapter.tensors,
@@ -154,66 +143,60 @@ def read(tree, directory, strict, head):
         each = {path: factors.rank for path, factors in parts.items()}
         config = with_max_ranks(config, each)
     trained = {path: adapter.tensor(name).T for name, path in head.items()}
-    trained |= {path: value for value, path in embeddings.values()}
+    trained |= {path: value for value, path in tables.values()}
     return AdapterWeights(parts, trained | update, config, adapter.identity)
 
 
-def _without_table(tree, layout, adapter):
-    """An adapter without the table that PEFT saves beside one of an embedding.
+def _head(layout, adapter):
+    """The weights of the head that a file must have, by name.
 
-    Raises a `ValueError` if the table isn't that of the model.
+    Those of the layers that `modules_to_save` names. The head may be left out,
+    but where nothing names a part of it, as a whole.
     """
-    name = f"{layout.prefix}{layout.embedding}.base_layer.weight"
-    key = f"{peft_files.PREFIX}{name}"
-    if key not in adapter.tensors:
-        return adapter
-    tensors = dict(adapter.tensors)
-    table = tensors.pop(key)
-    own = float32_array(layout.token_embedding(tree).embeddings)
-    if table.shape != own.shape or not np.allclose(table, own, atol=1e-2):
+    if adapter.config.get("modules_to_save"):
+        return {
+            name: path
+            for name, path in layout.head.items()
+            if fields.saves(adapter.config, name.rpartition(".")[0])
+        }
+    names = {x.removeprefix(peft_files.PREFIX) for x in adapter.tensors}
+    return layout.head if names & layout.head.keys() else {}
+
+
+def _check_places(layout, adapter, shapes):
+    """Raises a `ValueError` by the field that asks for tensors without place.
+
+    What else doesn't fit is told tensor by tensor.
+    """
+    heads = {name.rpartition(".")[0] for name in layout.head}
+    outside = heads | {OUTPUT}
+    names = {x.removeprefix(peft_files.PREFIX) for x in adapter.tensors}
+    rest = sorted(names - shapes.keys())
+    adapted = {x.partition(".lora_")[0] for x in rest if ".lora_" in x}
+    if adapted & outside:
         raise ValueError(
-            "The embedding of an adapted one must be the model's own, since "
-            "only the adapter is trained. Received: another "
-            f"{name} of shape {table.shape}"
+            "An adapter must leave the head and the output to "
+            "`modules_to_save`, as PEFT does for a `task_type`, or "
+            "`merge_and_unload` of PEFT puts it into the base. Received: "
+            f"target_modules={adapter.config.get('target_modules')!r} "
+            f"with adapters of {sorted(adapted & outside)}"
         )
-    return dataclasses.replace(adapter, tensors=tensors)
-
-
-def _embeddings(model, adapter, every):
-    """The embeddings that PEFT saves where tokens were added.
-
-    A dict of the tensor's name to what our weight is, and the path of that.
-    Raises a `ValueError` if the vocabulary is another one.
-    """
-    layer = getattr(getattr(model, "backbone", model), "token_embedding", None)
-    found = {}
-    for key in adapter.tensors if layer is not None else ():
-        name = key.removeprefix(peft_files.PREFIX)
-        if name == key:
-            continue
-        variable, value = layer.embeddings, adapter.tensor(name)
-        if name == OUTPUT_EMBEDDINGS and not getattr(
-            layer, "tie_weights", True
-        ):
-            variable, value = layer.reverse_embeddings, value.T
-        elif name != OUTPUT_EMBEDDINGS and not name.endswith(EMBEDDINGS):
-            continue
-        if value.shape != tuple(variable.shape):
-            raise ValueError(
-                "The embeddings of an adapter must be of the vocabulary of "
-                f"the model. Received: {name} of shape {value.shape}, must be "
-                f"{tuple(variable.shape)}"
-            )
-        path = next(p for p, v in every.items() if v is variable)
-        found[name] = value, path
-    by_path = {}
-    for name, (value, path) in found.items():
-        if not np.array_equal(by_path.setdefault(path, value), value):
-            raise ValueError(
-                "The embeddings of the model are tied, so an adapter must have "
-                f"the same on both sides. Received: another {name}"
-            )
-    return found
+    full = [
+        name
+        for name in rest
+        if ".lora_" not in name
+        and fields.saves(
+            adapter.config, adapter.in_config(name.rpartition(".")[0])
+        )
+    ]
+    if full:
+        raise ValueError(
+            "`modules_to_save` must name the task head of the model and its "
+            "embeddings of tokens alone. `head=False` loads the adapters "
+            "without it, and `merge_and_unload` of PEFT puts it into the base. "
+            f"Received: modules_to_save={adapter.config['modules_to_save']!r} "
+            f"with tensors {full}"
+        )
 
 
 def _placed(tree, layout, adapter, strict):

@@ -9,12 +9,14 @@ import keras
 import numpy as np
 
 from keras_dylora import files
+from keras_dylora.adapters.fitting import check_float
+from keras_dylora.adapters.peft import embeddings, tokens
 from keras_dylora.adapters.peft import files as peft_files
-from keras_dylora.adapters.peft import tokens
 from keras_dylora.adapters.peft.card import is_ours, model_card
 from keras_dylora.adapters.peft.families import layout_of
-from keras_dylora.adapters.peft.layout import check_tied
-from keras_dylora.adapters.weights import AdapterWeights, check_float
+from keras_dylora.adapters.peft.layout import OUTPUT
+from keras_dylora.adapters.peft.tensors import kernel_size, of_factors
+from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.allocation import Rank
 from keras_dylora.layers.factors import Factors, float32_array
 from keras_dylora.layers.tree import Tree
@@ -37,15 +39,17 @@ def to_peft(
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     server_rank: int | None = None,
     report: RankReport | None = None,
+    architecture: str | None = None,
 ) -> None:
     """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
 
     PEFT loads the directory onto the transformers model with the same base
     weights, and computes what `model` computes at that rank: `lora_alpha / r`
-    is `alpha / rank`. The head of a classifier is in `modules_to_save`. A file
-    of our own, `keras_dylora.json`, tells `from_peft` that the ranks have an
-    order. At a `RankAllocation`, `rank_pattern` and `alpha_pattern` tell the
-    ranks of the layers, and those at rank 0 are left out.
+    is `alpha / rank`. The head of a classifier and an embedding of tokens
+    that was trained in full are in `modules_to_save`. A file of our own,
+    `keras_dylora.json`, tells `from_peft` that the ranks have an order. At a
+    `RankAllocation`, `rank_pattern` and `alpha_pattern` tell the ranks of the
+    layers, and those at rank 0 are left out.
 
     Programs that serve adapters, such as vLLM, read one rank and one scale for
     all layers. `layout="server"` gives them that: lower ranks are padded with
@@ -62,7 +66,8 @@ def to_peft(
             DistilBERT, ALBERT or DeBERTa-v3, a causal LM of GPT-2, OPT, Bloom,
             Falcon, GPT-NeoX, Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to
             3, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or T5,
-            an image classifier of ViT, or the backbone of one, or of ELECTRA.
+            an image classifier of ViT or ResNet, or the backbone of one, or
+            of ELECTRA.
         directory: str or path. Written beside, then renamed.
         rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
             `None`, the maximum.
@@ -82,15 +87,21 @@ def to_peft(
             Defaults to `None`, the highest of a layer.
         report: `RankReport`, whose metrics go into the model card,
             `README.md`. Defaults to `None`.
+        architecture: str. The class of transformers that holds the base, as
+            `config.json` of the base names it, since the layers have other
+            names in some: `"Gemma3ForConditionalGeneration"`, as which Gemma 3
+            is published from 4B on, or `"Gemma3ForCausalLM"`. Defaults to
+            `None`, that of text alone, with a warning where the published
+            ones of its size are of another class.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if a rank, `layout` or `dtype` is none of its values, if
-            `rank` and `ranks` are given, if `server_rank` is below that of a
-            layer, if the model isn't enabled or of
-            another class, if adapters or trained weights have no place in a
-            PEFT adapter or are beyond `dtype`, or if the directory holds
-            something else.
+        ValueError: if a rank, `layout`, `dtype` or `architecture` is none of
+            its values, if `rank` and `ranks` are given, if `server_rank` is
+            below that of a layer, if the model isn't enabled or of another
+            class, if adapters or trained weights have no place in a PEFT
+            adapter or are beyond `dtype`, or if the directory holds something
+            else.
 
     Example:
 
@@ -138,11 +149,15 @@ def to_peft(
     whole = AdapterWeights.of(tree)
     cut = {name: whole.cut(b) for name, b in chosen.items()}
     adaptation_of(model).warn_of_cut(*chosen.values())
-    family = layout_of(model)
+    family = layout_of(model).of_architecture(model, architecture)
     modules = family.modules(tree)
     every = tree.weights
-    head = {path: every[path] for path in family.head.values()}
-    _check_exportable(tree, head, modules, whole)
+    full = tree.model._dylora.spec.full(tree)
+    tables = embeddings.in_full(tree, family) if layout == "peft" else {}
+    tables = {name: path for name, path in tables.items() if path in full}
+    named = family.head | tables
+    head = {path: every[path] for path in named.values()}
+    _check_exportable(tree, head, tables.values(), modules, whole)
     token_config, token_rows = tokens.of_model(tree, family)
     if token_rows and layout == "server":
         raise ValueError(
@@ -151,24 +166,38 @@ def to_peft(
             f"layout={layout!r} of a model with {token_config}"
         )
     columns = family.columns_by_module(tree, modules)
+    sizes = {x: kernel_size(tree.layers[p]) for x, (p, *_) in modules.items()}
+    tied = family.tied(tree)
+    if layout == "server" and set(modules.get(tied, ())) & set(whole.layers):
+        raise ValueError(
+            "No adapter of an embedding that the output is tied to is written "
+            "for servers. Use `layout='peft'` or `merge`, or adapt other "
+            "layers. "
+            f"Received: layout={layout!r} with an adapter of {tied}"
+        )
     trained = {
-        name: float32_array(head[path]).T for name, path in family.head.items()
+        name: float32_array(head[path])
+        if path.endswith("/embeddings")
+        else float32_array(head[path]).T
+        for name, path in named.items()
     }
     with files.new_directory(directory, overwrite, _written) as folder:
         for name, weights in cut.items():
             fused, described = _described(weights, modules, columns)
+            if fused.get(tied) is not None:
+                fused[OUTPUT] = fused[tied].transposed()
             dylora = described.config
             if layout == "server":
                 fused = _of_one_rank(fused, server_rank)
                 dylora = dataclasses.replace(dylora, scaling="constant")
             config = peft_files.peft_config(
-                family, fused, dylora, base_model_name_or_path
+                family, fused, tables, dylora, base_model_name_or_path
             )
             config |= token_config
             (folder / name).mkdir(exist_ok=True)
             peft_files.write(
                 folder / name,
-                _tensors(fused, family) | trained | token_rows,
+                _tensors(fused, family, sizes) | trained | token_rows,
                 config,
                 # A server's is padded, and none of ours when it is loaded.
                 described if layout == "peft" else None,
@@ -203,37 +232,41 @@ def _described(weights, modules, columns):
     return fused, dataclasses.replace(weights, config=config)
 
 
-def _tensors(fused, layout):
+def _tensors(fused, layout, sizes):
+    """The tensors of all `Factors`, by name; `sizes` are those of kernels."""
     tensors = {}
     for module, factors in fused.items():
         if factors is not None:
-            sides = factors.down.T, factors.up.T
+            sides = of_factors(factors, sizes.get(module, ()))
             names = layout.tensor_names(module)
             tensors |= dict(zip(names, sides, strict=True))
     return tensors
 
 
-def _check_exportable(tree, head, modules, weights):
+def _check_exportable(tree, head, tables, modules, weights):
     known = {path for paths in modules.values() for path in paths}
     other = sorted(set(weights.layers) - known)
     if other:
         raise ValueError(
-            "A PEFT adapter can adapt the linear layers of the backbone and "
-            f"its embedding of tokens. Received: adapters at {other}"
+            "A PEFT adapter can adapt the linear layers, convolutions and "
+            "embedding of tokens that transformers has in its backbone. "
+            f"Received: adapters at {other}"
         )
-    check_tied(tree, weights.layers)
     spec = tree.model._dylora.spec
     rows = tree.model._dylora.tokens
     exported = {*head, rows.weight} if rows else set(head)
     other = sorted(set(spec.full(tree)) - exported)
     if other:
         raise ValueError(
-            "A PEFT adapter can hold adapters and the task head, and nothing "
-            f"else that is trained. Received: trained weights {other}"
+            "A PEFT adapter can hold adapters, the task head and, but for "
+            "servers, the embedding of tokens, and nothing else that is "
+            f"trained. Use `merge`. Received: trained weights {other}"
         )
     check_float(head)
     for path, weight in head.items():
-        width = tree.model.backbone.hidden_dim
+        if path in tables:
+            continue
+        width = getattr(tree.model.backbone, "hidden_dim", weight.shape[0])
         if weight.shape[0] != width and len(weight.shape) == 2:
             raise ValueError(
                 "In transformers, the task head is as wide as the backbone, "
