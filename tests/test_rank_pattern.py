@@ -159,7 +159,7 @@ WRONG = {
     "nothing": (
         {"frist": 2},
         ValueError,
-        r"'frist' .did you mean 'first'.., which matches none of \['first', 'second'\]",
+        r"'frist' .did you mean 'first'.*none of \['first', 'second'\]",
     ),
     "not-adapted": ({"head": 2}, ValueError, "'head', which matches none"),
     "no-expression": ({"(": 2}, ValueError, "must be a name or a regular"),
