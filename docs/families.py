@@ -1,4 +1,4 @@
-"""The tables of the page on families, made of the files of the tests.
+"""Writes the tables of the page on families, from the files of the tests.
 
 python docs/families.py
 """
@@ -13,7 +13,7 @@ FAMILIES = pathlib.Path(__file__).parents[1] / "tests/families"
 
 
 def page(markdown):
-    """The page with what is between its marks made anew."""
+    """The page, with the text between its marks made anew."""
     for mark, text in (("families", tables), ("convolutions", convolutions)):
         markdown, found = re.subn(
             f"(<!-- {mark} -->).*?(<!-- end -->)",
@@ -32,7 +32,8 @@ def tables():
     lines = [
         "",
         "",
-        '| family | by default | `"all-linear"` | names by default |',
+        '| Family | Layers by default | Layers with `"all-linear"` '
+        "| Names by default |",
         "|---|---|---|---|",
     ]
     for name, layers in sorted(expected.items()):
@@ -44,7 +45,7 @@ def tables():
         )
     for name, layers in sorted(expected.items()):
         lines += ["", f"### {name}", ""]
-        lines += ['| layer | by default | `"all-linear"` |', "|---|---|---|"]
+        lines += ['| Layer | By default | `"all-linear"` |', "|---|---|---|"]
         for path, count in layers["all-linear"].items():
             default = layers["default"].get(path, "")
             lines.append(f"| `{path}` | {default} | {count} |")
@@ -68,10 +69,10 @@ def _anchor(name):
 
 
 def _names(layers):
-    """The last parts of paths, each once; or what to do if there is none."""
+    """The last parts of paths, each once, or what to do if there are none."""
     found = dict.fromkeys(path.rpartition("/")[2] for path in layers)
     if not found:
-        return 'none: name some in `target_layers`, or use `"all-linear"`'
+        return 'none; name layers, or use `"all-linear"`'
     return ", ".join(f"`{name}`" for name in found)
 
 

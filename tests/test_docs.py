@@ -27,7 +27,7 @@ LINKING = [
     for page in sorted((ROOT / folder).glob("*.md"))
 ]
 # How many blocks of a page may be marked as not to be run.
-NOT_RUN = {"devices.md": 1}
+NOT_RUN = {"devices.md": 1, "sharing.md": 5}
 # What `DyLoRAModel` adds to a model.
 MEMBERS = (
     "set_rank", "rank", "rank_scope", "draw_ranks", "dylora_summary",
@@ -38,6 +38,7 @@ MEMBERS = (
 # What stands for the presets.
 LETTERS = "abcdefghijklmnopqrstuvwxyz,Ġ"
 LENGTH = 16
+IMAGE = (32, 32, 3)
 SIZES = {
     "num_layers": 1,
     "num_heads": 2,
@@ -133,6 +134,43 @@ def presets(tmp_path_factory):
         preprocessor(
             tokenizer(vocabulary, merges=["t h"]), sequence_length=LENGTH
         ).save_to_preset(saved[name])
+    layers = keras_hub.layers
+    vit = hub.ViTBackbone(
+        image_shape=IMAGE,
+        patch_size=8,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=24,
+    )
+    resnet = hub.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[3],
+        stackwise_num_filters=[64, 8],
+        stackwise_num_blocks=[1, 1],
+        stackwise_num_strides=[1, 2],
+        block_type="basic_block",
+        image_shape=IMAGE,
+    )
+    for name, body, preprocessor, converter in (
+        (
+            "vit_base_patch16_224_imagenet",
+            vit,
+            hub.ViTImageClassifierPreprocessor,
+            layers.ViTImageConverter,
+        ),
+        (
+            "resnet_18_imagenet",
+            resnet,
+            hub.ResNetImageClassifierPreprocessor,
+            layers.ResNetImageConverter,
+        ),
+    ):
+        saved[name] = folder / name
+        body.save_to_preset(saved[name])
+        preprocessor(
+            converter(image_size=IMAGE[:2], scale=1 / 255)
+        ).save_to_preset(saved[name])
     return saved
 
 
@@ -163,6 +201,10 @@ def names(presets, tmp_path, monkeypatch):
         "val_labels": np.array([0, 1, 0, 1] * 4),
         "french_texts": [text[::-1] for text in TEXTS * 8],
         "french_labels": np.array([0, 1, 0, 1] * 8),
+        "chosen": ["the film", "a plot", "the good plot", "a warm film"],
+        "rejected": ["the bad", "a dull", "the plot bad", "a film dull"],
+        "images": rng.integers(0, 256, (32, *IMAGE)).astype("float32"),
+        "image_labels": np.array([0, 1] * 16),
         "epochs": 1,
         "x": rng.normal(size=(64, 16)).astype("float32"),
         "y": rng.normal(size=(64, 1)).astype("float32"),
