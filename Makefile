@@ -125,6 +125,7 @@ test-wheel-%: dist/wheel
 	KERAS_BACKEND=$* .venv-wheel/bin/python -P tests/smoke.py
 
 docs: $(VENV)/installed
+	$(INSTALL) -e ".[docs]"
 	$(RUN) -m mkdocs build --strict
 
 notebooks: $(VENV)/installed

@@ -38,7 +38,7 @@ def test_every_guide_becomes_a_notebook():
 @every_guide
 def test_notebook_holds_the_script(path):
     script = path.read_text()
-    found = notebooks.notebook(script)
+    found = notebooks.notebook(script, path.stem)
     nbformat.validate(found)
     title, *cells = found.cells
     _, head, body = script.split('"""', 2)
@@ -54,7 +54,7 @@ def test_notebook_holds_the_script(path):
 
 @every_guide
 def test_markdown_is_told_from_code(path):
-    cells = notebooks.notebook(path.read_text()).cells
+    cells = notebooks.notebook(path.read_text(), path.stem).cells
     kinds = [cell.cell_type for cell in cells]
     headings = [cell.source.startswith("#") for cell in cells]
     assert kinds[0] == kinds[-1] == "markdown"
@@ -69,7 +69,7 @@ def test_markdown_is_told_from_code(path):
 def test_kept_notebook_is_of_the_script(path):
     kept = nbformat.read(ROOT / f"docs/guides/{path.stem}.ipynb", as_version=4)
     nbformat.validate(kept)
-    made = notebooks.notebook(path.read_text())
+    made = notebooks.notebook(path.read_text(), path.stem)
     assert [(cell.cell_type, cell.source) for cell in kept.cells] == [
         (cell.cell_type, cell.source) for cell in made.cells
     ]

@@ -49,10 +49,17 @@ def parts(script):
     yield "code", "\n".join(lines[end:])
 
 
-def notebook(script):
-    """The notebook of a script, without outputs."""
+def notebook(script, name):
+    """The notebook of a script that has a name, without outputs."""
     title, *fields = header(script).items()
-    details = "<br>\n".join(f"**{name}:** {value}" for name, value in fields)
+    fields.append(
+        (
+            "Run it yourself",
+            "download this notebook, or run "
+            f"`python -m examples.guides.{name}` in a clone.",
+        )
+    )
+    details = "<br>\n".join(f"**{field}:** {x}" for field, x in fields)
     cells = [nbformat.v4.new_markdown_cell(f"# {title[1]}\n\n{details}")]
     found = [(kind, text.strip()) for kind, text in parts(script)]
     (_, docstring), *found = [part for part in found if part[1]]
@@ -114,7 +121,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     NOTEBOOKS.mkdir(exist_ok=True)
     for name in args.guides:
-        found = notebook((SCRIPTS / f"{name}.py").read_text())
+        found = notebook((SCRIPTS / f"{name}.py").read_text(), name)
         run(found)
         nbformat.write(found, NOTEBOOKS / f"{name}.ipynb")
         print((NOTEBOOKS / f"{name}.ipynb").relative_to(ROOT), flush=True)
