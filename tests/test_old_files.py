@@ -60,7 +60,7 @@ def fit_on(model, name):
     "name",
     once(
         [*CLASSIFIERS, "accumulating", *HAND_BUILT],
-        but=["frozen", "hand_built_jax"],
+        but=["hand_built_jax"],
     ),
 )
 def test_model_file(name):

@@ -538,6 +538,7 @@ def test_kinds_of_layers(kind, draw, tmp_path):
     assert not any("down" in v.name for v in model.weights)
 
 
+@pytest.mark.once
 def test_operations_in_a_row(tmp_path):
     def logits(model):
         return model.predict(tokens(), verbose=0)
@@ -591,11 +592,8 @@ EXPORTS = {
 @pytest.mark.parametrize(
     "kind",
     [
-        *(
-            pytest.param(x, marks=pytest.mark.long)
-            for x in ("shared", "merged")
-        ),
-        *once(["adapters"]),
+        pytest.param(x, marks=pytest.mark.long)
+        for x in ("shared", "merged", "adapters")
     ],
 )
 def test_exports_are_at_the_maximum_of_each_layer(kind, tmp_path):

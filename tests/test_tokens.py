@@ -122,6 +122,7 @@ def test_merged_reloaded_and_cut_are_the_live_one(name, tmp_path):
     assert_doors_agree(model, tokens(4), mixed, tmp_path)
 
 
+@pytest.mark.once
 def test_one_operation_after_another(name, tmp_path):
     base = MAKE[name]()
     randomize(base, scale=0.3)

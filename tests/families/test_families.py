@@ -61,7 +61,17 @@ def test_targets(name):
     assert targets(name) == json.loads(EXPECTED.read_text())[name]
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+# They compute for more than ten seconds each.
+LONG = "basnet", "blip2-t5", "d-fine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name in LONG else name
+        for name in sorted(FAMILIES)
+    ],
+)
 def test_family(name, tmp_path):
     family = FAMILIES[name]
     wanted = "all-conv" if name in CONVOLUTIONS else "all-linear"
