@@ -1,5 +1,6 @@
 """The methods that are compared: each as the config of a run."""
 
+import dataclasses
 import time
 
 import keras
@@ -127,6 +128,21 @@ def finish(model, method, data, steps, batch_size):
         verbose=0,
     )
     return time.perf_counter() - start
+
+
+def lora_each(settings, run_at):
+    """The result of `lora-each`: each rank in a run of its own.
+
+    Args:
+        settings: a dataclass that has `rank`, the maximum.
+        run_at: function of settings of another rank that gives the result of
+            a run of `lora`, with `metrics` by rank.
+    """
+    runs = {
+        str(b): run_at(dataclasses.replace(settings, rank=b))
+        for b in own_ranks(settings.rank)
+    }
+    return joined(runs, {b: r["metrics"][b] for b, r in runs.items()})
 
 
 def joined(runs, metrics):

@@ -188,20 +188,10 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
                 f"`{name}` must be one of {known}. Received: {name}={value!r}"
             )
     if method == "lora-each":
-        runs = {
-            str(b): run(
-                results,
-                task,
-                "lora",
-                seed,
-                dataclasses.replace(settings, rank=b),
-                metrics,
-                verbose,
-            )
-            for b in methods.own_ranks(settings.rank)
-        }
-        own = {b: r["metrics"][b] for b, r in runs.items()}
-        return methods.joined(runs, own)
+        return methods.lora_each(
+            settings,
+            lambda own: run(results, task, "lora", seed, own, metrics, verbose),
+        )
     key = {"task": task, "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
     key |= methods.described(method)

@@ -135,20 +135,10 @@ def run(results, name, method, seed, settings, folder, verbose=1):
         and `trainable` parameters.
     """
     if method == "lora-each":
-        runs = {
-            str(b): run(
-                results,
-                name,
-                "lora",
-                seed,
-                dataclasses.replace(settings, rank=b),
-                folder,
-                verbose,
-            )
-            for b in methods.own_ranks(settings.rank)
-        }
-        own = {b: r["metrics"][b] for b, r in runs.items()}
-        return methods.joined(runs, own)
+        return methods.lora_each(
+            settings,
+            lambda own: run(results, name, "lora", seed, own, folder, verbose),
+        )
     key = {"task": f"digits-{name}", "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
     key |= methods.described(method)
