@@ -10,7 +10,7 @@ from keras_dylora.ranks import INT32_MAX, as_rank
 
 def check_positive(name: str, value: Any) -> None:
     """Raises a `ValueError` for what is no positive, finite number."""
-    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+    if not is_number(value) or not math.isfinite(value) or value <= 0:
         raise ValueError(
             f"`{name}` must be a positive number. Received: {name}={value!r}"
         )
@@ -18,13 +18,14 @@ def check_positive(name: str, value: Any) -> None:
 
 def check_fraction(name: str, value: Any) -> None:
     """Raises a `ValueError` for what is no number in `[0, 1)`."""
-    if not _is_number(value) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ValueError(
             f"`{name}` must be in [0, 1). Received: {name}={value!r}"
         )
 
 
-def _is_number(x):
+def is_number(x: Any) -> bool:
+    """Whether a value is a real number, and no truth value."""
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 

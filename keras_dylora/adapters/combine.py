@@ -1,7 +1,6 @@
 """combine_adapters: one adapter of several, on the same base."""
 
 import math
-import numbers
 import os
 from collections.abc import Mapping
 from typing import Literal
@@ -14,6 +13,7 @@ from keras_dylora import training
 from keras_dylora.adapters import sources, sums
 from keras_dylora.adapters.weights import AdapterWeights
 from keras_dylora.allocation import Rank
+from keras_dylora.checks import check_one_of, is_number
 from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.targets import listing
@@ -148,11 +148,7 @@ def combine_adapters(
 
 
 def _check_method(method, options):
-    if method not in tuple(METHODS):
-        raise ValueError(
-            f"`method` must be one of {tuple(METHODS)}. "
-            f"Received: method={method!r}"
-        )
+    check_one_of("method", method, METHODS)
     for name, value in options.items():
         if name not in METHODS[method] and value != OPTIONS[name]:
             raise ValueError(
@@ -161,17 +157,14 @@ def _check_method(method, options):
             )
     density = options["density"]
     if "density" in METHODS[method] and not (
-        _is_number(density) and 0 < density <= 1
+        is_number(density) and 0 < density <= 1
     ):
         raise ValueError(
             f"The method {method!r} needs a `density` in (0, 1]. "
             f"Received: density={density!r}"
         )
-    if options["majority_sign_method"] not in MAJORITIES:
-        raise ValueError(
-            f"`majority_sign_method` must be one of {MAJORITIES}. Received: "
-            f"majority_sign_method={options['majority_sign_method']!r}"
-        )
+    majority = options["majority_sign_method"]
+    check_one_of("majority_sign_method", majority, MAJORITIES)
     rank_functions.as_rank(options["seed"], 0, name="seed")
 
 
@@ -187,7 +180,7 @@ def _check_adapters(adapters, head):
             "`adapters` must have at least one. Received: adapters={}"
         )
     for key, weight in adapters.items():
-        if not isinstance(key, (str, os.PathLike)) or not _is_number(weight):
+        if not isinstance(key, (str, os.PathLike)) or not is_number(weight):
             raise TypeError(
                 "`adapters` must be a dict of names or directories to weights, "
                 f"which are numbers. Received: {key!r}: {weight!r}"
@@ -201,10 +194,6 @@ def _check_adapters(adapters, head):
             "`head` must be one of the adapters. "
             f"Received: head={head!r} for {list(adapters)}"
         )
-
-
-def _is_number(x):
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def _trained(adapters, weights, head):

@@ -85,6 +85,20 @@ class DyLoRAEmbedding(EmbeddingAdapter, keras.layers.Embedding):
     original_class = keras.layers.Embedding
 
 
+def logits_with(layer, inputs, update):
+    """The logits of a `ReversibleEmbedding`, with an update of its own.
+
+    A tied one gets what the function `update` returns, before the logits are
+    capped.
+    """
+    base = _keras.stand_in(layer, layer.original_class, logit_soft_cap=None)
+    logits = base.call(inputs, reverse=True)
+    if layer.tie_weights:
+        logits = logits + ops.cast(update(), logits.dtype)
+    cap = getattr(layer, "logit_soft_cap", None)
+    return logits if cap is None else ops.tanh(logits / cap) * cap
+
+
 class ReversibleAdapter(EmbeddingAdapter):
     """The adapter of a `ReversibleEmbedding`, seen in both directions.
 
@@ -106,14 +120,9 @@ class ReversibleAdapter(EmbeddingAdapter):
     ) -> Any:
         if not reverse:
             return super().call(inputs, training)
-        # The adapter is added before the logits are capped.
-        base = _keras.stand_in(self, self.original_class, logit_soft_cap=None)
-        logits = base.call(inputs, reverse=True)
-        if self.tie_weights:
-            update = self._reversed(inputs, training)
-            logits = logits + ops.cast(update, logits.dtype)
-        cap = getattr(self, "logit_soft_cap", None)
-        return logits if cap is None else ops.tanh(logits / cap) * cap
+        return logits_with(
+            self, inputs, lambda: self._reversed(inputs, training)
+        )
 
     def _reversed(self, inputs, training):
         gate, down, up = self._sides(training)

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_dylora import _keras
-from keras_dylora.layers.embedding import reversible_class
+from keras_dylora.layers.embedding import logits_with, reversible_class
 from keras_dylora.layers.factors import float32_array
 
 if TYPE_CHECKING:
@@ -62,22 +62,19 @@ class TrainedTokens(_Base):
         return rows
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
-        if not reverse:
-            # A plain `Embedding` takes no `reverse`.
-            outputs = super().call(inputs)
-            ids = ops.cast(inputs, "int32")
-            places = ops.take(self._token_places, ids)
-            update = ops.take(self._extended(), places, axis=0)
-            return outputs + ops.cast(update, outputs.dtype)
-        base = _keras.stand_in(self, self.original_class, logit_soft_cap=None)
-        logits = base.call(inputs, reverse=True)
-        if self.tie_weights:
-            update = ops.transpose(self._extended())
-            update = ops.cast(inputs, self.compute_dtype) @ update
-            update = ops.take(update, self._token_places, axis=-1)
-            logits = logits + ops.cast(update, logits.dtype)
-        cap = getattr(self, "logit_soft_cap", None)
-        return logits if cap is None else ops.tanh(logits / cap) * cap
+        if reverse:
+            return logits_with(self, inputs, lambda: self._reversed(inputs))
+        # A plain `Embedding` takes no `reverse`.
+        outputs = super().call(inputs)
+        ids = ops.cast(inputs, "int32")
+        places = ops.take(self._token_places, ids)
+        update = ops.take(self._extended(), places, axis=0)
+        return outputs + ops.cast(update, outputs.dtype)
+
+    def _reversed(self, inputs):
+        rows = ops.transpose(self._extended())
+        update = ops.cast(inputs, self.compute_dtype) @ rows
+        return ops.take(update, self._token_places, axis=-1)
 
     def _extended(self):
         """The update, with zeros for all other tokens as its last row."""

@@ -261,11 +261,8 @@ class Adaptation(ActiveRanks):
         tokens = None
         if "table" in config:
             path = list(tree.layers)[config["table"]]
-            rows, width = (
-                tree.layers[path].input_dim,
-                tree.layers[path].output_dim,
-            )
-            tokens = TokenRows(path, dylora.trainable_tokens, rows, rows, width)
+            layer, ids = tree.layers[path], dylora.trainable_tokens
+            tokens = TokenRows.of(path, layer, ids, layer.input_dim)
         adaptation = cls(tree, dylora, spec, tokens)
         adaptation.open = False
         adaptation.apply(tree)

@@ -33,6 +33,11 @@ class TokenRows:
     rows_before: int
     width: int
 
+    @classmethod
+    def of(cls, path, layer, tokens, rows):
+        """The rows of an embedding as it is now."""
+        return cls(path, tokens, rows, layer.input_dim, layer.output_dim)
+
     @property
     def shape(self):
         """The shape of what is trained."""
@@ -111,9 +116,7 @@ def find_tokens(tree, wanted, adapted):
         )
     if rows > layer.input_dim:
         _check_growth(tree.model, layer)
-    return TokenRows(
-        path, tuple(wanted), rows, layer.input_dim, layer.output_dim
-    )
+    return TokenRows.of(path, layer, tuple(wanted), rows)
 
 
 def _table(tree):
@@ -150,10 +153,9 @@ def _check_growth(model, layer):
 
 def _sized(model, layer):
     """What has the size of the table in its config, beside the layer."""
-    candidates = [*_keras.submodels(model), *Tree(model).layers.values()]
     return [
         x
-        for x in candidates
+        for x in Tree(model).every.values()
         if getattr(x, "vocabulary_size", None) == layer.input_dim
     ]
 
