@@ -62,7 +62,7 @@ def dataset(data, batch_size, seed=None):
     return examples.batch(batch_size).with_options(options)
 
 
-def fit(model, data, settings, seed, verbose, leave=0):
+def fit(model, data, settings, seed, verbose):
     """Trains a compiled model on arrays, shuffled anew in every epoch.
 
     Args:
@@ -71,25 +71,21 @@ def fit(model, data, settings, seed, verbose, leave=0):
         settings: has `batch_size` and `epochs`.
         seed: int. Seed of the order.
         verbose: as in `fit`.
-        leave: int. How many of the last steps aren't taken.
 
     Returns:
         Dict of `seconds`, `steps` and `trainable` parameters.
     """
-    batches, epochs = dataset(data, settings.batch_size, seed), settings.epochs
-    steps = epochs * len(batches) - leave
-    if leave:  # an epoch needn't be whole
-        batches, epochs = batches.repeat(epochs).take(steps), 1
+    batches = dataset(data, settings.batch_size, seed)
     start = time.perf_counter()
     model.fit(
         batches,
-        epochs=epochs,
+        epochs=settings.epochs,
         shuffle=False,
         verbose=verbose,
     )
     return {
         "seconds": time.perf_counter() - start,
-        "steps": steps,
+        "steps": settings.epochs * len(batches),
         "trainable": trainable_parameters(model),
     }
 

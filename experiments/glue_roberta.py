@@ -250,18 +250,13 @@ def run(
     batch_size = settings.batch_size // settings.micro_batches
     each = dataclasses.replace(settings, batch_size=batch_size, micro_batches=1)
     steps = each.epochs * -(-size // each.batch_size)
-    tuning = methods.tune_steps(method, steps)
-    trained = steps - tuning
-    model = build(task, method, rank, distribution, seed, settings, trained)
+    model = build(task, method, rank, distribution, seed, settings, steps)
     at_rank = f", rank {rank}" if "rank" in key else ""
     name = f"{task}, {method}{at_rank}, seed {seed}"
     print(f"{name}: {steps} steps", flush=True)
-    train = splits["train"]
-    result = fit(model, train, each, seed, verbose, leave=tuning)
-    result["steps"] = steps
-    result["seconds"] += methods.finish(
-        model, method, train, tuning, each.batch_size
-    )
+    result = fit(model, splits["train"], each, seed, verbose)
+    if method == "lora-svd":
+        kd.order_ranks(model)
     ranks = {}
     if method in ADAPTERS:
         ranks = {str(b): b for b in evaluated_ranks(rank)}

@@ -11,9 +11,9 @@ import keras_dylora as kd
 # Fixed-rank LoRA. Below its rank it is cut off: as its columns come, at
 # `alpha / b`, or in the order of their singular values, at its own scale.
 FIXED = ("lora", "lora-svd", "lora-tuned")
-# A run whose last steps tune the cuts of the ranks below the maximum.
-TUNED = {"lora-tuned": "lora-svd", "progressive-tuned": "progressive"}
-TUNE_SHARE = 0.2
+# A run whose last steps also tune the cuts of the ranks below the maximum.
+TUNED = {"lora-tuned": "lora", "progressive-tuned": "progressive"}
+TUNE_SHARE = 0.4
 FIELDS = {
     "dylora": {},
     "dylora-frozen": {"frozen": True},
@@ -47,15 +47,19 @@ def config(method, steps, rank, alpha, **fields):
 
     Args:
         method: str. One of `TRAINED`.
-        steps: int. Steps of the training, without those that tune.
+        steps: int. Steps of the training.
         rank: int. The maximum.
         alpha: float. The scale of the maximum rank is `alpha / rank`.
         **fields: further fields of the config.
     """
     fields = {"rank": rank, "alpha": alpha, **fields}
-    method = TUNED.get(method, method)
-    if method == "progressive":
+    if method in TUNED:
+        fields["tune"] = TUNE_SHARE
+    if TUNED.get(method, method) == "progressive":
         return kd.DyLoRAConfig.progressive(full_rank_steps(steps), **fields)
+    if method == "lora-tuned":
+        # Put in order where the tuning begins.
+        fields["full_rank_steps"] = 1 - TUNE_SHARE
     if method in FIXED:
         fields["min_rank"] = rank
     if method == "matryoshka":
@@ -63,7 +67,7 @@ def config(method, steps, rank, alpha, **fields):
         ranks = {2**i: 1 for i in range(rank.bit_length())} | {rank: 1}
         fields["rank_distribution"] = kd.Categorical(ranks)
         fields["alpha"] = alpha / rank**0.5
-    return kd.DyLoRAConfig(**{**fields, **FIELDS[method]})
+    return kd.DyLoRAConfig(**{**fields, **FIELDS.get(method, {})})
 
 
 def full_rank_steps(steps):
@@ -80,7 +84,7 @@ def restart(method, steps):
 def described(method):
     """The fields in which a kept run must agree, besides its method's name."""
     if method in TUNED:
-        share = {"tune_share": TUNE_SHARE}
+        share = {"tune_share": TUNE_SHARE, "tuned": "beside training"}
         return described(TUNED[method]) | share
     return {
         "progressive": {
@@ -90,44 +94,6 @@ def described(method):
         },
         "matryoshka": {"gate": "sum"},  # 0.1.0 had the mean
     }.get(method, {})
-
-
-def tune_steps(method, steps):
-    """How many of all steps tune, and don't train."""
-    return round(TUNE_SHARE * steps) if method in TUNED else 0
-
-
-def finish(model, method, data, steps, batch_size):
-    """Ends a training, as the method wants it.
-
-    Args:
-        model: a trained model.
-        method: str. One of `TRAINED`, or another that needs no end.
-        data: `(x, y)` or `(x, y, sample_weight)`, arrays of the training part.
-        steps: int. Those that tune.
-        batch_size: int. Of such a step.
-
-    Returns:
-        The seconds that tuning took, or 0.
-    """
-    if TUNED.get(method, method) == "lora-svd":
-        kd.order_ranks(model)
-    if method not in TUNED:
-        return 0.0
-    start = time.perf_counter()
-    *ranks, _ = own_ranks(model.dylora_config.rank)
-    x, y, *sample_weight = data
-    kd.tune_ranks(
-        model,
-        x,
-        y,
-        ranks,
-        steps,
-        *sample_weight,
-        batch_size=batch_size,
-        verbose=0,
-    )
-    return time.perf_counter() - start
 
 
 def lora_each(settings, run_at):

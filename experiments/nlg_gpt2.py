@@ -210,14 +210,11 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     steps = settings.epochs * -(-len(train[1]) // settings.batch_size)
-    tuning = methods.tune_steps(method, steps)
-    model = build(task, method, seed, settings, steps - tuning)
+    model = build(task, method, seed, settings, steps)
     print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
-    result = fit(model, train, settings, seed, verbose, leave=tuning)
-    result["steps"] = steps
-    result["seconds"] += methods.finish(
-        model, method, train, tuning, settings.batch_size
-    )
+    result = fit(model, train, settings, seed, verbose)
+    if method == "lora-svd":
+        kd.order_ranks(model)
     ranks = {}
     if method != "fine-tune":
         # Rank 0 is the pretrained model.

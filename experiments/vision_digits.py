@@ -160,24 +160,21 @@ def run(results, name, method, seed, settings, folder, verbose=1):
     model = make()
     model.backbone.load_weights(pretrained(name, folder, settings, verbose))
     steps = settings.epochs * -(-settings.train_size // settings.batch_size)
-    tuning = methods.tune_steps(method, steps)
     config = methods.config(
         method,
-        steps - tuning,
+        steps,
         settings.rank,
         settings.alpha,
         target_layers=targets,
         seed=seed,
     )
     kd.enable_dylora(model, config, verbose=verbose)
-    restart = methods.restart(method, steps - tuning)
+    restart = methods.restart(method, steps)
     rate, warmup = settings.learning_rate, settings.warmup
-    compiled(model, rate, steps - tuning, warmup, **restart)
-    result = fit(model, train, settings, seed, verbose, leave=tuning)
-    result["steps"] = steps
-    result["seconds"] += methods.finish(
-        model, method, train, tuning, settings.batch_size
-    )
+    compiled(model, rate, steps, warmup, **restart)
+    result = fit(model, train, settings, seed, verbose)
+    if method == "lora-svd":
+        kd.order_ranks(model)
     result["metrics"] = {}
     for b in methods.own_ranks(settings.rank):
         with model.rank_scope(b):

@@ -117,7 +117,7 @@ def test_gradient_by_the_gates():
     gradient = gate_gradient(model)
     gates = np.array([[2.0, 1.0, 0.0], [2.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
     weight = np.linspace(0.5, 1.5, 256).astype("float32")
-    _, (found,), _ = gradient([gates], (), (x, y, weight))
+    _, (found,) = gradient([gates], (), (x, y, weight))
 
     def at(gates):
         paths = list(model._dylora.layers)

@@ -313,17 +313,6 @@ def override_losses():
     assert model.losses == []
 
 
-def updated_metrics():
-    model = compiled()
-    y = np.zeros((4, 2), "float32")
-    model.evaluate(tokens(4), y, verbose=0)
-    model.reset_metrics()
-    batch = tokens(4), y, None
-    logs = _keras.updated_metrics(model, batch, keras.ops.ones(()), y + 2)
-    found = {k: float(backend.to_numpy(v)) for k, v in logs.items()}
-    assert found == {"loss": 1, "mae": 2}
-
-
 def put_back():
     if backend.NAME != "jax":
         return
@@ -539,7 +528,6 @@ BREAKS = {
     uncover_quantize: "quantize: the method of the class before",
     settle_dtype_policies: "quantized presets can't be saved again",
     override_losses: "JAX: what layers add to a summed loss",
-    updated_metrics: "the metrics of the last steps of `fit`, which tune",
     put_back: "JAX: a `fit` or `predict` that fails loses the model",
     optimizer_slots: "frozen mode holds no momentum",
     optimizer_parts: "order_ranks and frozen mode: several optimizers",

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
+from keras_dylora import training
+from keras_dylora.live.tuning import Tuning
 from tests import backend
 from tests.marks import once
 from tests.models import mlp, mlp_data, randomize
@@ -77,24 +79,29 @@ def assert_same(found, wanted, atol=0):
 
 
 @pytest.mark.parametrize("jit", [None, "trace"])
-def test_it_is_tune_ranks_after_the_training(jit):
+def test_the_maximum_trains_on_and_each_batch_tunes(jit):
     if jit and backend.NAME != "torch":
         pytest.skip("is torch's")
     compiled = {"jit_compile": jit} if jit else {}
-    # An epoch of training, one that tunes: `fit` and `tune_ranks` begin with
-    # the same batch.
-    model = model_of(compiled)
+    model = model_of(compiled, full_rank_steps=STEPS, tune=0.5)
     history = fit(model, epochs=2).history
-    other = model_of(compiled, full_rank_steps=2, tune=0)
-    fit(other, epochs=1)
-    kd.tune_ranks(other, InOrder(), steps=STEPS, verbose=0)
+    # The same, written out.
+    other = model_of(compiled, full_rank_steps=100, tune=0)
+    for batch in InOrder():
+        other.train_on_batch(*batch)
+    training.order_columns(other, other.optimizer)
+    other._dylora.full_rank.assign(1)  # goes on at the maximum
+    ranks = [dict.fromkeys(other._dylora.layers, b) for b in (1, 2)]
+    tuning = Tuning(other, ranks, STEPS)
+    for batch in InOrder():
+        other.train_on_batch(*batch)
+        tuning.step(batch)
+    other._dylora.full_rank.assign(0)
+    other._dylora.set_tuned_cuts(tuning.cuts())
     assert_same(model, other, 1e-6)
     assert_same_cuts(model, other, 1e-5)
-    assert int(backend.to_numpy(model.optimizer.iterations)) == STEPS
-    # Lower ranks are tuned on what the metrics show; at the maximum, nothing
-    # changes any more.
+    assert int(backend.to_numpy(model.optimizer.iterations)) == 2 * STEPS
     assert len(history["loss"]) == len(history["mae"]) == 2
-    assert history["loss"][1] > 0 and history["mae"][1] > 0
     report = kd.evaluate_ranks(model, *mlp_data(), verbose=0)
     assert [report.state(b) for b in (1, 2, 3)] == ["tuned"] * 2 + ["trained"]
 
@@ -174,7 +181,27 @@ def test_several_steps_in_one():
         pytest.skip("Keras has none on torch")
     model = model_of({"steps_per_execution": 3})
     fit(model, epochs=4)  # the eighth step comes with the ninth
-    assert int(backend.to_numpy(model.optimizer.iterations)) in (8, 9)
+    assert int(backend.to_numpy(model.optimizer.iterations)) == 16
+    assert sides(model).keys() == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    once(
+        [
+            {"objective": "summed"},
+            {"objective": "matryoshka"},
+            {"draw": "step"},
+            {},
+        ]
+    ),
+    ids=str,
+)
+def test_every_objective(options):
+    model = model_of(**{"draw": "step", "full_rank_steps": 0, **options})
+    fit(model)
+    assert sides(model).keys() == {1, 2}
+    fit(model, epochs=1)  # trains its own way again, and tunes
     assert sides(model).keys() == {1, 2}
 
 
@@ -182,7 +209,7 @@ def test_a_line_for_each_phase(capsys):
     fit(model_of(), verbose=2)
     shown = capsys.readouterr().out
     assert "Step 3: the columns are in order" in shown
-    assert "Step 6: the cuts of ranks are tuned, in 6 steps." in shown
+    assert "Step 6: the maximum rank is trained, and the cuts" in shown
 
 
 def test_a_lora_that_is_ordered_and_tuned():

@@ -253,19 +253,6 @@ def override_losses(model, losses):
         model._losses_override = before
 
 
-def updated_metrics(model, batch, loss, y_pred):
-    """The logs of a step, with this loss and output of a batch in them.
-
-    The batch is `(x, y, sample_weight)`.
-    """
-    x, y, sample_weight = batch
-    inputs = [v for v in keras.tree.flatten(x) if v is not None]
-    model._loss_tracker.update_state(
-        loss, sample_weight=ops.shape(inputs[0])[0]
-    )
-    return model.compute_metrics(x, y, y_pred, sample_weight)
-
-
 def put_back(model, state):
     """Has the variables hold the state that a function of JAX was given.
 

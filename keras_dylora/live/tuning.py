@@ -24,10 +24,9 @@ class Tuning:
         model: an enabled model.
         chosen: list of dicts of path to rank, at least one.
         steps: int. How many steps it will have.
-        with_metrics: bool. Whether a step updates the model's metrics.
     """
 
-    def __init__(self, model, chosen, steps, with_metrics=False):
+    def __init__(self, model, chosen, steps):
         self.model, self.chosen = model, chosen
         config, self.paths = model.dylora_config, list(chosen[0])
         ranks = np.array([list(each.values()) for each in chosen])
@@ -42,7 +41,7 @@ class Tuning:
         rate = keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0)
         self.optimizer = keras.optimizers.Adam(rate, *DECAYS, epsilon=1e-9)
         self.optimizer.build(self.sides)
-        self.gradient = training.loss_gradient(model, self._cores, with_metrics)
+        self.gradient = training.loss_gradient(model, self._cores)
 
     @property
     def done(self):
@@ -52,19 +51,19 @@ class Tuning:
     def step(self, data):
         """Takes a step on a batch `(x, y, sample_weight)`.
 
-        Returns its loss, a float, and its logs.
+        Returns its loss, a float.
         """
         batch = keras.utils.unpack_x_y_sample_weight(data)
         size = len(keras.tree.flatten(batch)[0])
         turns = (np.arange(size) + self.done) % len(self.chosen)
-        loss, gradients, logs = self.gradient(
+        loss, gradients = self.gradient(
             self._values(), turns.astype("int32"), batch
         )
         self.optimizer.apply(
             [ops.convert_to_tensor(g.astype("float32")) for g in gradients],
             self.sides,
         )
-        return loss, logs
+        return loss
 
     def cuts(self):
         """The `TunedCut`s as they are now, in the order of the ranks."""
@@ -106,9 +105,10 @@ class Tuning:
 
 
 class TuningInFit:
-    """The last steps of a `fit`, which tune the cuts of `tuned_ranks`.
+    """The last steps of a `fit`, which tune the cuts of `tuned_ranks` too.
 
-    Its place is kept with the live adapter while the run isn't over, so that
+    Each trains the maximum rank alone, and then tunes on the same batch. Its
+    place is kept with the live adapter while the run isn't over, so that
     one which was interrupted goes on from there, also from a file.
     """
 
@@ -132,7 +132,7 @@ class TuningInFit:
             )
 
     def begin(self, steps, again):
-        """Has the `fit` that runs tune from now on.
+        """Has the `fit` that runs tune besides from now on.
 
         Args:
             steps: int. How many steps tune, with those that did before.
@@ -143,11 +143,12 @@ class TuningInFit:
         chosen = [
             model._dylora.by_layer(b) for b in model.dylora_config.tuned_ranks
         ]
-        self.tuning = Tuning(model, chosen, steps, with_metrics=True)
+        self.tuning = Tuning(model, chosen, steps)
         if again:
             self.tuning.restore(self._named.tuning)
         self.publish()
-        model.train_function = training.tuning_function(model, self._step)
+        self.objective = model._dylora.objective
+        model.train_function = training.with_tuning(model, self.tuning.step)
 
     def forget(self):
         """Forgets the place in a run that was interrupted."""
@@ -178,7 +179,5 @@ class TuningInFit:
             return
         self.publish()
         self.tuning = None
+        self.model._dylora.objective = self.objective
         reset_functions(self.model)
-
-    def _step(self, data):
-        return self.tuning.step(data)[1]

@@ -202,7 +202,7 @@ class _Search:
         low = np.maximum(above - 1, 0).astype(int)
         high = np.minimum(below + 1, self.high).astype(int)
         slope = (self.gates[high] - self.gates[low]) / (high - low)[:, None]
-        _, (found,), _ = gradient([gates], (), batch)
+        _, (found,) = gradient([gates], (), batch)
         return -np.sum(found * slope, axis=1) / self.costs
 
     def moved(self, ranks, gain, change, size, lowest):

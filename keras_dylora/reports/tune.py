@@ -93,7 +93,7 @@ def tune_ranks(
     bar = keras.utils.Progbar(steps, verbose=int(verbose != 0))
     batches = cycled(model, x, y, sample_weight, batch_size, steps)
     for batch in itertools.islice(batches, steps):
-        loss, _ = tuning.step(batch)
+        loss = tuning.step(batch)
         bar.add(1, [("loss", loss)])
     known = [c for c in adaptation.named.cuts if c.ranks not in chosen]
     adaptation.set_tuned_cuts([*known, *tuning.cuts()])

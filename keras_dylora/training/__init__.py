@@ -11,6 +11,7 @@ from keras_dylora.training import functions
 from keras_dylora.training.full_rank import at_full_rank, order_columns
 from keras_dylora.training.interruption import interruptible, with_callback
 from keras_dylora.training.loss_gradient import loss_gradient
+from keras_dylora.training.objectives import AtMaximum
 from keras_dylora.training.phases import Phases
 from keras_dylora.training.step import check_frozen, drawn, masked
 
@@ -29,13 +30,14 @@ write_back = skin.write_back
 make_generate = functions.make_generate
 
 
-def tuning_function(model, step):
-    """A train function that has a batch tune, and trains nothing.
+def with_tuning(model, tune):
+    """A train function that trains the maximum rank, and has a batch tune.
 
-    `step` is a function of a batch that gives its logs.
+    `tune` is a function of a batch.
     """
-    function = skin.tuning_function(model, step)
-    return skin.restore_on_error(model, "train", function)
+    model._dylora.objective = AtMaximum(model._dylora.config)
+    model.make_train_function(force=True)
+    return skin.with_tuning(model, model.train_function, tune)
 
 
 def make(model, kind, keras_make, force):

@@ -85,13 +85,23 @@ def restore_on_error(model, kind, function):
     return restoring
 
 
-def tuning_function(model, step):
-    """A train function that changes no state but that of the metrics."""
+def with_tuning(model, train, tune):
+    """A train function that calls another on a batch, then has it tune."""
 
     def function(state, iterator):
-        _keras.put_back(model, state)  # a step reads the variables
-        logs = functions.last(step, iterator, model.steps_per_execution)
-        return logs, (*state[:3], [v.value for v in model.metrics_variables])
+        def step(batch):
+            nonlocal state
+            logs, state = train(state, iter([batch]))
+            _keras.put_back(model, state)  # to tune reads the variables
+            tune(batch)
+            return logs
+
+        try:
+            logs = functions.last(step, iterator, model.steps_per_execution)
+        except BaseException:
+            _keras.put_back(model, state)
+            raise
+        return logs, state
 
     return function
 

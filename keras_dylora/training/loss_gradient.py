@@ -4,11 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dylora import _keras
 from keras_dylora.training import functions, step
 
 
-def loss_gradient(model, gates_of, with_metrics=False):
+def loss_gradient(model, gates_of):
     """A function that differentiates the mean loss of a batch.
 
     The loss is that of `evaluate`: no dropout, and no weight changes.
@@ -18,25 +17,18 @@ def loss_gradient(model, gates_of, with_metrics=False):
         gates_of: function of a list of tensors that gives what the layers
             read, a dict of path to tensor as `GateRow.value`. It takes a
             structure of integer tensors besides.
-        with_metrics: bool. Whether the model's metrics are updated, as in a
-            step of training. Defaults to `False`.
 
     Returns:
         A function of the list, of the structure, and of a batch
         `(x, y, sample_weight)`, all in NumPy; `y` and `sample_weight` may be
-        `None`. It gives the loss, a float; a list of gradients in NumPy; and
-        the logs of a step, a dict of tensors.
+        `None`. It gives the loss, a float, and a list of gradients in NumPy.
     """
 
     def loss(values, indices, batch):
         x, y, sample_weight = batch
         with model._dylora.overridden(gates_of(values, indices)):
             y_pred = model(x, **step.call_argument(model, training=False))
-            found = model.compute_loss(x, y, y_pred, sample_weight)
-        if not with_metrics:
-            return found, {}
-        outputs = keras.tree.map_structure(ops.stop_gradient, (found, y_pred))
-        return found, _keras.updated_metrics(model, batch, *outputs)
+            return model.compute_loss(x, y, y_pred, sample_weight)
 
     gradient = _DIFFERENTIATED[keras.backend.backend()](model, loss)
 
@@ -46,11 +38,11 @@ def loss_gradient(model, gates_of, with_metrics=False):
             lambda v: None if v is None else ops.convert_to_tensor(v),
             (indices, batch),
         )
-        (found, logs), gradients = gradient(values, indices, batch)
+        found, gradients = gradient(values, indices, batch)
         gradients = [
             np.asarray(ops.convert_to_numpy(x), "float64") for x in gradients
         ]
-        return float(ops.convert_to_numpy(found)), gradients, logs
+        return float(ops.convert_to_numpy(found)), gradients
 
     return computed
 
@@ -58,28 +50,19 @@ def loss_gradient(model, gates_of, with_metrics=False):
 def _by_jax(model, loss):
     import jax
 
-    metrics = model.metrics_variables
-    variables = {id(v): v for v in [*model.variables, *metrics]}
-    variables = list(variables.values())
+    variables = list({id(v): v for v in model.variables}.values())
 
     def stateless(values, state, indices, batch):
         pairs = list(zip(variables, state, strict=True))
         # Without it, Keras would leave out the losses of layers.
-        with keras.StatelessScope(
-            state_mapping=pairs, collect_losses=True
-        ) as scope:
-            found, logs = loss(values, indices, batch)
-        return found, (logs, [scope.get_current_value(v) for v in metrics])
+        with keras.StatelessScope(state_mapping=pairs, collect_losses=True):
+            return loss(values, indices, batch)
 
-    differentiated = jax.jit(jax.value_and_grad(stateless, has_aux=True))
+    differentiated = jax.jit(jax.value_and_grad(stateless))
 
     def gradient(values, *data):
         # As arguments: constants would be compiled into the function.
-        state = [v.value for v in variables]
-        (found, (logs, after)), gradients = differentiated(values, state, *data)
-        for variable, value in zip(metrics, after, strict=True):
-            variable.assign(value)
-        return (found, logs), gradients
+        return differentiated(values, [v.value for v in variables], *data)
 
     return gradient
 
@@ -91,8 +74,8 @@ def _by_tensorflow(model, loss):
     def differentiated(values, *data):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            found, logs = loss(values, *data)
-        return (found, logs), tape.gradient(found, values)
+            found = loss(values, *data)
+        return found, tape.gradient(found, values)
 
     return differentiated
 
@@ -104,9 +87,9 @@ def _by_torch(model, loss):
         values, *rest = data[0]
         with torch.enable_grad():
             values = [v.detach().requires_grad_() for v in values]
-            found, logs = loss(values, *rest)
+            found = loss(values, *rest)
             gradients = list(torch.autograd.grad(found, values))
-            return (found.detach(), logs), gradients
+            return found.detach(), gradients
 
     if model.jit_compile:
         gradient = functions.traced_step(model, gradient)

@@ -24,10 +24,17 @@ class Sampled:
         """The gates of a step on inputs `x`, and a dict of what it logs.
 
         The gates are a dict of path to `(rank,)`, or to `(batch, rank)` with
-        one for each example. If ranks are drawn, the model's place in the rank
-        sequence moves on.
+        one for each example. The model's place in the rank sequence moves on.
         """
         place, logs = adaptation.ranks_drawn, {}
+        rank = self._rank(adaptation, place, x)
+        if self.draws and self.config.draw == "step":
+            logs["rank"] = rank
+        place.assign(place + 1)
+        return self._gates_at(adaptation, rank), logs
+
+    def _rank(self, adaptation, place, x):
+        """The rank at a place of the sequence, or those of the examples."""
         if self.config.draw == "example":
             size = ops.shape(keras.tree.flatten(x)[0])[0]
             drawn = adaptation.draw.for_examples(place, size)
@@ -36,10 +43,7 @@ class Sampled:
         if self.config.full_rank_steps:
             full = ops.greater(adaptation.full_rank, 0)
             drawn = ops.where(full, self.config.rank, drawn)
-        if self.config.draw == "step":
-            logs["rank"] = drawn
-        place.assign(place + 1)
-        return self._gates_at(adaptation, drawn), logs
+        return drawn
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
         """The loss of a step, a scalar tensor.
@@ -65,6 +69,13 @@ class Sampled:
         return self.config.scale.gate(rank)
 
 
+class AtMaximum(Sampled):
+    """Each step is at the maximum rank, as beside the tuning of cuts."""
+
+    def _rank(self, adaptation, place, x):
+        return ops.convert_to_tensor(self.config.rank, "int32")
+
+
 class Summed(Sampled):
     """The loss at every rank, weighted by its probability (Eq. 2).
 
@@ -76,9 +87,8 @@ class Summed(Sampled):
     draws = False
     own_loss = True
 
-    def gate(self, adaptation, x):
-        highest = max(self.config.rank_probabilities)
-        return self._gates_at(adaptation, highest), {}
+    def _rank(self, adaptation, place, x):
+        return max(self.config.rank_probabilities)
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
         adaptation = model._dylora
@@ -111,10 +121,8 @@ class Matryoshka(Sampled):
 
     draws = False
 
-    def gate(self, adaptation, x):
-        return self._gates_at(
-            adaptation, list(self.config.rank_probabilities)
-        ), {}
+    def _rank(self, adaptation, place, x):
+        return list(self.config.rank_probabilities)
 
     def _gate_at(self, rank, most):
         return ops.sum(super()._gate_at(rank, most), axis=0)

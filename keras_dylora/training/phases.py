@@ -62,25 +62,22 @@ class Phases(keras.callbacks.Callback):
             )
         total, done = steps * self.params["epochs"], steps * epoch
         tuned = min(round(tune * total), total - 1)
-        trained = total - tuned
-        done_training = min(done, trained)
-        begin = self._drawn() - done_training
+        untuned = total - tuned
+        begin = self._drawn() - done
         order = full_rank
         if is_share:
-            order = begin + min(round(full_rank * total), trained)
+            order = begin + min(round(full_rank * total), untuned)
         comes = full_rank and (epoch or ordered)
-        self._decays.tell(
-            trained, order - begin if comes else None, done_training
-        )
+        self._decays.tell(total, order - begin if comes else None, done)
         ahead = [(order, self._order)] if ordered else []
         if tuned:
             self._tuning.check_devices()
-            again = done >= trained
+            again = done >= untuned
             if not again:
                 self._tuning.forget()
             ahead.append(
                 (
-                    begin + trained,
+                    begin + untuned,
                     functools.partial(self._tune, tuned, again),
                 )
             )
@@ -114,7 +111,10 @@ class Phases(keras.callbacks.Callback):
 
     def _tune(self, steps, again):
         self._tuning.begin(steps, again)
-        self._tell(f"the cuts of ranks are tuned, in {steps} steps")
+        self._tell(
+            "the maximum rank is trained, and the cuts of lower ones are "
+            f"tuned, in {steps} steps"
+        )
 
     def _tell(self, what):
         if (self.params or {}).get("verbose"):

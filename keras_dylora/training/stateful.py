@@ -55,8 +55,14 @@ def restore_on_error(model, kind, function):
     return train_function
 
 
-def tuning_function(model, step):
-    """A train function that changes no variable but those of the metrics."""
+def with_tuning(model, train, tune):
+    """A train function that calls another on a batch, then has it tune."""
+
+    def step(batch):
+        logs = train([batch])
+        tune(batch)
+        return logs
+
     # On torch, Keras gives a list of batches.
     return lambda data: functions.last(
         step, iter(data), model.steps_per_execution
