@@ -1,4 +1,4 @@
-"""Time of a step of embeddings and convolutions, beside Keras's own LoRA."""
+"""Steps of embeddings and convolutions, beside Keras's own LoRA."""
 
 import time
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks import grid, table
 from benchmarks.competitors import RANK
+from benchmarks.peaks import forget_peak, held, import_packages
 
 EMBEDDING, CONVOLUTIONS = "embedding", "convolutions"
 OURS, KERAS = "DyLoRA", f"Keras LoRA {RANK}"
@@ -63,6 +64,8 @@ class KindOfLayer(grid.Cell):
         import keras_dylora as kd
 
         super().__init__(name, size)
+        import_packages(with_peft=False)
+        self.before = held("VmRSS")
         who, kind = name.split(", ")
         keras.utils.set_random_seed(0)
         self.model, self.inputs, self.batch = MODELS[kind](size)
@@ -92,6 +95,7 @@ class KindOfLayer(grid.Cell):
 
     def prepare(self, steps):
         self.measure(steps)
+        forget_peak()  # of what was built and compiled
         trained = self.model.trainable_variables
         return {"parameters": sum(int(np.prod(v.shape)) for v in trained)}
 
@@ -100,7 +104,10 @@ class KindOfLayer(grid.Cell):
         x, y = self.inputs(rows), np.arange(rows) % 2
         start = time.perf_counter()
         self.model.fit(x, y, batch_size=self.batch, shuffle=False, verbose=0)
-        return {"seconds": (time.perf_counter() - start) / steps}
+        return {
+            "seconds": (time.perf_counter() - start) / steps,
+            "memory": held("VmHWM") - self.before,
+        }
 
 
 def main(args):
@@ -114,4 +121,19 @@ def main(args):
         for kind in kinds
         if f"{OURS}, {kind}" in names
     ]
-    table.write_step_times(args, rows, ratios)
+    columns = {
+        "": lambda row: row["method"],
+        "trained parameters": lambda row: f"{row['parameters']:,}",
+        "seconds a step": lambda row: f"{table.middle(row):.3f}",
+        "memory, MB": lambda row: f"{table.middle(row, 'memory') / 1e6:.0f}",
+    }
+    headings = "ratio", "step times", "memory"
+    table.write(
+        args,
+        [
+            table.of_rows(columns, rows),
+            table.of_ratios(headings, rows, ratios, ("seconds", "memory")),
+        ],
+        {row["method"]: table.middle(row) for row in rows},
+        "seconds a step",
+    )

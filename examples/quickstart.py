@@ -22,7 +22,7 @@ import keras_dylora as kd
 from examples import data
 from examples.data import NotFetchedError
 from examples.presets import MINILM, from_preset
-from examples.training import WarmupLinear, dataset
+from examples.training import dataset
 
 SENTENCES = [
     "The plot drags, the jokes fall flat and nobody seems to care.",
@@ -55,19 +55,16 @@ def classifier(preset, sequence_length):
     )
 
 
-def recipe(args, method, steps):
-    """The configuration of a run, and what its learning rate has besides.
+def recipe(args, method):
+    """The configuration of a run.
 
     `"progressive"`: two fifths of the steps at the maximum rank, the order, and
-    then a rank for each example, at a rate that begins anew at twice its peak.
-    `"LoRA"`: every step at the maximum rank.
+    then a rank for each example. `"LoRA"`: every step at the maximum rank.
     """
     fields = {"rank": args.rank, "alpha": args.alpha, "seed": args.seed}
     if method == "LoRA":
-        return kd.DyLoRAConfig(min_rank=args.rank, **fields), {}
-    order = round(0.4 * steps)
-    restart = {"restart": order, "height": 2.0}
-    return kd.DyLoRAConfig.progressive(order, **fields), restart
+        return kd.DyLoRAConfig(min_rank=args.rank, **fields)
+    return kd.DyLoRAConfig.progressive(**fields)
 
 
 def train(args, method):
@@ -79,14 +76,12 @@ def train(args, method):
     keras.utils.set_random_seed(args.seed)
     model = classifier(args.preset, args.sequence_length)
     steps = args.epochs * -(-len(texts) // args.batch_size)
-    config, restart = recipe(args, method, steps)
-    kd.enable_dylora(model, config)
+    kd.enable_dylora(model, recipe(args, method))
     if args.quantize:  # the base; adapters and head stay float
         model.quantize(args.quantize)
     model.compile(
-        keras.optimizers.AdamW(
-            WarmupLinear(args.learning_rate, steps, warmup=0.0, **restart)
-        ),
+        # In a progressive run, it begins anew at the order.
+        keras.optimizers.AdamW(kd.ProgressiveDecay(args.learning_rate)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

@@ -101,5 +101,8 @@ class ProgressiveDecay(keras.optimizers.schedules.LearningRateSchedule):
         return self.learning_rate * ops.maximum(factor, 0.0)
 
     def get_config(self) -> dict[str, Any]:
-        names = "learning_rate", "restart", "warmup", "steps", "order", "begin"
-        return {name: getattr(self, name) for name in names}
+        names = "learning_rate", "warmup", "steps", "order", "begin"
+        # With what `fit` chose, for steps of one's own after a reload.
+        return {name: getattr(self, name) for name in names} | {
+            "restart": self.height
+        }

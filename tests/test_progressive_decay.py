@@ -148,6 +148,10 @@ def test_config():
     rate = kd.ProgressiveDecay(PEAK, 2.0, 0.1)
     again = kd.ProgressiveDecay.from_config(rate.get_config())
     assert again.get_config() == rate.get_config()
+    rate = kd.ProgressiveDecay(PEAK)
+    rate.take(10, 4, 0, 2.0)  # what `fit` tells
+    again = kd.ProgressiveDecay.from_config(rate.get_config())
+    assert float(again(4)) == float(rate(4)) == pytest.approx(2 * PEAK)
     config = kd.DyLoRAConfig.progressive(rank=4)
     assert config.full_rank_steps == 0.4
     assert kd.DyLoRAConfig.from_config(config.get_config()) == config
