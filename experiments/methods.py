@@ -12,7 +12,7 @@ import keras_dylora as kd
 # `alpha / b`, or in the order of their singular values, at its own scale.
 FIXED = ("lora", "lora-svd", "lora-tuned")
 # A run whose last steps also tune the cuts of the ranks below the maximum.
-TUNED = {"lora-tuned": "lora", "progressive-tuned": "progressive"}
+TUNED = ("lora-tuned", "progressive-tuned")
 TUNE_SHARE = 0.4
 FIELDS = {
     "dylora": {},
@@ -37,9 +37,9 @@ LABELS = {
     "progressive": "progressive",
     "progressive-tuned": "progressive, tuned",
 }
-# A progressive run: the share of its steps that is at the maximum rank, and
-# the learning rate that it goes on with, over the peak.
-FULL_RANK_SHARE, RESTART = 0.4, 2.0
+# Progressive runs: the share of the steps before the order, and the learning
+# rate that they go on with, over the peak.
+PROGRESSIVE = {"progressive": (0.4, 2.0), "progressive-tuned": (0.3, 1.0)}
 
 
 def config(method, steps, rank, alpha, **fields):
@@ -55,8 +55,10 @@ def config(method, steps, rank, alpha, **fields):
     fields = {"rank": rank, "alpha": alpha, **fields}
     if method in TUNED:
         fields["tune"] = TUNE_SHARE
-    if TUNED.get(method, method) == "progressive":
-        return kd.DyLoRAConfig.progressive(full_rank_steps(steps), **fields)
+    if method in PROGRESSIVE:
+        return kd.DyLoRAConfig.progressive(
+            full_rank_steps(method, steps), **fields
+        )
     if method == "lora-tuned":
         # Put in order where the tuning begins.
         fields["full_rank_steps"] = 1 - TUNE_SHARE
@@ -70,30 +72,34 @@ def config(method, steps, rank, alpha, **fields):
     return kd.DyLoRAConfig(**{**fields, **FIELDS.get(method, {})})
 
 
-def full_rank_steps(steps):
-    return round(FULL_RANK_SHARE * steps)
+def full_rank_steps(method, steps):
+    share, _ = PROGRESSIVE[method]
+    return round(share * steps)
 
 
 def restart(method, steps):
     """The arguments that only this method gives to `WarmupLinear`."""
-    if TUNED.get(method, method) != "progressive":
+    if method not in PROGRESSIVE:
         return {}
-    return {"restart": full_rank_steps(steps), "height": RESTART}
+    _, height = PROGRESSIVE[method]
+    return {"restart": full_rank_steps(method, steps), "height": height}
 
 
 def described(method):
     """The fields in which a kept run must agree, besides its method's name."""
-    if method in TUNED:
-        share = {"tune_share": TUNE_SHARE, "tuned": "beside training"}
-        return described(TUNED[method]) | share
-    return {
-        "progressive": {
-            "full_rank_share": FULL_RANK_SHARE,
-            "restart": RESTART,
+    found = {}
+    if method in PROGRESSIVE:
+        share, height = PROGRESSIVE[method]
+        found = {
+            "full_rank_share": share,
+            "restart": height,
             "draws": repr(kd.DyLoRAConfig.progressive(1).distribution),
-        },
-        "matryoshka": {"gate": "sum"},  # 0.1.0 had the mean
-    }.get(method, {})
+        }
+    if method in TUNED:
+        found |= {"tune_share": TUNE_SHARE, "tuned": "beside training"}
+    if method == "matryoshka":
+        found["gate"] = "sum"  # 0.1.0 had the mean
+    return found
 
 
 def lora_each(settings, run_at):
