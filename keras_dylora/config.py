@@ -129,9 +129,10 @@ class DyLoRAConfig:
             `fit` puts the columns of the adapters in order, as `order_ranks`
             does, and ranks are drawn from there. Can't be `frozen`. Defaults
             to `0`.
-        tune: float in `[0, 1)`. The last share of the steps of `fit`, which
-            train no more: they tune the cuts of `tuned_ranks`, as
-            `tune_ranks` does. Defaults to `0`.
+        tune: float in `[0, 1)`. The last share of the steps of `fit`. Each of
+            them trains the maximum rank, and then tunes the cuts of
+            `tuned_ranks` on the same batch, as `tune_ranks` does. Defaults to
+            `0`.
         rank_pattern: dict of a name, path or regular expression, as in
             `target_layers`, to int in `1..rank`: lower maximum ranks of
             layers. The first pattern that matches a layer counts. Where the
@@ -248,8 +249,9 @@ class DyLoRAConfig:
                 rank, or their share of the steps of `fit`. The more, the
                 better the highest ranks and the worse the lowest. Defaults to
                 `0.4`.
-            tune: float in `[0, 1)`. The last share of the steps, which tunes
-                the cuts of lower ranks. Defaults to `0`.
+            tune: float in `[0, 1)`. The last share of the steps, which train
+                the maximum rank and tune the cuts of lower ones. Defaults to
+                `0`.
             **fields: further fields, which take precedence.
 
         Returns:
