@@ -962,7 +962,8 @@ class Machine(RuleBasedStateMachine):
                 self.flags.setdefault(key, False)
         quantized = {k.split("/")[0] for k in found if "kernel_scale" in k}
         assert quantized >= set(ADAPTED)
-        assert quantized <= {*ADAPTED, "plain"}
+        in_full = {key.split("/")[0] for key in self.own} - set(ADAPTED)
+        assert quantized <= {*ADAPTED, "plain", "out"} - in_full
         self.epoch += 1
 
     @precondition(lambda self: self.enabled)
