@@ -956,6 +956,9 @@ class Machine(RuleBasedStateMachine):
             return
         found = read(self.model)
         self.base = {k: v for k, v in self.base.items() if k in self.own}
+        for adapter in self.adapters.values():
+            for key in adapter.values.keys() - self.own:
+                del adapter.values[key]  # frozen before it was ever trained
         for key, value in found.items():
             if key not in self.own:
                 self.base[key] = value
