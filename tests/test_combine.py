@@ -566,6 +566,14 @@ def test_another_scaling_is_right_at_the_maximum(folders):
     np.testing.assert_allclose(predicted(a), predicted(wanted), atol=1e-5)
 
 
+def test_it_is_no_model(folders, tmp_path):
+    where, *_ = folders
+    both = kd.combine_adapters({where["a"]: 1.0})
+    with pytest.raises(ValueError, match="must be enabled"):
+        kd.to_peft(both, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
 def test_its_text_is_short(folders):
     where, *_ = folders
     text = repr(kd.combine_adapters({where["a"]: 1.0}))

@@ -27,7 +27,7 @@ LINKING = [
     for page in sorted((ROOT / folder).glob("*.md"))
 ]
 # How many blocks of a page may be marked as not to be run.
-NOT_RUN = {"devices.md": 1, "sharing.md": 5}
+NOT_RUN = {"callbacks.md": 1, "devices.md": 1, "sharing.md": 5}
 # What `DyLoRAModel` adds to a model.
 MEMBERS = (
     "set_rank", "rank", "rank_scope", "draw_ranks", "dylora_summary",

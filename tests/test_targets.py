@@ -235,8 +235,9 @@ def test_names_of_other_libraries(overrides, message):
         ([], r"target_layers=\[\]"),
         ("all_linear", "did you mean 'all-linear'"),
         (["qeury"], "'qeury' .did you mean 'query'"),
+        (["query", "all-conv"], "'all-conv' .only.*not in a list"),
     ],
-    ids=["none", "underscore", "misspelt"],
+    ids=["none", "underscore", "misspelt", "listed"],
 )
 def test_targets_that_are_none(target_layers, message):
     with pytest.raises(ValueError, match=message):

@@ -188,6 +188,8 @@ def _select(paths, patterns, argument):
         if not found:
             names = [ALL_LINEAR, ALL_CONV, *(x.name for x in paths.values())]
             hint = meant(pattern, names)
+            if pattern in (ALL_LINEAR, ALL_CONV):
+                hint = " (only `target_layers` takes it, and not in a list)"
             raise ValueError(
                 f"`{argument}` must name layers of the model. "
                 f"Received: {pattern!r}{hint}, which matches none of "

@@ -343,6 +343,14 @@ def test_model_card(pair, tmp_path):
         to_peft(model, tmp_path)
 
 
+def test_model_card_of_a_lora(pair, tmp_path):
+    _, model = pair("roberta")
+    enabled(model, min_rank=3)
+    to_peft(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "base model, from a LoRA of rank 3, " in card
+
+
 @pytest.mark.parametrize("alpha", [16 / 3, 0.1, 7, 1e-3])
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_lora_alpha_gives_the_scale_exactly(alpha, rank):

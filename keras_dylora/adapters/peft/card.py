@@ -45,11 +45,8 @@ def model_card(config, weights, trained, report):
         "",
         f"# LoRA of rank {rank}",
         "",
-        f"An adapter for {f'`{base}`' if base else 'its base model'}, of one "
-        "training run for every rank "
-        f"from {trained.min_rank} to {trained.rank} "
-        f"([DyLoRA](https://arxiv.org/abs/2210.07558)), {_MAKER} "
-        f"{__version__}.",
+        f"An adapter for {f'`{base}`' if base else 'its base model'}, "
+        f"{_origin(trained)}, {_MAKER} {__version__}.",
         "",
         *(_table(report, weights) if report is not None else ()),
         "```python",
@@ -58,6 +55,16 @@ def model_card(config, weights, trained, report):
         "",
     ]
     return "\n".join(lines)
+
+
+def _origin(config):
+    if config.min_rank == config.rank:
+        return f"from a LoRA of rank {config.rank}"
+    return (
+        "of one training run for every rank "
+        f"from {config.min_rank} to {config.rank} "
+        "([DyLoRA](https://arxiv.org/abs/2210.07558))"
+    )
 
 
 def _table(report, weights):

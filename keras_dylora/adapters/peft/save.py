@@ -136,9 +136,10 @@ def to_peft(
             "`server_rank` needs `layout='server'`. "
             f"Received: server_rank={server_rank!r} with layout={layout!r}"
         )
+    adaptation = adaptation_of(model)
     chosen = {".": rank}
     if ranks is not None:
-        high = adaptation_of(model).max_rank
+        high = adaptation.max_rank
         chosen = {f"rank_{b}": b for b in as_ranks(ranks, 1, high)}
         if not chosen or len(chosen) < len(ranks):
             raise ValueError(
@@ -148,7 +149,7 @@ def to_peft(
     tree = Tree(model)
     whole = AdapterWeights.of(tree)
     cut = {name: whole.cut(b) for name, b in chosen.items()}
-    adaptation_of(model).warn_of_cut(*chosen.values())
+    adaptation.warn_of_cut(*chosen.values())
     family = layout_of(model).of_architecture(model, architecture)
     modules = family.modules(tree)
     every = tree.weights
