@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_dylora as kd
-from keras_dylora import training
 from keras_dylora.live.tuning import Tuning
+from keras_dylora.training.objectives import AT_CUTS
 from tests import backend
 from tests.marks import once
 from tests.models import mlp, mlp_data, randomize
@@ -79,24 +79,21 @@ def assert_same(found, wanted, atol=0):
 
 
 @pytest.mark.parametrize("jit", [None, "trace"])
-def test_the_maximum_trains_on_and_each_batch_tunes(jit):
+def test_examples_at_the_cuts_and_the_maximum(jit):
     if jit and backend.NAME != "torch":
         pytest.skip("is torch's")
     compiled = {"jit_compile": jit} if jit else {}
-    model = model_of(compiled, full_rank_steps=STEPS, tune=0.5)
+    # The last of eight steps, in which the cuts are nested still.
+    model = model_of(compiled, full_rank_steps=7, tune=1 / 8)
     history = fit(model, epochs=2).history
-    # The same, written out.
-    other = model_of(compiled, full_rank_steps=100, tune=0)
-    for batch in InOrder():
-        other.train_on_batch(*batch)
-    training.order_columns(other, other.optimizer)
-    other._dylora.full_rank.assign(1)  # goes on at the maximum
+    drawn = {1: AT_CUTS / 2, 2: AT_CUTS / 2, 4: 1 - AT_CUTS}
+    options = {"rank_distribution": kd.Categorical(drawn), "tune": 0}
+    other = model_of(compiled, full_rank_steps=7, **options)
+    fit(other, epochs=2)
+    # Then they are tuned on the same batch.
     ranks = [dict.fromkeys(other._dylora.layers, b) for b in (1, 2)]
-    tuning = Tuning(other, ranks, STEPS)
-    for batch in InOrder():
-        other.train_on_batch(*batch)
-        tuning.step(batch)
-    other._dylora.full_rank.assign(0)
+    tuning = Tuning(other, ranks, 1)
+    tuning.step(InOrder()[STEPS - 1])
     other._dylora.set_tuned_cuts(tuning.cuts())
     assert_same(model, other, 1e-6)
     assert_same_cuts(model, other, 1e-5)
@@ -209,7 +206,7 @@ def test_a_line_for_each_phase(capsys):
     fit(model_of(), verbose=2)
     shown = capsys.readouterr().out
     assert "Step 3: the columns are in order" in shown
-    assert "Step 6: the maximum rank is trained, and the cuts" in shown
+    assert "Step 6: the maximum rank and the cuts of lower ones" in shown
 
 
 def test_a_lora_that_is_ordered_and_tuned():

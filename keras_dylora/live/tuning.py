@@ -38,10 +38,13 @@ class Tuning:
         self.sides = [keras.Variable(left), keras.Variable(left.swapaxes(2, 3))]
         scale = np.vectorize(config.scale.at)(np.maximum(ranks, 1))
         self.scale = scale.astype("float32")[..., None, None]
+        most = [model._dylora.max_ranks[path] for path in self.paths]
+        gates = ops.convert_to_numpy(config.scale.gate(most))
+        self.whole = gates[..., None] * np.eye(config.rank, dtype="float32")
         rate = keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0)
         self.optimizer = keras.optimizers.Adam(rate, *DECAYS, epsilon=1e-9)
         self.optimizer.build(self.sides)
-        self.gradient = training.loss_gradient(model, self._cores)
+        self.gradient = training.loss_gradient(model, self._in_turn)
 
     @property
     def done(self):
@@ -57,7 +60,7 @@ class Tuning:
         size = len(keras.tree.flatten(batch)[0])
         turns = (np.arange(size) + self.done) % len(self.chosen)
         loss, gradients = self.gradient(
-            self._values(), turns.astype("int32"), batch
+            self.values(), turns.astype("int32"), batch
         )
         self.optimizer.apply(
             [ops.convert_to_tensor(g.astype("float32")) for g in gradients],
@@ -67,7 +70,7 @@ class Tuning:
 
     def cuts(self):
         """The `TunedCut`s as they are now, in the order of the ranks."""
-        left, right = self._values()
+        left, right = self.values()
         return [
             TunedCut(
                 {p: left[c, i, :, :b] for i, (p, b) in enumerate(each.items())},
@@ -88,28 +91,36 @@ class Tuning:
             for variable, value in zip(variables, state, strict=True):
                 variable.assign(value)
 
-    def _values(self):
+    def values(self):
+        """The sides as they are now, a list of arrays."""
         return [ops.convert_to_numpy(v) for v in self.sides]
 
-    def _cores(self, sides, turns):
-        """What the layers read: one core, or that of each example's turn."""
-        left, right = sides
+    def cores_at(self, sides, cuts):
+        """What layers read at a cut for each example, by path.
+
+        `cuts` is int32 of `(batch,)`, whose last value is the maximum rank.
+        """
+        left, right = map(ops.convert_to_tensor, sides)
         cores = ops.convert_to_tensor(self.scale) * (left @ right)
-        found = {}
-        for i, path in enumerate(self.paths):
-            each = cores[:, i]
-            if len(self.chosen) > 1:
-                each = ops.take(each, turns, axis=0)
-            found[path] = each
-        return found
+        whole = ops.convert_to_tensor(self.whole, "float32")
+        cores = ops.concatenate([cores, whole[None]])
+        return {
+            path: ops.take(cores[:, i], cuts, axis=0)
+            for i, path in enumerate(self.paths)
+        }
+
+    def _in_turn(self, sides, turns):
+        # With but one cut, one core is for all examples.
+        return self.cores_at(sides, turns if len(self.chosen) > 1 else [0])
 
 
 class TuningInFit:
     """The last steps of a `fit`, which tune the cuts of `tuned_ranks` too.
 
-    Each trains the maximum rank alone, and then tunes on the same batch. Its
-    place is kept with the live adapter while the run isn't over, so that
-    one which was interrupted goes on from there, also from a file.
+    Each trains at the maximum rank and at the cuts as they are, and then tunes
+    the cuts on the same batch. The place in the run is kept with the live
+    adapter while the run isn't over, so that an interrupted one goes on from
+    there, also from a file.
     """
 
     def __init__(self, model):
@@ -148,7 +159,7 @@ class TuningInFit:
             self.tuning.restore(self._named.tuning)
         self.publish()
         self.objective = model._dylora.objective
-        model.train_function = training.with_tuning(model, self.tuning.step)
+        model.train_function = training.with_tuning(model, self.tuning)
 
     def forget(self):
         """Forgets the place in a run that was interrupted."""

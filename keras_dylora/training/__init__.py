@@ -11,7 +11,7 @@ from keras_dylora.training import functions
 from keras_dylora.training.full_rank import at_full_rank, order_columns
 from keras_dylora.training.interruption import interruptible, with_callback
 from keras_dylora.training.loss_gradient import loss_gradient
-from keras_dylora.training.objectives import AtMaximum
+from keras_dylora.training.objectives import AtCuts
 from keras_dylora.training.phases import Phases
 from keras_dylora.training.step import check_frozen, drawn, masked
 
@@ -30,14 +30,17 @@ write_back = skin.write_back
 make_generate = functions.make_generate
 
 
-def with_tuning(model, tune):
-    """A train function that trains the maximum rank, and has a batch tune.
+def with_tuning(model, tuning):
+    """A train function that trains with cuts, and tunes them on each batch.
 
-    `tune` is a function of a batch.
+    `tuning` is a `Tuning` of the cuts.
     """
-    model._dylora.objective = AtMaximum(model._dylora.config)
+    adaptation = model._dylora
+    adaptation.objective = AtCuts(
+        adaptation.config, len(tuning.chosen), tuning.cores_at
+    )
     model.make_train_function(force=True)
-    return skin.with_tuning(model, model.train_function, tune)
+    return skin.with_tuning(model, model.train_function, tuning)
 
 
 def make(model, kind, keras_make, force):

@@ -19,6 +19,7 @@ _EAGER = get_opaque_trace_state(convention="flax")
 
 def train_step(model, keras_step, state, data):
     """Runs one DyLoRA step on `data`; returns its logs and the new state."""
+    data = model._dylora.objective.taken(data)
     trainable, non_trainable, optimizer, metrics = state
     gates = [gate.variable for gate in model._dylora.gates]
     with _scope(model, trainable, non_trainable, optimizer) as scope:
@@ -85,15 +86,15 @@ def restore_on_error(model, kind, function):
     return restoring
 
 
-def with_tuning(model, train, tune):
-    """A train function that calls another on a batch, then has it tune."""
+def with_tuning(model, train, tuning):
+    """A train function that trains on a batch, and then tunes on it."""
 
     def function(state, iterator):
         def step(batch):
             nonlocal state
-            logs, state = train(state, iter([batch]))
+            logs, state = train(state, iter([(batch, tuning.values())]))
             _keras.put_back(model, state)  # to tune reads the variables
-            tune(batch)
+            tuning.step(batch)
             return logs
 
         try:

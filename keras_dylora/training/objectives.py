@@ -10,6 +10,10 @@ import functools
 import keras
 from keras import ops
 
+from keras_dylora.distributions import Categorical, RankDraw
+
+AT_CUTS = 0.25  # of the examples, where most are at the maximum rank
+
 
 class Sampled:
     """A rank is drawn for a step (Algorithm 1), or one for each example."""
@@ -36,14 +40,17 @@ class Sampled:
     def _rank(self, adaptation, place, x):
         """The rank at a place of the sequence, or those of the examples."""
         if self.config.draw == "example":
-            size = ops.shape(keras.tree.flatten(x)[0])[0]
-            drawn = adaptation.draw.for_examples(place, size)
+            drawn = adaptation.draw.for_examples(place, _size(x))
         else:
             drawn = adaptation.draw(place)
         if self.config.full_rank_steps:
             full = ops.greater(adaptation.full_rank, 0)
             drawn = ops.where(full, self.config.rank, drawn)
         return drawn
+
+    def taken(self, data):
+        """The batch of a step's data, of which an objective may take more."""
+        return data
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
         """The loss of a step, a scalar tensor.
@@ -69,11 +76,39 @@ class Sampled:
         return self.config.scale.gate(rank)
 
 
-class AtMaximum(Sampled):
-    """Each step is at the maximum rank, as beside the tuning of cuts."""
+class AtCuts(Sampled):
+    """Most examples are at the maximum rank, the others at cuts.
 
-    def _rank(self, adaptation, place, x):
-        return ops.convert_to_tensor(self.config.rank, "int32")
+    The data of a step is `(batch, sides)`, the second of which makes the cuts.
+
+    Args:
+        config: `DyLoRAConfig`.
+        cuts: int. How many cuts there are.
+        cores_at: function of the sides and of a cut for each example, int32
+            of `(batch,)`, of which `cuts` is the maximum. It gives a dict of
+            path to `(batch, rank, rank)`.
+    """
+
+    def __init__(self, config, cuts, cores_at):
+        super().__init__(config)
+        shares = dict.fromkeys(range(1, cuts + 1), AT_CUTS / cuts)
+        shares[cuts + 1] = 1 - AT_CUTS
+        self.draw = RankDraw(Categorical(shares), 1, cuts + 1, config.seed)
+        self.cores_at = cores_at
+
+    def taken(self, data):
+        batch, self.sides = data
+        return batch
+
+    def gate(self, adaptation, x):
+        place, size = adaptation.ranks_drawn, _size(x)
+        cut = self.draw.for_examples(place, size) - 1
+        place.assign(place + 1)
+        return self.cores_at(self.sides, cut), {}
+
+    def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
+        _check_examples(x, y_pred)
+        return compute_loss(x, y, y_pred, *args, **kwargs)
 
 
 class Summed(Sampled):
@@ -133,6 +168,10 @@ OBJECTIVES = {
     "summed": Summed,
     "matryoshka": Matryoshka,
 }
+
+
+def _size(x):
+    return ops.shape(keras.tree.flatten(x)[0])[0]
 
 
 def _check_examples(x, y_pred):

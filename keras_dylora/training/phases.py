@@ -112,8 +112,8 @@ class Phases(keras.callbacks.Callback):
     def _tune(self, steps, again):
         self._tuning.begin(steps, again)
         self._tell(
-            "the maximum rank is trained, and the cuts of lower ones are "
-            f"tuned, in {steps} steps"
+            "the maximum rank and the cuts of lower ones are trained, in "
+            f"{steps} steps"
         )
 
     def _tell(self, what):

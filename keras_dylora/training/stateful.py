@@ -14,6 +14,7 @@ def train_step(model, keras_step, data):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
         model(x)
         model.start_training()
+    data = model._dylora.objective.taken(data)
     gates = [gate.variable for gate in model._dylora.gates]
     inference = [ops.copy(gate) for gate in gates]
     masked = step.masked(model)
@@ -55,12 +56,12 @@ def restore_on_error(model, kind, function):
     return train_function
 
 
-def with_tuning(model, train, tune):
-    """A train function that calls another on a batch, then has it tune."""
+def with_tuning(model, train, tuning):
+    """A train function that trains on a batch, and then tunes on it."""
 
     def step(batch):
-        logs = train([batch])
-        tune(batch)
+        logs = train([(batch, tuning.values())])
+        tuning.step(batch)
         return logs
 
     # On torch, Keras gives a list of batches.

@@ -23,14 +23,15 @@ def begin(model, data):
     """Sets the gates of a step, and in frozen mode opens its columns.
 
     Returns:
-        The gates `(batch, rank)` of the examples by path, to be read within
-        `training`, or `None` where one gate is for all; and a dict of what the
+        The gates `(batch, rank)` or cores `(batch, rank, rank)` of the examples
+        by path, to be read within `training`, or `None` where one gate is for
+        all; and a dict of what the
         step logs: its `rank`, an int32 scalar tensor, where one is drawn.
     """
     adaptation = model._dylora
     x, *_ = keras.utils.unpack_x_y_sample_weight(data)
     gates, logs = adaptation.objective.gate(adaptation, x)
-    if any(len(gate.shape) == 2 for gate in gates.values()):
+    if any(len(gate.shape) > 1 for gate in gates.values()):
         return gates, logs
     adaptation.assign_gates(gates)
     if adaptation.config.frozen:
