@@ -166,7 +166,7 @@ WRONG = {
     "hidden": (
         {".*s.*": 2, "first": 1},
         ValueError,
-        "a narrow one comes before a wide one",
+        "put narrow patterns before wide ones",
     ),
     "none-at-the-rank": ({".*": 2}, ValueError, "all 2 layers at most 2"),
 }
