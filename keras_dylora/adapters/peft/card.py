@@ -4,7 +4,7 @@ import json
 
 from keras_dylora.version import __version__
 
-# PEFT's class for a task, which loads the base and the adapter.
+# PEFT's class for a task; it loads both the base and the adapter.
 _AUTO = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -15,7 +15,7 @@ _MAKER = "written by keras_dylora"
 
 
 def is_ours(content):
-    """Whether the bytes of a file are those of a `model_card`."""
+    """Whether the content of a file is a `model_card`."""
     return _MAKER.encode() in content
 
 
@@ -45,7 +45,7 @@ def model_card(config, weights, trained, report):
         "",
         f"# LoRA of rank {rank}",
         "",
-        f"An adapter for {f'`{base}`' if base else 'its base model'}, of one "
+        f"An adapter for {f'`{base}`' if base else 'its base model'}, from one "
         "training run for every rank "
         f"from {trained.min_rank} to {trained.rank} "
         f"([DyLoRA](https://arxiv.org/abs/2210.07558)), {_MAKER} "
@@ -61,7 +61,7 @@ def model_card(config, weights, trained, report):
 
 
 def _table(report, weights):
-    """Metrics by rank; the rank of this adapter is the bold one."""
+    """The metrics at each rank; the rank of this adapter is in bold."""
     names = list(next(iter(report.metrics.values())))
     yield "| rank | " + " | ".join(names) + " |"
     yield "|---" * (len(names) + 1) + "|"
