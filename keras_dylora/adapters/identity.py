@@ -71,7 +71,7 @@ class Identity:
     def _paths(self, here):
         if len(here) != len(self.layers):
             raise ValueError(
-                "An adapter must be loaded into a model of as many layers. "
+                "An adapter must be loaded into a model with as many layers. "
                 f"Received: one of {len(self.layers)} layers with weights, "
                 f"for a model of {len(here)}"
             )
