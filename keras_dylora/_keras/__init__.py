@@ -333,7 +333,7 @@ def replace_value(variable, value):
 
 
 def metric_directions(model):
-    """Which direction is better for each metric of an evaluated model.
+    """The better direction of each metric of an evaluated model.
 
     Yields the name in `evaluate`, the name of the class, and `"max"`, `"min"`
     or `None` if Keras doesn't know. Keras has this for its callbacks.

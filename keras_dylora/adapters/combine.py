@@ -84,6 +84,7 @@ def combine_adapters(
             (`"total"`) or only their signs (`"frequency"`). Defaults to
             `"total"`.
         seed: int. The seed of `"dare"`. Defaults to `0`.
+
     Returns:
         An `AdapterWeights`, in NumPy.
         `load_adapter(model, weights, name="both")` puts it on a model, and

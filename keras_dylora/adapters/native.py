@@ -113,7 +113,6 @@ def load_adapter(
 
     Returns:
         `model` itself.
-        `model` itself.
 
     Raises:
         TypeError: if the name isn't a string.

@@ -105,6 +105,7 @@ def export_ranks(
             `None`.
         adapters: list of names in `model.adapter_names`, or `"all"`. Defaults
             to `None`: only the active adapter, without an input for it.
+
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if an argument is out of range, if the model isn't enabled,

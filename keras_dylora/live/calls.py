@@ -1,4 +1,4 @@
-"""Which layers a model calls, and doesn't only read the kernels of."""
+"""Finds layers that a model never calls, and values of weights in its graph."""
 
 import contextlib
 import re

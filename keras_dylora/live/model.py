@@ -239,7 +239,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         parameters, including those that are trained in full, and their bytes.
 
         Args:
-            print_fn: callable that takes the text. Defaults to `None`,
+            print_fn: callable that takes the text. Defaults to `None`:
                 `print`.
 
         Raises:

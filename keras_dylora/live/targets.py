@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted, and which are trained in full."""
+"""The layers of a model that are adapted, and those trained in full."""
 
 import dataclasses
 import re

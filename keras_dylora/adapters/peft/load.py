@@ -59,7 +59,6 @@ def from_peft(
             lower rank. Defaults to `None`: the adapter isn't cut.
 
     Returns:
-    Returns:
         `model` itself.
 
     Raises:

@@ -93,6 +93,7 @@ def to_peft(
             `"Gemma3ForConditionalGeneration"`, not as `"Gemma3ForCausalLM"`.
             Defaults to `None`: the class for text alone, with a warning if the
             published models of this size have another class.
+
     Raises:
         TypeError: if a rank isn't an integer.
         ValueError: if a rank, `layout`, `dtype` or `architecture` isn't one
