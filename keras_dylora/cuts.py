@@ -23,7 +23,7 @@ def warn_of_cut(ranks, lowest, adapters):
     low = min(filter(None, ranks), default=lowest)
     if low < lowest and not are_ordered(adapters()):
         warnings.warn(
-            "Adapters are of use at a rank that they were trained at, or "
+            "Adapters are of use only at ranks that they were trained at, or "
             f"after `order_ranks`. Received: rank={low} of adapters that were "
             f"trained from rank {lowest} on",
             stacklevel=users_line(),

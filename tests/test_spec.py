@@ -213,7 +213,7 @@ def test_what_is_made_trainable_later_is_each_adapters_own(tmp_path):
     model.add_adapter("a")
     model.get_layer("norm").trainable = True
     model.compile("adam", "mse")
-    with pytest.warns(UserWarning, match="belongs to every adapter"):
+    with pytest.warns(UserWarning, match="belong to every adapter"):
         assert "norm/gamma" in moved(model)
     mine = values(model)["norm/gamma"]
     model.set_adapter("default")

@@ -319,8 +319,8 @@ def _check_model(model, plan):
     taken = sorted(added & {spec.name for spec in plan.inputs.specs})
     if taken:
         raise ValueError(
-            "The shared layout adds an input `rank`, and `adapter` for "
-            f"several. Received: a model that has inputs {taken}"
+            "The shared layout adds an input `rank`, and for several adapters "
+            f"an input `adapter`. Received: a model that has inputs {taken}"
         )
     preprocessor = getattr(model, "preprocessor", None)
     if plan.text and getattr(preprocessor, "tokenizer", None) is None:

@@ -151,8 +151,9 @@ class Adaptation(ActiveRanks):
             if self.head is not None:
                 self.keep_head(tree)
             warnings.warn(
-                "What is made trainable after enabling belongs to every "
-                f"adapter from then on. Received: {len(more)} weights, such as "
+                "Weights that are made trainable after enabling belong to "
+                "every adapter from then on. Received: "
+                f"{len(more)} weights, such as "
                 f"{more[:1]}",
                 stacklevel=users_line(),
             )

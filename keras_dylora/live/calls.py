@@ -46,7 +46,7 @@ def check_constants(model):
         if held and "layers" not in cls.get_config(each):
             raise ValueError(
                 "A model can be copied only if it computes with its weights, "
-                f"and {cls.__name__} keeps values in their place that its "
+                f"but {cls.__name__} keeps values in their place, which its "
                 f"config doesn't hold. Received: {each.name}, with "
                 f"{', '.join(held)}"
             )

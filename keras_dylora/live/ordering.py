@@ -69,9 +69,9 @@ def order_ranks(model: Model) -> Model:
         warnings.warn(
             "Columns are ordered for one scale at all ranks. What this model "
             f"computed at ranks {config.min_rank}..{config.rank - 1}, if it "
-            "was trained at them, is lost; the maximum is as it was. "
-            "Train with `scaling='constant'`, or at lower ranks after the "
-            f"order only. Received: scaling={config.scaling!r}",
+            "was trained at them, is lost; the maximum rank is unchanged. "
+            "Train with `scaling='constant'`, or train lower ranks only after "
+            f"the order. Received: scaling={config.scaling!r}",
             stacklevel=2,
         )
     config = after

@@ -97,8 +97,8 @@ def check_merged(model, merged, ranks):
             if np.array_equal(again, expected):
                 raise RuntimeError(
                     "A merged model must compute what the live one does. If "
-                    "another layer reads the kernel of an adapted one (tied "
-                    "weights), leave that out of `target_layers`. Received: a "
+                    "another layer reads an adapted kernel (tied weights), "
+                    "leave its layer out of `target_layers`. Received: a "
                     f"difference of {difference:.3g} in {name!r} of "
                     f"{model.name}, above {limit:.3g}"
                 )

@@ -52,7 +52,7 @@ def drawn(model, x, state=None):
     config, objective = adaptation.config, adaptation.objective
     if config.frozen or objective.own_loss:
         raise ValueError(
-            "`frozen` and `objective='summed'` take more than a call of "
+            "`frozen` and `objective='summed'` need more than one call of "
             "the model: train with `fit` or `train_on_batch`. Received: "
             f"frozen={config.frozen}, objective={config.objective!r}"
         )

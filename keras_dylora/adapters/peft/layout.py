@@ -138,7 +138,7 @@ class Layout:
             raise ValueError(
                 "`architecture` must be a class of transformers whose names "
                 "are known here, one of "
-                f"{list(self.architectures)}; where there is none, leave it "
+                f"{list(self.architectures)}; if there is none, leave it "
                 f"out. Received: architecture={architecture!r} for a "
                 f"{type(model).__name__}"
             )
