@@ -119,8 +119,8 @@ class ActiveRanks:
         """
         warnings.warn(
             "Training moves the columns that cuts are tuned for, so tuned cuts "
-            "are dropped: call `tune_ranks` again after training. Received: a "
-            f"step of a model with {len(self.named.cuts)} tuned cuts",
+            "are dropped: call `tune_ranks` once more after training. "
+            f"Received: a step of a model with {len(self.named.cuts)} cuts",
             stacklevel=users_line(),
         )
         self.named.cuts, self.named.tuning = [], ()

@@ -66,7 +66,7 @@ class TracedStep:
         if len(self.traces) >= SHAPES:
             if len(self.traces) == SHAPES:
                 warnings.warn(
-                    "Steps on batches of further shapes run eagerly: pad "
+                    "Steps on further shapes of batches run eagerly: pad "
                     "batches, or sort them into a few lengths. Received: "
                     f"{[tuple(x.shape) for x in batch]} after {SHAPES} others",
                     stacklevel=2,
