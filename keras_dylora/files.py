@@ -97,7 +97,7 @@ def sha256(path):
 
 
 def read_json(path):
-    """The object in a JSON file, or a `ValueError` that names the file."""
+    """Returns the object in a JSON file, or raises a `ValueError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

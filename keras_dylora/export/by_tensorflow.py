@@ -30,7 +30,7 @@ def write(model, folder, plan, on_step):
     Raises:
         ValueError: if TensorFlow can't rebuild or run the model.
         OSError: if the artifact can't be written.
-        RuntimeError: if the process is ended.
+        RuntimeError: if the process doesn't run to its end.
     """
     sampler = None
     if plan.generate:

@@ -34,7 +34,7 @@ class Served:
         return max(self.rank) if self.by_layer else self.rank
 
     def ranks(self, layers):
-        """Dict of path to rank, by a dict of path to adapted layer."""
+        """Dict of path to rank, for a dict of path to adapted layer."""
         if self.by_layer:
             return dict(zip(layers, self.rank, strict=True))
         return {path: min(self.rank, x.rank) for path, x in layers.items()}

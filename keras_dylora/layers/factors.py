@@ -1,4 +1,4 @@
-"""Factors: the adapter of one layer in NumPy, cut and put in order."""
+"""Factors: the adapter of one layer in NumPy, to be cut and ordered."""
 
 import dataclasses
 

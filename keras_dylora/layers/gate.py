@@ -197,7 +197,7 @@ class GateRow:
         )
 
     def set_rank(self, rank):
-        """Sets the rank of this layer alone."""
+        """Sets the rank of only this layer."""
         active_ranks = self.gate.active_ranks
         active_ranks[self.index] = rank
         self.gate.set_ranks(active_ranks)

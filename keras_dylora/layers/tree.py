@@ -1,4 +1,4 @@
-"""Tree: the layers and weights of a model by path, walked once an operation."""
+"""Tree: the layers and weights of a model by path, found by one walk."""
 
 import functools
 

@@ -113,7 +113,7 @@ class Adaptation(ActiveRanks):
         restore(self.before)
 
     def keep_head(self, tree):
-        """Copies the values of what is trained in full, where none is kept."""
+        """Copies the values of weights trained in full, if there is no copy."""
         self.head = self.head or {}
         for path, variable in self.spec.head(tree).items():
             if path not in self.head:

@@ -1,4 +1,4 @@
-"""enable_dylora and disable_dylora: a live model upgraded, and back."""
+"""enable_dylora and disable_dylora: upgrade a live model, and undo that."""
 
 import dataclasses
 import warnings

@@ -6,7 +6,7 @@ from keras_dylora.cuts import users_line
 
 
 def warn_of_frozen(adaptation):
-    """Warns of adapters that are frozen in a model that trains."""
+    """Warns if a model trains while some of its adapters are frozen."""
     frozen = [
         path
         for path, layer in adaptation.layers.items()
