@@ -1,4 +1,4 @@
-"""RankAllocation: a rank for each adapted layer, taken wherever a rank is."""
+"""RankAllocation: a rank for each adapted layer, in place of one for all."""
 
 import collections
 import json
@@ -19,24 +19,26 @@ if TYPE_CHECKING:
 
 
 class RankAllocation(Mapping[str, int]):
-    """A rank for each adapted layer of a model, in place of one for all.
+    """A rank for each adapted layer of a model, instead of one rank for all.
 
-    It is taken wherever a rank is: `set_rank`, `rank_scope`,
-    `evaluate_ranks`, `merge`, `truncate`, `save_adapter`, `to_peft` and
-    `export_ranks`. `allocate_ranks` finds one; it can also be written by hand.
-    It is a mapping of path to rank, and can't be changed.
+    Every function that takes a rank accepts an allocation: `set_rank`,
+    `rank_scope`, `evaluate_ranks`, `merge`, `truncate`, `save_adapter`,
+    `to_peft` and `export_ranks`. `allocate_ranks` finds one. You can also write
+    one by hand. An allocation is a mapping of layer path to rank, and can't be
+    changed.
 
     Args:
-        ranks: dict of layer path to int in `0..max_rank`; at `0` a layer is
-            as in the base model.
-        matrices: dict of layer path to `(inputs, outputs)`, the sizes of what
-            the layer multiplies with.
+        ranks: dict of layer path to int in `0..max_rank`. At `0`, a layer
+            computes what it does in the base model.
+        matrices: dict of layer path to `(inputs, outputs)`, the shape of the
+            layer's kernel as a matrix.
         max_rank: int. The maximum rank of the model; or dict of layer path to
-            int, where layers have a lower one by `rank_pattern`.
+            int, if `rank_pattern` gives layers a lower one.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if a rank is out of range, or the paths of the two differ.
+        ValueError: if a rank is out of range, or if the paths of `ranks` and
+            `matrices` differ.
 
     Example:
 
@@ -67,7 +69,17 @@ class RankAllocation(Mapping[str, int]):
 
     @classmethod
     def of(cls, model: keras.Model, ranks: Mapping[str, int]) -> Self:
-        """The allocation of a model with these ranks, a dict of path to int."""
+        """Makes an allocation for a model.
+
+        Args:
+            model: an enabled model or a `DyLoRAModel`.
+            ranks: dict of layer path to int.
+
+        Raises:
+            TypeError: if a rank isn't an integer.
+            ValueError: if a rank is out of range, or the paths aren't those of
+                the model's adapted layers.
+        """
         layers = model._dylora.layers
         matrices = {path: matrix_shape(x) for path, x in layers.items()}
         max_ranks = {path: x.rank for path, x in layers.items()}
@@ -80,13 +92,13 @@ class RankAllocation(Mapping[str, int]):
 
     @property
     def share(self) -> float:
-        """float. `parameters` over those at the maximum rank."""
+        """float. `parameters` as a share of those at the maximum rank."""
         whole = (b * sum(self.matrices[p]) for p, b in self.max_ranks.items())
         return self.parameters / sum(whole)
 
     @property
     def label(self) -> str:
-        """str. A name for tables: the lowest and highest rank, the share."""
+        """str. A short name: the lowest and highest rank, and the share."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
         ranks = str(low) if low == high else f"{low} to {high}"
         return f"{ranks}, {self.share:.1%}"
@@ -107,17 +119,17 @@ class RankAllocation(Mapping[str, int]):
         return f"RankAllocation({len(self)} layers, ranks {self.label})"
 
     def _grid(self):
-        """Dict of kind of layer to dict of number to the rank of the layer.
+        """Dict of kind of layer to a dict of number to rank.
 
-        Layers are of a kind if their paths differ by the first number alone;
-        one without a number is the first, as Keras counts.
+        Layers are of one kind if their paths differ only in their first number.
+        A path without a number has number 0, as Keras counts.
         """
         kinds = collections.defaultdict(dict)
         for path, b in self.ranks.items():
             found = re.search(r"_?(\d+)", path)
             number = int(found[1]) if found else 0
             kind = path.replace(found[0], "", 1) if found else path
-            if number in kinds[kind]:  # as of `dense` beside `dense_0`
+            if number in kinds[kind]:  # such as `dense` beside `dense_0`
                 kind, number = path, 0
             kinds[kind][number] = b
         return kinds
@@ -147,11 +159,15 @@ class RankAllocation(Mapping[str, int]):
         return f"{tables.html(*self._rows())}<p>{self._size()}</p>"
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The allocation as JSON, also written to `path` if one is given.
+        """Returns the allocation as JSON, and writes it if there is a `path`.
+
+        Args:
+            path: str or path of the file. Defaults to `None`: nothing is
+                written.
 
         Returns:
-            str: `{"max_rank": 8, "ranks": {…}, "matrices": {…}}`. Where the
-            maxima of layers differ, `max_rank` is a dict like `ranks`.
+            str: `{"max_rank": 8, "ranks": {…}, "matrices": {…}}`. If layers
+                have different maximum ranks, `max_rank` is a dict like `ranks`.
         """
         one = len(set(self.max_ranks.values())) == 1
         content = {
@@ -170,7 +186,7 @@ class RankAllocation(Mapping[str, int]):
         """Reads the file that `to_json` wrote.
 
         Raises:
-            ValueError: if it isn't one.
+            ValueError: if `path` isn't such a file.
         """
         content = files.read_json(pathlib.Path(path))
         try:
@@ -183,10 +199,10 @@ class RankAllocation(Mapping[str, int]):
             ) from error
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
-        """Draws the ranks as a heat map, of depth and kind of layer.
+        """Draws the ranks as a heat map, by depth and kind of layer.
 
         Args:
-            path: str or path of the picture, whose ending gives the format.
+            path: str or path of the picture. Its ending gives the format.
                 Defaults to `None`: nothing is written.
 
         Returns:

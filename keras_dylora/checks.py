@@ -9,7 +9,7 @@ from keras_dylora.ranks import INT32_MAX, as_rank
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises a `ValueError` for what is no positive, finite number."""
+    """Raises a `ValueError` unless a value is a positive, finite number."""
     if not is_number(value) or not math.isfinite(value) or value <= 0:
         raise ValueError(
             f"`{name}` must be a positive number. Received: {name}={value!r}"
@@ -17,7 +17,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Raises a `ValueError` for what is no number in `[0, 1)`."""
+    """Raises a `ValueError` unless a value is a number in `[0, 1)`."""
     if not is_number(value) or not 0 <= value < 1:
         raise ValueError(
             f"`{name}` must be in [0, 1). Received: {name}={value!r}"
@@ -25,12 +25,12 @@ def check_fraction(name: str, value: Any) -> None:
 
 
 def is_number(x: Any) -> bool:
-    """Whether a value is a real number, and no truth value."""
+    """Whether a value is a real number and not a bool."""
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def is_share(x: Any) -> bool:
-    """Whether a value is a share of something, and no number of it."""
+    """Whether a value is a share in `(0, 1)`, not a count."""
     return isinstance(x, float) and 0 < x < 1
 
 
@@ -44,7 +44,7 @@ def check_one_of(name: str, value: Any, allowed: Iterable) -> None:
 
 
 def as_tokens(tokens: Any) -> Any:
-    """A tuple of different ids, `"new"` or `None`, or an error says why not."""
+    """Returns a tuple of distinct ids, `"new"` or `None`, or raises."""
     if tokens is None or tokens == "new":
         return tokens
     if isinstance(tokens, (str, int)) or not tokens:

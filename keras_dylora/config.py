@@ -1,4 +1,4 @@
-"""DyLoRAConfig: every choice of a run; what of them a layer needs."""
+"""DyLoRAConfig: every choice of a run, and the part that layers need."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ Layers = str | Sequence[str] | Callable[[str, keras.Layer], bool] | None
 
 @dataclasses.dataclass(frozen=True)
 class AdapterArguments:
-    """What layers and configs have in common, checked; see `DyLoRAConfig`."""
+    """The arguments that layers and configs share; see `DyLoRAConfig`."""
 
     rank: int = 8
     min_rank: int = 1
@@ -55,7 +55,7 @@ class AdapterArguments:
             )
         check_fraction("dropout", dropout)
         check_one_of("scaling", self.scaling, SCALINGS)
-        # NumPy's scalars are taken, but JSON and Keras need Python's.
+        # NumPy's scalars are allowed, but JSON and Keras need Python's.
         for field in dataclasses.fields(self):
             object.__setattr__(
                 self,
@@ -65,12 +65,12 @@ class AdapterArguments:
 
     @classmethod
     def of(cls, source: Any) -> Self:
-        """The arguments that a layer or a config has as attributes."""
+        """The arguments that a layer or a config has as its attributes."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: getattr(source, name) for name in names})
 
     def at_most(self, rank: int) -> Self:
-        """The arguments of a layer whose maximum rank is no higher."""
+        """The arguments with a maximum rank of at most `rank`."""
         rank = min(self.rank, rank)
         return dataclasses.replace(
             self, rank=rank, min_rank=min(self.min_rank, rank)
@@ -83,65 +83,65 @@ class DyLoRAConfig:
     """The choices that define a DyLoRA run.
 
     Args:
-        rank: int. The maximum rank, the number of columns of every adapter;
-            the rank that a model computes at is `model.rank`. Defaults to
-            `8`.
+        rank: int. The maximum rank, which is the number of columns of every
+            adapter. A model computes at `model.rank`. Defaults to `8`.
         min_rank: int. The lowest rank that is trained. `min_rank=rank` gives
             fixed-rank LoRA. Defaults to `1`.
-        alpha: float. What adapters are scaled by, see `scaling`. Defaults to
+        alpha: float. The scale of the adapters; see `scaling`. Defaults to
             `16`.
-        target_layers: which layers get an adapter, of `Dense`, `EinsumDense`,
-            `Embedding`, `ReversibleEmbedding` and `Conv1D` to `Conv3D`: a
-            name, a path, a regular expression that matches one of them whole,
-            a list of those, `"all-linear"` (no embeddings, no convolutions),
-            `"all-conv"`, or a callable `(path, layer) -> bool`. Defaults to
-            `None`, the query and value projections.
-        trainable_layers: which layers are trained in full, named in the same
-            way. Defaults to `None`: the task head, that is every layer
-            outside `model.backbone`. `()` means none.
+        target_layers: the layers that get an adapter: a name, a path, a regular
+            expression that matches one of them whole, a list of those,
+            `"all-linear"` (no embeddings, no convolutions), `"all-conv"`, or a
+            callable `(path, layer) -> bool`. They can be `Dense`,
+            `EinsumDense`, `Embedding`, `ReversibleEmbedding` and `Conv1D` to
+            `Conv3D`. Defaults to `None`: the query and value projections.
+        trainable_layers: the layers that are trained in full: a name, path,
+            regular expression, list or callable, as above. `()` means none.
+            Defaults to `None`: the task head, which is every layer outside of
+            `model.backbone`.
         rank_distribution: `"uniform"`, `"geometric"` (p = 0.15), or a
             `Uniform`, `Geometric` or `Categorical`. Defaults to
             `"uniform"`.
-        frozen: bool. Whether a step with rank `b` updates column and row `b`
-            alone (Eq. 10) instead of the first `b`. Defaults to `False`.
+        frozen: bool. Whether a step at rank `b` updates only column and row `b`
+            (Eq. 10), not all of the first `b`. Defaults to `False`.
         dropout: float in `[0, 1)`. Dropout on the adapters' input. Defaults
             to `0`.
-        objective: how a step averages over the rank distribution.
-            `"sampled"` draws one rank (Algorithm 1); `"summed"` takes the
-            loss at every rank and sums them weighted by their probability
-            (nested dropout, Table 7), which costs a pass for each rank;
-            `"matryoshka"` takes the sum of the gates of all ranks that have
-            one, in one pass (its paper scales by `"sqrt"`).
-            The last two draw nothing, so `frozen`, `draw="example"` and
-            `full_rank_steps` aren't for them. Defaults to `"sampled"`.
-        seed: int. Seed of the rank sequence, of the adapters' initial values
-            and of their dropout. Defaults to `0`.
-        scaling: what rank `b` is scaled by. `"rank"` is `alpha / b` (Eq. 7),
-            `"sqrt"` is `alpha / sqrt(b)`, as in rsLoRA, `"constant"` is
-            `alpha / rank`, so that a lower rank is a prefix of a higher one.
+        objective: str. How a step averages over the rank distribution.
+            `"sampled"` draws one rank (Algorithm 1). `"summed"` takes the sum
+            of the losses at all ranks, weighted by their probabilities (nested
+            dropout, Table 7), which costs a pass for each rank. `"matryoshka"`
+            takes one pass with the sum of the gates of all ranks that have a
+            probability above zero (its paper uses `scaling="sqrt"`). The last
+            two draw nothing, so they don't go with `frozen`, `draw="example"`
+            or `full_rank_steps`. Defaults to `"sampled"`.
+        seed: int. The seed of the rank sequence, of the adapters' initial
+            values and of their dropout. Defaults to `0`.
+        scaling: str. The scale of rank `b`. `"rank"` is `alpha / b` (Eq. 7).
+            `"sqrt"` is `alpha / sqrt(b)`, as in rsLoRA. `"constant"` is
+            `alpha / rank`, so a lower rank is a prefix of a higher one.
             Defaults to `"rank"`.
-        draw: what a rank is drawn for. `"step"` is one for the batch
-            (Algorithm 1); `"example"` one for each example, in the
-            proportions of `rank_distribution` within every batch. The last
-            can't be `frozen`. Defaults to `"step"`.
+        draw: str. `"step"` draws one rank for the whole batch (Algorithm 1).
+            `"example"` draws one rank for each example, so that every batch has
+            the proportions of `rank_distribution`; it doesn't go with `frozen`.
+            Defaults to `"step"`.
         full_rank_steps: int, or float in `(0, 1)`. How many steps are taken
             at the maximum rank, or which share of the steps of `fit`. Then
             `fit` puts the columns of the adapters in order, as `order_ranks`
             does, and ranks are drawn from there. Can't be `frozen`. Defaults
             to `0`.
-        tune: float in `[0, 1)`. The last share of the steps of `fit`. Each of
-            them trains the maximum rank, and then tunes the cuts of
-            `tuned_ranks` on the same batch, as `tune_ranks` does. Defaults to
-            `0`.
-        rank_pattern: dict of a name, path or regular expression, as in
-            `target_layers`, to int in `1..rank`: lower maximum ranks of
-            layers. The first pattern that matches a layer counts. Where the
-            model is at rank `b`, such a layer is at its maximum, if that is
-            lower. Defaults to `None`, `rank` for all.
-        trainable_tokens: list of int, the ids of tokens whose rows of the
-            table of tokens are trained in full, or `"new"`: those that the
-            model's tokenizer has more than the table has rows, which then
-            grows. Defaults to `None`.
+        tune: float in `[0, 1)`. The last share of the steps of `fit`. In each
+            of them, three of four examples train the maximum rank, and the
+            others the cuts of `tuned_ranks`. Then the batch tunes those cuts,
+            as `tune_ranks` does. Defaults to `0`.
+        rank_pattern: dict of str to int in `1..rank`. Lower maximum ranks of
+            some layers. A key is a name, path or regular expression, as in
+            `target_layers`; the first one that matches a layer counts. At a
+            higher rank of the model, such a layer stays at its maximum.
+            Defaults to `None`: `rank` for all layers.
+        trainable_tokens: list of int, the ids of tokens whose rows in the table
+            of tokens are trained in full; or `"new"`, the tokens that the
+            model's tokenizer has beyond the rows of the table, which then
+            grows. Defaults to `None`: no tokens.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -237,22 +237,21 @@ class DyLoRAConfig:
         tune: float = 0.0,
         **fields: Any,
     ) -> Self:
-        """The recipe that makes every rank as good as we know how to.
+        """The best recipe that we know for good quality at every rank.
 
-        LoRA at the maximum rank first; then its columns are put in order, and
-        each example has a rank of its own, a quarter of them the maximum
-        besides, all at the one scale `alpha / rank`. `ProgressiveDecay` is
-        the learning rate for it.
+        It trains LoRA at the maximum rank first. Then it orders the columns,
+        and each example gets its own rank: a quarter of the examples are at the
+        maximum, the others are uniform over all ranks. All ranks have the scale
+        `alpha / rank`. `ProgressiveDecay` is the learning rate for it.
 
         Args:
             full_rank_steps: int, or float in `(0, 1)`. Steps at the maximum
                 rank, or their share of the steps of `fit`. The more, the
                 better the highest ranks and the worse the lowest. Defaults to
                 `0.4`.
-            tune: float in `[0, 1)`. The last share of the steps, which train
-                the maximum rank and tune the cuts of lower ones. Defaults to
-                `0`.
-            **fields: further fields, which take precedence.
+            tune: float in `[0, 1)`. The last share of the steps, which tune
+                the cuts of lower ranks while they train. Defaults to `0`.
+            **fields: other fields of `DyLoRAConfig`, which take precedence.
 
         Returns:
             A `DyLoRAConfig`.
@@ -279,17 +278,17 @@ class DyLoRAConfig:
 
     @property
     def scale(self) -> Scale:
-        """The `Scale` that `rank`, `alpha` and `scaling` stand for."""
+        """The `Scale` of `rank`, `alpha` and `scaling`."""
         return Scale(self.rank, self.alpha, self.scaling)
 
     @property
     def distribution(self) -> RankDistribution:
-        """The `RankDistribution` that `rank_distribution` stands for."""
+        """The `RankDistribution` that `rank_distribution` names."""
         return get_distribution(self.rank_distribution)
 
     @property
     def rank_probabilities(self) -> dict[int, float]:
-        """Dict of the ranks that are trained to their probabilities."""
+        """dict. The probability of each rank that is trained, by rank."""
         probabilities = self.distribution.probabilities(
             self.min_rank, self.rank
         )
@@ -301,10 +300,10 @@ class DyLoRAConfig:
 
     @property
     def tuned_ranks(self) -> list[int]:
-        """Ranks whose cuts are tuned where none are named, a list of int.
+        """list of int. The ranks whose cuts are tuned if none are named.
 
-        Those of a `Categorical` distribution, otherwise the powers of two,
-        below the maximum.
+        They are the ranks of a `Categorical` distribution, otherwise the powers
+        of two, and always below the maximum.
         """
         ranks: Iterable[int] = (2**i for i in range(self.rank.bit_length()))
         if isinstance(self.distribution, Categorical):
@@ -312,7 +311,7 @@ class DyLoRAConfig:
         return [b for b in ranks if b < self.rank]
 
     def at_maximum(self, rank: int) -> Self:
-        """The config of adapters that are cut to a maximum rank."""
+        """The config of the same adapters, cut to a maximum rank."""
         distribution = self.rank_distribution
         if isinstance(distribution, Categorical):
             weights = {

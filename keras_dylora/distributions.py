@@ -58,8 +58,8 @@ class Uniform(RankDistribution):
     """Every rank in `min_rank..rank` is equally likely.
 
     Args:
-        full: float in `[0, 1]`. The share of the draws that is at the maximum
-            rank besides its own. Defaults to `0`.
+        full: float in `[0, 1]`. The share of all draws that goes to the maximum
+            rank. The other draws are uniform over all ranks. Defaults to `0`.
 
     Raises:
         ValueError: if `full` isn't in `[0, 1]`.
@@ -97,7 +97,7 @@ class Uniform(RankDistribution):
 class Geometric(RankDistribution):
     """Low ranks are likelier: `P(b)` is proportional to `(1 - p) ** b`.
 
-    Truncated to `min_rank..rank` and renormalised.
+    The distribution is truncated to `min_rank..rank` and renormalised.
 
     Args:
         p: float. The success probability, in `(0, 1)`. Defaults to `0.15`,
@@ -131,7 +131,9 @@ class Geometric(RankDistribution):
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
 class Categorical(RankDistribution):
-    """A weight for each rank; ranks that aren't named are never drawn.
+    """Ranks are drawn in proportion to given weights.
+
+    A rank without a weight is never drawn.
 
     Args:
         weights: dict of int to float. Non-negative weights by rank. They
@@ -192,7 +194,7 @@ class Categorical(RankDistribution):
 
 
 def get_distribution(identifier: Any) -> RankDistribution:
-    """A `RankDistribution` from its name, its config or itself."""
+    """Returns a `RankDistribution` from its name, its config or itself."""
     names = {"uniform": Uniform, "geometric": Geometric}
     if isinstance(identifier, RankDistribution):
         return identifier
@@ -211,16 +213,17 @@ class RankDraw:
     """The sequence of training ranks, a function of a seed and a position.
 
     The random number is a hash of the position (two rounds of the `lowbias32`
-    integer mixer), so that TensorFlow, JAX and torch, in or out of a compiled
-    step, give the same ranks, and a position is all there is to save.
+    integer mixer). So TensorFlow, JAX and torch give the same ranks, inside and
+    outside of compiled steps, and only the position has to be saved.
 
-    `call` gives one rank for a step. `for_examples` gives one for each example
-    of a batch, by systematic sampling: equally spaced points, of which the
-    random number is the first, fall into the ranks' shares of an interval; the
-    order is a hash of the position and the index. So each rank is as often in
-    a batch as its probability says, rounded up or down.
+    `__call__` draws one rank for a step. `for_examples` draws one rank for each
+    example of a batch, by systematic sampling. Equally spaced points, the first
+    of them random, fall into intervals whose lengths are the probabilities of
+    the ranks. A hash of the position and the index shuffles the examples. So
+    each rank occurs in a batch as often as its probability says, rounded up or
+    down.
 
-    Draws from a `RankDistribution` over `min_rank..rank`.
+    Ranks come from a `RankDistribution` over `min_rank..rank`.
     """
 
     def __init__(self, distribution, min_rank, rank, seed):
@@ -238,11 +241,11 @@ class RankDraw:
         )
 
     def __call__(self, position):
-        """Draws an int32 rank by how many were drawn before: scalar tensors."""
+        """Draws an int32 rank; `position` is the number of earlier draws."""
         return self._rank_at(_shift(self._hash(position), 32 - _BITS))
 
     def for_examples(self, position, size):
-        """Ranks for a batch, `(size,)` int32, by how many steps were before."""
+        """Draws `(size,)` int32 ranks; `position` counts the earlier steps."""
         x = self._hash(position)
         indices = ops.arange(size, dtype="int32")
         order = ops.argsort(_mix(ops.bitwise_xor(_mix(x), indices)))
@@ -257,7 +260,7 @@ class RankDraw:
         return x
 
     def _rank_at(self, x):
-        """The ranks whose shares of `[0, 2**30)` hold some integers."""
+        """The ranks whose intervals of `[0, 2**30)` hold the integers `x`."""
         thresholds = ops.convert_to_tensor(self._thresholds, dtype="int32")
         above = ops.greater_equal(ops.expand_dims(x, -1), thresholds)
         return self.min_rank + ops.sum(ops.cast(above, "int32"), axis=-1)

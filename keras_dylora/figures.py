@@ -1,4 +1,4 @@
-"""Pictures: figures of matplotlib, which is an extra, and their files."""
+"""Figures of matplotlib, which is an optional package, and their files."""
 
 import io
 
@@ -14,7 +14,7 @@ except ImportError as error:
     ) from error
 
 
-# How the markers are filled of ranks that weren't trained, by their state.
+# How the markers of untrained ranks are filled, by their state.
 _HOLLOW = "hollow", {"mfc": "white"}
 _UNTRAINED = {
     "base model": _HOLLOW,
@@ -24,10 +24,10 @@ _UNTRAINED = {
 
 
 class Figure(figure.Figure):
-    """A figure that a notebook shows, as it does those of pyplot.
+    """A figure that a notebook shows, as it shows those of pyplot.
 
     Args:
-        size: pair of inches.
+        size: pair of float. The width and the height in inches.
     """
 
     def __init__(self, size):
@@ -39,7 +39,7 @@ class Figure(figure.Figure):
         return drawn.getvalue()
 
     def save(self, path):
-        """Writes it, if there is a path, in the format of its ending."""
+        """Saves the figure if there is a path, in the format of its ending."""
         if path is not None:
             with files.new_file(path) as beside:
                 self.savefig(
@@ -50,16 +50,17 @@ class Figure(figure.Figure):
 
 
 def curves(reports, metric, rank, label):
-    """A metric over the ranks, or over the parameters beside allocations.
+    """Plots a metric over the ranks, or over parameters for allocations.
 
     Args:
-        reports: list of a label and a `RankReport`.
+        reports: list of pairs of a label and a `RankReport`.
         metric: str.
-        rank: the rank to mark, of the first report, or `None`.
-        label: str. What the rank is called.
+        rank: the rank of the first report that is marked, or `None`.
+        label: str. The name of that rank.
 
     Raises:
-        ValueError: if a report has an allocation and another no parameters.
+        ValueError: if a report has an allocation and another one has no
+            parameters.
     """
     drawn = Figure((6.4, 4.0))
     axes = drawn.subplots()
@@ -109,7 +110,7 @@ def curves(reports, metric, rank, label):
 
 
 def heat_map(grid, max_rank, title):
-    """The ranks of layers, by number and kind.
+    """Plots the ranks of layers by kind and number.
 
     Args:
         grid: dict of kind to dict of number to rank.

@@ -1,4 +1,4 @@
-"""What appears whole or not at all, and what is read of it."""
+"""Files that appear whole or not at all, and how they are read."""
 
 import contextlib
 import hashlib
@@ -13,10 +13,10 @@ import tempfile
 def new_directory(directory, overwrite, written):
     """Writes a directory beside its final place, then renames it.
 
-    Yields the path to write into; an error or an interruption leaves nothing
-    of it behind. `written` takes the existing directory and returns the paths
-    within it of what keras_dylora wrote there: one that holds anything else is
-    never replaced, but refused by a `ValueError`.
+    Yields the path to write into. After an error or an interruption, nothing of
+    it is left. `written` is a function that takes the existing directory and
+    returns the paths within it that keras_dylora wrote. A directory with
+    anything else in it is never replaced: there is a `ValueError`.
     """
     final = pathlib.Path(directory).resolve()
     if pathlib.Path.cwd().is_relative_to(final):
@@ -68,8 +68,8 @@ def new_directory(directory, overwrite, written):
 def new_file(path):
     """Writes a file beside its place, then renames it.
 
-    Yields the path to write to, of the same ending; an error leaves nothing
-    there, and a kill no file that is half of the new one.
+    Yields the path to write to, which has the same ending. An error leaves
+    nothing there, and a process that is killed leaves no half-written file.
     """
     final = pathlib.Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def new_file(path):
 
 
 def together(marker, *others):
-    """For `new_directory`: files that are there together with the first."""
+    """For `new_directory`: files that are ours if the first one is there."""
 
     def written(directory):
         return [marker, *others] if (directory / marker).exists() else []
@@ -97,7 +97,7 @@ def sha256(path):
 
 
 def read_json(path):
-    """The object in a JSON file, or a `ValueError` that names the file."""
+    """Returns the object in a JSON file, or raises a `ValueError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

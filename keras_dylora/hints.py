@@ -5,6 +5,6 @@ from collections.abc import Iterable
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'rank'?)`, or nothing where no known name is like it."""
+    """` (did you mean 'rank'?)`, or an empty string if no name is close."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,4 +1,4 @@
-"""What a rank is: checked, its scale and gate, one for all layers or each.
+"""Ranks: how they are checked, scaled and turned into gates.
 
 Everything here is backend-free and 1-based: rank `b` means the first `b`
 columns of the down projection and the first `b` rows of the up projection.
@@ -11,7 +11,7 @@ from typing import Any
 
 from keras import ops
 
-INT32_MAX = 2**31 - 1  # of a number that has no bound of its own
+INT32_MAX = 2**31 - 1  # the bound of numbers that have no other
 
 
 def as_rank(
@@ -41,7 +41,7 @@ def as_ranks(values: Any, low: int, high: int) -> list[int]:
 
 
 def as_list(values: Any) -> list[Any]:
-    """Returns `values` as a list, or raises if it isn't one of ranks."""
+    """Returns `values` as a list, or raises if it isn't a list of ranks."""
     no_list = (str, bytes, collections.abc.Mapping)
     if isinstance(values, no_list) or not hasattr(values, "__iter__"):
         raise TypeError(
@@ -55,15 +55,16 @@ def by_layer(
     high: collections.abc.Mapping[str, int],
     low: int = 0,
 ) -> dict[str, int]:
-    """A dict of path to rank, from one that is for all or a dict like it.
+    """Returns a dict of path to rank, from one rank or from such a dict.
 
-    `high` is a dict of path to the maximum rank of a layer. At a rank that is
-    for all, a layer of a lower maximum is at its maximum. A layer of a dict
-    may be at rank 0 while `low` is 1, but not all of them.
+    `high` is a dict of path to the maximum rank of each layer. If `ranks` is
+    one number, a layer with a lower maximum gets its maximum. If `ranks` is a
+    dict and `low` is 1, some layers may have rank 0, but not all.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if one isn't in `low..high`, or the paths are others.
+        ValueError: if a rank isn't in `low..high`, or the paths of `ranks` and
+            `high` differ.
     """
     if not isinstance(ranks, collections.abc.Mapping):
         rank = as_rank(ranks, low, max(high.values(), default=INT32_MAX))
@@ -80,7 +81,7 @@ def by_layer(
     }
     if not any(b >= low for b in checked.values()):
         raise ValueError(
-            "A layer at least must have a rank above 0. "
+            "At least one layer must have a rank above 0. "
             f"Received: rank 0 for all {len(checked)} layers"
         )
     return checked
@@ -89,8 +90,7 @@ def by_layer(
 def as_pattern(value: Any, high: int) -> dict[str, int] | None:
     """Returns a `rank_pattern` as a dict of `str` to `int`, or `None`.
 
-    Raises a `TypeError` or `ValueError` for what is none, as `DyLoRAConfig`
-    says.
+    Raises a `TypeError` or `ValueError` if it isn't one; see `DyLoRAConfig`.
     """
     if not isinstance(value, (collections.abc.Mapping, type(None))) or any(
         not isinstance(pattern, str) for pattern in value or ()
@@ -105,15 +105,15 @@ def as_pattern(value: Any, high: int) -> dict[str, int] | None:
     }
     if any(not 1 <= b <= high for b in ranks.values()):
         raise ValueError(
-            "`rank_pattern` must give ranks in `1..rank`. `rank` is the "
-            "highest of all layers, and a layer without an adapter is left "
-            "out of `target_layers`. "
+            "`rank_pattern` must give ranks in `1..rank`, as `rank` is the "
+            "maximum of all layers. To leave a layer without an adapter, "
+            "leave it out of `target_layers`. "
             f"Received: rank_pattern={ranks} with rank={high}"
         )
     return ranks or None
 
 
-# By the maximum rank, alpha and a rank `b`, an int or a float32 tensor.
+# Functions of the maximum rank, alpha and a rank `b`, an int or float32 tensor.
 SCALINGS = {
     "rank": lambda rank, alpha, b: alpha / b,  # Eq. 7
     "sqrt": lambda rank, alpha, b: alpha / b**0.5,  # rsLoRA
@@ -123,10 +123,10 @@ SCALINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What an adapter's product is multiplied by, at each rank above 0.
+    """The factor that multiplies an adapter's product, at each rank above 0.
 
-    The one place that knows it: gates, files and PEFT's `lora_alpha` ask here.
-    `rank` is the maximum; `alpha` and `scaling` are as in `DyLoRAConfig`.
+    Gates, files and PEFT's `lora_alpha` all take the scale from here. `rank` is
+    the maximum; `alpha` and `scaling` are as in `DyLoRAConfig`.
     """
 
     rank: int
@@ -138,7 +138,7 @@ class Scale:
         return SCALINGS[self.scaling](self.rank, self.alpha, b)
 
     def gate(self, active_rank: Any) -> Any:
-        """The scale of `b` for the first `b` entries, then zeros.
+        """The gate of rank `b`: the scale in the first `b` entries, then zeros.
 
         `active_rank` is `b`, an int or an integer tensor. Returns a float32
         tensor of shape `shape(active_rank) + (rank,)`.
@@ -152,13 +152,13 @@ class Scale:
 def column(active_rank: Any, rank: int) -> Any:
     """A boolean mask of shape `(rank,)`: true at entry `active_rank` only.
 
-    Of several ranks, a row for each.
+    Several ranks give one row each.
     """
     entry = ops.expand_dims(ops.cast(active_rank, "int32") - 1, -1)
     return ops.equal(ops.arange(rank, dtype="int32"), entry)
 
 
 def newest(gate: Any) -> Any:
-    """The `column` of the rank that a gate `(..., rank)` is of."""
+    """The `column` mask of the rank of a gate, which is `(..., rank)`."""
     active_rank = ops.sum(ops.cast(gate > 0, "int32"), axis=-1)
     return column(active_rank, gate.shape[-1])

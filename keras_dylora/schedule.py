@@ -10,29 +10,31 @@ from keras_dylora.checks import check_fraction, check_positive
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
 class ProgressiveDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """A linear decay to zero, which begins anew when `fit` orders the columns.
+    """A linear decay to zero that restarts when `fit` orders the columns.
 
-    A progressive run changes what it trains at the order, so its learning rate
-    should be high there again. `fit` tells the schedule how many steps the run
-    has and where the order comes; without `full_rank_steps` the rate decays
-    once. A `fit` that goes on at a later `initial_epoch` goes on in the decay;
-    any other `fit` begins anew.
+    A progressive run trains something else after the order, so its learning
+    rate should be high again there. `fit` gives the schedule the number of
+    steps and the step of the order. Without `full_rank_steps`, the rate decays
+    once. If `fit` continues a run at a later `initial_epoch`, the decay
+    continues too. Any other call of `fit` starts the decay again.
 
     Args:
-        learning_rate: float. The peak.
-        restart: float. Where the decay begins anew, as a multiple of the peak.
-            Defaults to `None`: `2` if fewer than half of the model's linear
-            layers have an adapter, otherwise `1`.
+        learning_rate: float. The peak learning rate.
+        restart: float. The learning rate at the restart, as a multiple of the
+            peak. Defaults to `None`: `2` if fewer than half of the model's
+            linear layers have an adapter, otherwise `1`.
         warmup: float in `[0, 1)`. The share of the steps in which the rate
             rises from zero. Defaults to `0`.
-        steps: int. All steps of the run. Defaults to `None`, those of `fit`.
-            Give them for a loop of your own, as `train_on_batch`.
-        order: int. The step of the order. Defaults to `None`, as `fit` says.
-        begin: int. The optimizer's step at which the run begins. Defaults to
+        steps: int. The number of steps of the run. Defaults to `None`: `fit`
+            gives it. Set it for a loop of your own, such as one of
+            `train_on_batch`.
+        order: int. The step at which the columns are ordered. Defaults to
+            `None`: `fit` gives it.
+        begin: int. The optimizer's step at the start of the run. Defaults to
             `0`.
 
     Raises:
-        ValueError: if an argument is out of range, or if the rate is asked for
+        ValueError: if an argument is out of range, or if the rate is computed
             before `fit` or `steps` gave the number of steps.
 
     Example:
@@ -68,13 +70,13 @@ class ProgressiveDecay(keras.optimizers.schedules.LearningRateSchedule):
     def take(
         self, steps: int, order: int | None, begin: int, height: float
     ) -> bool:
-        """Takes what `fit` knows; returns whether it is new.
+        """Takes the values that `fit` knows; returns whether any is new.
 
         Args:
-            steps: int. All steps of the run.
+            steps: int. The number of steps of the run.
             order: int. The step of the order, or `None`.
-            begin: int. The optimizer's step at which the run begins.
-            height: float. What `restart=None` stands for.
+            begin: int. The optimizer's step at the start of the run.
+            height: float. The restart to use if `restart` is `None`.
         """
         before = self.steps, self.order, self.begin, self.height
         self.steps, self.order, self.begin = steps, order, begin

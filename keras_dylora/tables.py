@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def table(names, rows, fold=False):
-    """A table of text; numbers are at the right. Long first cells may fold."""
+    """A table of text, with numbers on the right; long first cells may fold."""
     found = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(names):
         first = fold and i == 0
@@ -33,12 +33,12 @@ def html(names, rows):
 
 
 def text(*tables):
-    """Tables of `rich` as plain text."""
+    """Returns `rich` tables as plain text."""
     console = Console(
         file=io.StringIO(),
         width=200,
         color_system=None,
-        force_jupyter=False,  # where it would display them, and give no text
+        force_jupyter=False,  # otherwise, it would display them
     )
     console.print(*tables, sep="\n")
     lines = console.file.getvalue().splitlines()

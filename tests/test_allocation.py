@@ -353,7 +353,7 @@ WRONG = {
     "no-rank": (
         lambda m, c: kd.save_adapter(m, "nowhere", rank=dict.fromkeys(c, 0)),
         ValueError,
-        "at least must have a rank above 0",
+        "At least one layer must have a rank",
     ),
     "evaluated": (
         lambda m, c: kd.evaluate_ranks(

@@ -646,7 +646,7 @@ WRONG = {
     "sum-0": (
         {"adapters": {"a": 1.0, "b": -1.0}},
         ValueError,
-        "of a positive sum; `head",
+        "a positive sum to average heads. `head",
     ),
 }
 
@@ -697,8 +697,8 @@ UNLIKE = {
     "layers": (other_layers, r"same layers.*other'.*without \['query'\]"),
     "base": (other_base, "one model and base.*other'.*of a base whose 'query"),
     "model": (other_model, "one model and base.*other'.*as many layers"),
-    "head": (lambda: enabled(2, classes=2), r"averaged; `head=….*\(5, 2\)"),
-    "no-head": (lambda: enabled(2, trainable_layers=()), "averaged; `head=…"),
+    "head": (lambda: enabled(2, classes=2), r"averaged. `head=….*\(5, 2\)"),
+    "no-head": (lambda: enabled(2, trainable_layers=()), "averaged. `head=…"),
     "diverged": (diverged, r"must be finite.*other'.*\['conv'\]"),
 }
 

@@ -50,7 +50,7 @@ def test_hdf5_is_refused_past_the_method(tmp_path):
 
 
 def test_a_clone_is_refused():
-    with pytest.raises(ValueError, match="`clone_model` would"):
+    with pytest.raises(ValueError, match="`clone_model` does"):
         keras.models.clone_model(enabled())
 
 

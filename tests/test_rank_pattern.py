@@ -154,8 +154,8 @@ WRONG = {
     "no-dict": (["first"], TypeError, "must be a dict of names"),
     "no-name": ({3: 2}, TypeError, "must be a dict of names"),
     "no-rank": ({"first": 2.0}, TypeError, "rank of 'first'` must be an int"),
-    "zero": ({"first": 0}, ValueError, "is left out of `target_layers`"),
-    "too-high": ({"first": 5}, ValueError, "`rank` is the highest of all"),
+    "zero": ({"first": 0}, ValueError, "leave it out of `target_layers`"),
+    "too-high": ({"first": 5}, ValueError, "`rank` is the maximum of all"),
     "nothing": (
         {"frist": 2},
         ValueError,
@@ -166,7 +166,7 @@ WRONG = {
     "hidden": (
         {".*s.*": 2, "first": 1},
         ValueError,
-        "a narrow one comes before a wide one",
+        "put narrow patterns before wide ones",
     ),
     "none-at-the-rank": ({".*": 2}, ValueError, "all 2 layers at most 2"),
 }

@@ -1,7 +1,7 @@
 """The private parts of Keras that this package needs, each with its reason.
 
-`tests/test_keras_private.py` touches every one of them and says what breaks
-where Keras changes it.
+`tests/test_keras_private.py` uses every one of them, and says what breaks if
+Keras changes it.
 """
 
 import contextlib
@@ -19,18 +19,19 @@ from keras_dylora._keras import optimizers as optimizers
 def set_class(instance, cls):
     """Gives a live Keras object another class.
 
-    The layer keeps its identity, so every parent, graph node and compiled
-    function that holds it sees the change and no weight is copied. Keras's own
+    The object stays the same: every parent, graph node and compiled function
+    that holds it sees the change, and no weight is copied. Keras's
     `__setattr__` would try to track the class as state.
     """
     object.__setattr__(instance, "__class__", cls)
 
 
 def stand_in(layer, cls, **attributes):
-    """An object of a class that shares all of a built layer but attributes.
+    """An object of a class that shares all attributes of a layer but some.
 
-    To call a method of it as if the layer had other ones: those of the layer
-    itself are shared by the threads that call it. Nothing is to be set on it.
+    Its methods can be called as if the layer had these `attributes`. Those of
+    the layer itself can't be changed for a call, as threads share them. Don't
+    set anything on the object.
     """
     other = object.__new__(cls)
     other.__dict__.update(layer.__dict__, **attributes)
@@ -41,8 +42,8 @@ def stand_in(layer, cls, **attributes):
 def unlocked(layer):
     """Lets a built layer take new variables, under its own path.
 
-    Keras locks the state of a layer once it is built and has no public way
-    to add to it later; its own `enable_lora` does the same.
+    Keras locks the state of a layer once it is built, and has no public way to
+    add to it later. Keras's own `enable_lora` does the same.
     """
     locked = layer._tracker.locked
     layer._tracker.unlock()
@@ -57,8 +58,9 @@ def unlocked(layer):
 def forget(layer, *names):
     """Deletes attributes that hold variables or seeds of a built layer.
 
-    Past Keras's own deletion of a variable, which doesn't stop tracking seed
-    generators and collects garbage each time: a second for every few of them.
+    Keras's own deletion of a variable isn't used: it doesn't stop tracking seed
+    generators, and it collects garbage each time, which takes a second for
+    every few of them.
     """
     with unlocked(layer):
         for name in names:
@@ -71,10 +73,10 @@ def forget(layer, *names):
 
 
 def track_for_torch(model):
-    """Tells torch of the variables that came or went.
+    """Tells torch which variables came or went.
 
-    On torch every layer lists the parameters below it when it is built;
-    `zero_grad` and `to` work on that list. No other backend has one.
+    On torch, every layer lists the parameters below it when it is built, and
+    `zero_grad` and `to` use that list. No other backend has one.
     """
     for layer in model._flatten_layers():
         if hasattr(layer, "_torch_params"):
@@ -82,11 +84,12 @@ def track_for_torch(model):
 
 
 def keeps_own_state(cls):
-    """Class decorator: `_own_state()` is kept as a seed generator's is.
+    """Class decorator: `_own_state()` is kept like a seed generator's state.
 
-    In `variables`, which JAX hands to a step and torch moves to a device, and
-    in TensorFlow's own formats (`_trackable_children`), not in `weights`. No
-    base class, as Keras rewrites the bases of a functional model's class.
+    It is in `variables`, which JAX passes to a step and torch moves to a
+    device, and in TensorFlow's formats (`_trackable_children`), not in
+    `weights`. No base class, as Keras rewrites the bases of a functional
+    model's class.
     """
 
     def variables(self: keras.Layer) -> list[keras.Variable]:
@@ -102,9 +105,9 @@ def keeps_own_state(cls):
 
 
 def loads_any_number(cls):
-    """Class decorator: a layer may have more weights than a file of its kind.
+    """Class decorator: a layer may load with more weights than a plain one.
 
-    The linear layers of Keras count those of a plain layer before they load.
+    Keras's linear layers check the number of their weights before they load.
     """
 
     def check(self, store):
@@ -115,7 +118,7 @@ def loads_any_number(cls):
 
 
 def sublayers(layer):
-    """Direct sublayers in order; Keras has this in public for models only."""
+    """The direct sublayers in order; Keras shows only those of models."""
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
@@ -130,30 +133,30 @@ def own_weights(layer):
 
 
 def trained_weights(layer):
-    """The weights of a layer itself that are trained if it isn't frozen."""
+    """The weights of a layer itself that are trained unless it is frozen."""
     return layer._trainable_variables
 
 
 def statistics(layer):
-    """The weights of a layer that no gradient trains: moving averages."""
+    """The weights of a layer that have no gradient, such as moving averages."""
     return layer._non_trainable_variables
 
 
 def saves_hdf5():
-    """Whether Keras asks for a config that it writes to an HDF5 file."""
+    """Whether Keras asks for a config to write it to an HDF5 file."""
     return bool(get_global_attribute("use_legacy_config", False))
 
 
 def unpickle(archive):
-    """The model in the archive that Keras pickles; revived by its class."""
+    """The model in an archive that Keras pickled; its class revives it."""
     return keras.Model._unpickle_model(archive)
 
 
 def operations(model):
     """The calls of operations that a functional model is made of, in order.
 
-    Yields each with the arguments, in which `KerasTensor`s stand for tensors;
-    none for another model.
+    Yields each operation with its arguments, in which `KerasTensor`s stand for
+    tensors. Other models have none.
     """
     nodes = getattr(model, "_nodes_by_depth", {})
     for depth in sorted(nodes, reverse=True):
@@ -162,14 +165,14 @@ def operations(model):
 
 
 def graph_calls(model):
-    """The `operations` of a model that are layers; Keras shows these alone."""
+    """The `operations` of a model that are layers."""
     for operation, args, kwargs in operations(model):
         if isinstance(operation, keras.Layer):
             yield operation, args, kwargs
 
 
 def graph_arrays(model):
-    """The arrays that stand in the graph of a functional model.
+    """The arrays in the graph of a functional model.
 
     Yields each operation with an array among its arguments, and that array;
     Keras shows neither. On torch, a view of a weight follows it and isn't one.
@@ -185,7 +188,7 @@ def substituted(mapping, write):
     """A scope in which variables have other values, and writes go elsewhere.
 
     Args:
-        mapping: pairs of variable and the tensor that it is read as.
+        mapping: pairs of a variable and the tensor that is read instead.
         write: function that is called with a variable and its new value.
     """
 
@@ -203,7 +206,7 @@ def uncover_quantize(model):
     """Sets aside the `quantize` that Keras gives to every instance.
 
     It wraps the method of the class that the model was made with, and hides
-    that of a class it gets later.
+    that of a class that the model gets later.
     """
     wrapped = model.__dict__.pop("quantize", None)
     if wrapped is not None:
@@ -218,7 +221,7 @@ def cover_quantize(model):
 
 
 def covered_quantize(model):
-    """What `uncover_quantize` has set aside, or `None`."""
+    """The method that `uncover_quantize` has set aside, or `None`."""
     return model.__dict__.get("_keras_quantize")
 
 
@@ -226,8 +229,8 @@ def settle_dtype_policies(model):
     """Gives each layer of a quantized, loaded model a policy of its own.
 
     KerasHub loads such a model with one `DTypePolicyMap` for all layers. Keras
-    saves a quantized layer by the default of that map, which isn't quantized,
-    and so can't save the model a second time (Keras 3.15).
+    saves a quantized layer with the default of that map, which isn't quantized.
+    So it can't save the model a second time (Keras 3.15).
     """
     for layer in model._flatten_layers():
         policies = layer.dtype_policy
@@ -242,9 +245,9 @@ def settle_dtype_policies(model):
 
 @contextlib.contextmanager
 def override_losses(model, losses):
-    """Within it, `model.losses` is this list, or what a scope collects.
+    """In a `with` block, `model.losses` is this list, or what a scope collects.
 
-    On JAX, Keras's step hands the losses of its own call over to the loss.
+    On JAX, Keras's step passes the losses of its own call on to the loss.
     """
     before, model._losses_override = model._losses_override, losses
     try:
@@ -254,10 +257,10 @@ def override_losses(model, losses):
 
 
 def put_back(model, state):
-    """Has the variables hold the state that a function of JAX was given.
+    """Makes the variables hold the state that a function of JAX was given.
 
-    Keras takes it out of them for the time of a `fit`, and writes back what a
-    batch before has left: after a function that fails, nothing or too old.
+    Keras takes the state out of them during a `fit`, and writes back that of an
+    earlier batch. After a function that fails, it is missing or too old.
     """
     names = ["trainable", "non_trainable", "optimizer", "metrics"]
     if len(state) == 3:
@@ -270,28 +273,28 @@ def put_back(model, state):
     model.jax_state_sync()
 
 
-# What variables hold, which backends share and copy in their own ways.
+# The values of variables, which backends share and copy in their own ways.
 
 
 def own_value(variable):
-    """What a variable holds, not a copy, for `replace_value` to bring back.
+    """The value of a variable, not a copy, for `replace_value` to restore.
 
-    On TensorFlow and JAX a variable that takes another value leaves this one
-    alone. On torch it writes into it, so only `replace_value` may follow.
+    On TensorFlow and JAX, assigning to the variable leaves this value alone. On
+    torch, it would write into the value, so only `replace_value` may follow.
     """
     match keras.backend.backend():
         case "torch":
             return variable.value.data
         case "jax":
             return ops.convert_to_tensor(variable)
-        case _:  # that is still the variable
+        case _:  # the tensor is still the variable
             return ops.copy(ops.convert_to_tensor(variable))
 
 
 def value_for_another(variable):
-    """What a variable holds, for another variable to `assign`.
+    """The value of a variable, for another variable to `assign`.
 
-    On JAX by way of NumPy: two variables that share a buffer lose it together
+    On JAX, it is copied by NumPy: variables that share a buffer both lose it
     when one is donated, and a copy by JAX would wait behind the initial values
     of a new model, and keep them in memory.
     """
@@ -301,15 +304,15 @@ def value_for_another(variable):
 
 
 def replace_value(variable, value):
-    """Has a variable hold a value, which on torch it doesn't copy.
+    """Makes a variable hold a value, which on torch isn't copied.
 
-    Of hundreds of variables, that is most of the time of an `assign`.
+    For hundreds of variables, the copy is most of the time of an `assign`.
     """
     if keras.backend.backend() == "torch":
         parameter = variable.value
         value = ops.convert_to_tensor(value, variable.dtype).detach()
         if value.is_inference() and not parameter.is_inference():
-            variable.assign(value)  # to be trained
+            variable.assign(value)  # as the variable will be trained
         else:
             parameter.data = value.to(parameter.device)
     else:
@@ -317,10 +320,10 @@ def replace_value(variable, value):
 
 
 def metric_directions(model):
-    """What is better of the metrics of a model that was evaluated.
+    """The better direction of each metric of an evaluated model.
 
     Yields the name in `evaluate`, the name of the class, and `"max"`, `"min"`
-    or `None`, where Keras doesn't know. Keras has this for its callbacks.
+    or `None` if Keras doesn't know. Keras has this for its callbacks.
     """
     losses = [model._loss_tracker]
     if model._compile_loss is not None:
@@ -341,18 +344,18 @@ def metric_directions(model):
 
 
 def compile_arguments(model):
-    """What a model was compiled with, as live objects."""
+    """The arguments that a model was compiled with, as live objects."""
     return dict(model._compile_config.config)
 
 
 def compile_state(model):
-    """What changes when a model is compiled again, or its optimizer is."""
+    """The objects that change if a model or its optimizer is replaced."""
     return model._compile_config, model.optimizer
 
 
 @contextlib.contextmanager
 def jit_compile(model, value):
-    """Within it, a model is as if compiled with this `jit_compile`."""
+    """In a `with` block, a model is as if compiled with a `jit_compile`."""
     before, model._jit_compile = model._jit_compile, value
     try:
         yield
@@ -361,10 +364,10 @@ def jit_compile(model, value):
 
 
 def stamped_jit(compile_config):
-    """A compile config that names the backend which chose `jit_compile`.
+    """A compile config with the backend that chose `jit_compile`.
 
-    Keras writes what "auto" came to: True on JAX, and False on torch, where to
-    compile a step takes minutes.
+    Keras writes the result of "auto": True on JAX, and False on torch, where
+    compiling a step takes minutes.
     """
     if not compile_config:
         return compile_config
@@ -372,9 +375,9 @@ def stamped_jit(compile_config):
 
 
 def settled_jit(compile_config):
-    """Undoes `stamped_jit`; another backend chooses anew.
+    """Undoes `stamped_jit`; on another backend, Keras chooses again.
 
-    Version 0.1.0 wrote no backend: what it compiled may have been JAX's choice.
+    Version 0.1.0 wrote no backend, so its True may have been JAX's choice.
     """
     config, backend = dict(compile_config), keras.backend.backend()
     stamp = config.pop("backend", None)

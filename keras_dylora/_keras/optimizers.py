@@ -1,4 +1,4 @@
-"""The private parts of Keras's optimizers: slots, and how to make another."""
+"""The private parts of Keras's optimizers: their slots, and fresh copies."""
 
 import collections
 
@@ -8,16 +8,16 @@ ACCUMULATOR = "gradient_accumulator"
 
 
 def slot_prefix(variable):
-    """How the names of what an optimizer keeps for a variable begin."""
+    """The beginning of the names of an optimizer's slots for a variable."""
     return variable.path.replace("/", "_") + "_"
 
 
 def optimizer_slots(optimizer, accumulators=False):
-    """Pairs of optimizer variable and the model variable it is kept for.
+    """Pairs of an optimizer variable and the model variable that it is for.
 
-    Keras names them `{path of the variable}_{name}` and has no other way to
-    tell. Where several variables share a path, theirs are in the same order.
-    Gradient accumulators, which belong to the coming update, are left out
+    Keras names the first `{path of the variable}_{name}`, and there is no other
+    way to tell. If several variables share a path, their slots are in the same
+    order. Gradient accumulators, which belong to the next update, are left out
     unless they are asked for.
     """
     owners = collections.defaultdict(list)
@@ -28,7 +28,7 @@ def optimizer_slots(optimizer, accumulators=False):
         if slot.name.endswith(ACCUMULATOR) and not accumulators:
             continue
         prefix = slot.name
-        while prefix and prefix not in owners:  # the longest that is one
+        while prefix and prefix not in owners:  # the longest that matches
             prefix = prefix[: prefix.rfind("_", 0, -1) + 1]
         if prefix:
             same_path = owners[prefix]
@@ -37,7 +37,7 @@ def optimizer_slots(optimizer, accumulators=False):
 
 
 def optimizer_parts(optimizer):
-    """The optimizers that update weights: those in one, or just this."""
+    """The optimizers that update weights: those in this one, or itself."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     return getattr(inner, "optimizers", [inner])
 
@@ -56,18 +56,18 @@ def built_for(optimizer):
 
 
 def factored_slots(optimizer):
-    """What `Adafactor` keeps for each variable: means by row and by column.
+    """The means by row and by column that `Adafactor` keeps for each variable.
 
-    They have the name of the variable alone, without its path.
+    They have only the name of the variable, without its path.
     """
     means = (getattr(optimizer, name, ()) for name in ("_r", "_c"))
     return zip(built_for(optimizer), *means, strict=False)
 
 
 def optimizer_state(optimizer):
-    """The variables of an optimizer without its learning rate.
+    """The variables of an optimizer, except its learning rate.
 
-    The user's own setting, which Keras has among them.
+    The learning rate is the user's setting, but Keras has it among them.
     """
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     rates = {id(each._learning_rate) for each in (optimizer, inner)}
@@ -75,11 +75,11 @@ def optimizer_state(optimizer):
 
 
 def fresh_optimizer(optimizer):
-    """An optimizer of the same settings, without state.
+    """An optimizer with the same settings, without state.
 
-    A learning-rate schedule is handed over as it is: Keras would serialize it,
-    but trains with one that has no `get_config`. What is excluded from weight
-    decay isn't in the config either.
+    A learning-rate schedule is passed on as it is: Keras would serialize it,
+    but can train with one that has no `get_config`. The variables that are
+    excluded from weight decay aren't in the config either.
     """
     if hasattr(optimizer, "inner_optimizer"):
         return type(optimizer)(
@@ -108,9 +108,9 @@ def fresh_optimizer(optimizer):
 
 
 def built_anew(optimizer):
-    """The `fresh_optimizer` of one, built for the same variables.
+    """The `fresh_optimizer` of an optimizer, built for the same variables.
 
-    Keras doesn't tell them; those that a model trains may be others by now.
+    Keras doesn't say which these are; by now, the model may train others.
     """
     fresh = fresh_optimizer(optimizer)
     fresh.build(built_for(optimizer))
@@ -120,8 +120,8 @@ def built_anew(optimizer):
 def public_optimizers(compile_config):
     """A compile config in which torch's own optimizers have public names.
 
-    On torch, Keras saves its optimizers under private modules of that
-    backend, and no other backend can load them (Keras 3.15).
+    On torch, Keras saves its optimizers under private modules of that backend,
+    which no other backend can load (Keras 3.15).
     """
     if isinstance(compile_config, dict):
         config = {k: public_optimizers(v) for k, v in compile_config.items()}

@@ -1,8 +1,8 @@
-"""What a step of Keras does on the host on torch, in a form that can be traced.
+"""Steps of Keras on torch without work on the host, so they can be traced.
 
-Three functions of Keras's backend read values: `cond` is a Python `if`, a
-generator of random numbers is seeded by `int(tensor)`, and a `slice` begins
-where a tensor says.
+Three functions of Keras's backend read values: `cond` is a Python `if`,
+`int(tensor)` seeds a generator of random numbers, and a tensor says where a
+`slice` begins.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 @contextlib.contextmanager
 def traceable(variables):
-    """Within it, a step reads no value on the host. For this thread alone.
+    """In a `with` block, a step reads no value on the host, in this thread.
 
-    Both branches of a `cond` are computed, on copies of the variables, and
-    what they return and assign is selected. Random numbers are of torch's own
-    generator; Keras's seeds move on as ever.
+    Both branches of a `cond` are computed, on copies of the variables, and what
+    they return and assign is selected. Random numbers come from torch's own
+    generator; Keras's seeds advance as usual.
 
     Args:
         variables: list of variables that a branch may assign.
@@ -90,7 +90,7 @@ def traceable(variables):
 
 
 def _branch(function, variables, now):
-    """What a branch returns, and what it leaves in the variables, if new."""
+    """The outputs of a branch, and the new values of variables, if any."""
     start = [value.detach().clone() for value in now]
     pairs = list(zip(variables, start, strict=True))
     with (
@@ -106,17 +106,17 @@ def _branch(function, variables, now):
 
 
 def changed_besides(scope, variables):
-    """Whether a `StatelessScope` has values of other variables than these."""
+    """Whether a `StatelessScope` has values of other variables."""
     return bool(scope.state_mapping.keys() - {id(v) for v in variables})
 
 
 def storage(tensor):
-    """What two tensors that share memory have in common, traced ones too."""
+    """An id that tensors share if they share memory, even traced ones."""
     return tensor.untyped_storage()._cdata
 
 
 def _written():
-    """A context that yields the `storage` of tensors changed in place."""
+    """A context that yields the `storage` of each tensor changed in place."""
     from torch.utils import _pytree
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,4 +1,4 @@
-"""Adapters in files: our own, and those of Hugging Face PEFT."""
+"""Files of adapters: our own, and those of Hugging Face PEFT."""
 
 from keras_dylora.adapters.native import load_adapter, save_adapter
 from keras_dylora.adapters.peft.load import from_peft

@@ -1,4 +1,4 @@
-"""combine_adapters: one adapter of several, on the same base."""
+"""combine_adapters: one adapter made of several, on the same base."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from keras_dylora.config import DyLoRAConfig
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.targets import listing
 
-# What each method takes besides, with the defaults.
+# The further options of the methods, with their defaults.
 OPTIONS = {"density": None, "majority_sign_method": "total", "seed": 0}
 METHODS: dict[str, tuple[str, ...]] = {
     "svd": (),
@@ -40,60 +40,63 @@ def combine_adapters(
     majority_sign_method: Literal["total", "frequency"] = "total",
     seed: int = 0,
 ) -> AdapterWeights:
-    """Combines adapters of one base into a weighted sum of what they add.
+    """Combines adapters of one base into a weighted sum of their updates.
 
-    The kernel of a layer is to change by `sum(weight * scale * down @ up)`.
+    The kernel of each layer changes by `sum(weight * scale * down @ up)`:
 
-    | method | what it is | `add_weighted_adapter` of PEFT |
+    | method | what the result is | `add_weighted_adapter` of PEFT |
     |---|---|---|
     | `"svd"` | the adapter of `rank` that is closest to the sum | `"svd"` |
     | `"concatenate"` | the sum itself, with the ranks of all | `"cat"` |
     | `"ties"` | the largest values, by a vote on their sign | `"ties_svd"` |
     | `"dare"` | random values, made larger | `"dare_linear_svd"` |
 
-    The last two are of the products too, not of `down` and `up` by themselves:
-    many factors have the same product. They build the update of one kernel at
-    a time, of each adapter; the first two build nothing of the size of a
-    kernel. All but `"concatenate"` put the columns in order, as `order_ranks`
-    does, so that lower ranks are good cuts.
+    `"ties"` and `"dare"` also work on products, not on `down` and `up` by
+    themselves, as many factors have the same product. They build the updates of
+    one kernel at a time. The first two methods build nothing as large as a
+    kernel. All methods but `"concatenate"` put the columns in order, as
+    `order_ranks` does, so that lower ranks are good cuts.
 
-    An adapter counts at its maximum rank, or at the ranks of its layers where
-    those differ, whatever `set_rank` says. Tuned cuts of lower ranks aren't
-    part of it. The result has `scaling="constant"` and, as a LoRA that was
-    trained at one rank, `min_rank=rank`; `load_adapter` and `save_adapter`
-    take it.
+    An adapter counts at its maximum rank, whatever `set_rank` says. If its
+    layers have different ranks, it counts at those. Tuned cuts of lower ranks
+    are ignored. The result has `scaling="constant"` and `min_rank=rank`, like a
+    LoRA that was trained at one rank. `load_adapter` and `save_adapter` take
+    it.
 
     Args:
-        adapters: dict of directory to weight, any finite number. A directory
-            is one that `save_adapter` wrote; with `model`, also a PEFT
-            adapter as `from_peft` reads it, or, which comes first, the name
-            of an adapter of the model, active or not.
-        rank: int, or `RankAllocation`, of the result. Defaults to `None`: the
-            highest of an adapter, or with `"concatenate"`, which takes no
-            other, that of all columns.
+        adapters: dict of a directory or a name to a weight, any finite number.
+            A directory is one that `save_adapter` wrote. With `model`, it can
+            also be a PEFT adapter that `from_peft` reads. A name is that of an
+            adapter of the model, active or not, and is looked up first.
+        rank: int, or `RankAllocation`. The rank of the result. Defaults to
+            `None`: the highest rank of the adapters. With `"concatenate"`,
+            which keeps all columns, it is the sum of their ranks, and no lower
+            rank is allowed.
         method: str. Defaults to `"svd"`.
-        model: a built model, enabled or not, which is left as it is. Defaults
-            to `None`.
-        head: the key of the adapter whose task head, and whatever else was
-            trained in full, the result has. Defaults to `None`: the mean of
-            all, by weight.
-        density: float in `(0, 1]`. The share of the values that stay. For
-            `"ties"` and `"dare"`, which need it.
-        majority_sign_method: str. What the votes of `"ties"` are: values,
-            `"total"`, or signs, `"frequency"`. Defaults to `"total"`.
-        seed: int, of `"dare"`. Defaults to `0`.
+        model: a built model, enabled or not. It isn't changed. Defaults to
+            `None`.
+        head: a key of `adapters`. The result gets the task head of this
+            adapter, and everything else that it trained in full. Defaults to
+            `None`: the weighted mean of all.
+        density: float in `(0, 1]`. The share of the values that are kept.
+            `"ties"` and `"dare"` need it.
+        majority_sign_method: str. Whether the votes of `"ties"` are the values
+            (`"total"`) or only their signs (`"frequency"`). Defaults to
+            `"total"`.
+        seed: int. The seed of `"dare"`. Defaults to `0`.
 
     Returns:
-        An `AdapterWeights`, in NumPy: `load_adapter(model, it, name="both")`
-        puts it on a model, `save_adapter(it, "both/")` writes it.
+        An `AdapterWeights`, in NumPy.
+        `load_adapter(model, weights, name="both")` puts it on a model, and
+        `save_adapter(weights, "both/")` writes it.
 
     Raises:
         TypeError: if `adapters` isn't a dict, or a key, a weight or a rank has
             the wrong type.
         ValueError: if a value is out of range or not for the method; if a key
-            is neither a directory nor a name; if adapters are of other models
-            or bases or adapt other layers; or if their heads can't be
-            averaged.
+            is neither a directory nor a name; if the adapters are of different
+            models or bases, or adapt different layers; or if their heads can't
+            be averaged.
 
     Example:
 
@@ -177,7 +180,7 @@ def _check_adapters(adapters, head):
         )
     if not adapters:
         raise ValueError(
-            "`adapters` must have at least one. Received: adapters={}"
+            "`adapters` must have at least one entry. Received: adapters={}"
         )
     for key, weight in adapters.items():
         if not isinstance(key, (str, os.PathLike)) or not is_number(weight):
@@ -197,7 +200,7 @@ def _check_adapters(adapters, head):
 
 
 def _trained(adapters, weights, head):
-    """What is trained in full: that of one, or the mean by weight."""
+    """The weights that are trained in full: those of one, or their mean."""
     if head is not None:
         return adapters[head].trained
     (one, first), *others = adapters.items()
@@ -211,16 +214,17 @@ def _trained(adapters, weights, head):
         ]
         if unlike:
             raise ValueError(
-                "Heads, and what else was trained in full, must be of the same "
-                "weights and shapes to be averaged; `head=…` names the adapter "
-                "whose the result has. Received, of "
+                "Heads, and whatever else was trained in full, must have the "
+                "same weights and shapes to be averaged. `head=…` names the "
+                "adapter whose head the result gets. Received, for "
                 f"{one!r} and {key!r}: {listing(unlike)}"
             )
     total = sum(weights.values())
     if shapes and total <= 0:
         raise ValueError(
-            "Heads are averaged by weights of a positive sum; `head=…` names "
-            f"the adapter whose the result has. Received: weights {weights}"
+            "Weights must have a positive sum to average heads. `head=…` names "
+            "the adapter whose head the result gets. "
+            f"Received: weights {weights}"
         )
     return {
         path: sum(
@@ -232,7 +236,7 @@ def _trained(adapters, weights, head):
 
 
 def _tokens(adapters, head):
-    """The tokens whose rows are among what is trained in full, or `None`."""
+    """The tokens whose rows are trained in full, or `None`."""
     found = {
         key: x.config.trainable_tokens if x.has_tokens else None
         for key, x in adapters.items()
@@ -241,8 +245,8 @@ def _tokens(adapters, head):
         return found[head]
     if len(set(found.values())) > 1:
         raise ValueError(
-            "Adapters must have the same `trainable_tokens` to be averaged; "
-            "`head=…` names the adapter whose the result has. "
+            "Adapters must have the same `trainable_tokens` to be averaged. "
+            "`head=…` names the adapter whose tokens the result gets. "
             f"Received: {found}"
         )
     return next(iter(found.values()))
@@ -265,7 +269,7 @@ def _summed(adapters, weights, rank, method, scale, options):
     if method == "concatenate":
         if max(ranks.values()) < high:
             raise ValueError(
-                "The method 'concatenate' keeps all columns; 'svd' cuts. "
+                "The method 'concatenate' keeps all columns; use 'svd' to cut. "
                 f"Received: rank={rank!r} of {high}"
             )
         return {p: sums.concatenated(x, scale) for p, x in parts.items()}

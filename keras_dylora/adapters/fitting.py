@@ -1,4 +1,4 @@
-"""What the tensors of an adapter must be to fit a model."""
+"""Checks that the tensors of an adapter fit a model."""
 
 import keras
 
@@ -8,25 +8,25 @@ def check_float(weights):
     for path, weight in weights.items():
         if not keras.backend.is_float_dtype(weight.dtype):
             raise ValueError(
-                "The task head must be of floats: quantize the backbone "
-                "alone, or the model once it is enabled. "
+                "The task head must be float: quantize only the backbone, or "
+                "quantize the model after it is enabled. "
                 f"Received: {path!r} of dtype {weight.dtype}"
             )
 
 
 def tensor_names(path, down, up):
-    """What belongs to the two factors of a layer, by their names in a file."""
+    """The two factors of a layer, by their names in a file."""
     return {f"adapter/{path}/down": down, f"adapter/{path}/up": up}
 
 
 def check_shapes(shapes, tensors, summary=""):
-    """Raises a `ValueError` that lists what is missing, extra or mis-shaped.
+    """Raises a `ValueError` that lists missing, extra and mis-shaped tensors.
 
     Args:
-        shapes: dict of name to the shape that is needed, with `None` for any
-            size, or `None` for any shape.
+        shapes: dict of name to the shape that is needed. A size of `None` can
+            be any size, and a shape of `None` any shape.
         tensors: dict of name to array.
-        summary: str. What the message says of the adapter before the list.
+        summary: str. Words about the adapter, before the list in the message.
     """
     wrong = [f"missing: {name}" for name in shapes if name not in tensors]
     wrong += [f"extra: {name}" for name in tensors if name not in shapes]

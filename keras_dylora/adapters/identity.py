@@ -1,7 +1,7 @@
-"""Which model an adapter is of: its layers in order, a trace of its base.
+"""Identity: which model an adapter is of, by its layers and its base.
 
-Keras numbers layers without a name anew in each process, so that a path alone
-may name another layer; a shape may fit another base.
+Keras numbers unnamed layers anew in each process, so a path may name another
+layer. A shape may also fit another base.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from keras import ops
 from keras_dylora import _keras
 from keras_dylora.layers.factors import float32_array
 
-# What is kept of the base: the first entries of a few weights.
+# The part of the base that is kept: the first entries of a few weights.
 WEIGHTS, ENTRIES = 8, 4
-# A base may be in bfloat16 on one side.
+# One of the two bases may be in bfloat16.
 TOLERANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """The layers that have weights, in order, and some of their weights.
+    """The layers that have weights, in order, and entries of some weights.
 
-    `layers` is a list of path and class of each, `base` a dict of the path of
-    a frozen weight to its first entries.
+    `layers` is a list of the path and the class of each. `base` is a dict of
+    the path of a frozen weight to its first entries.
     """
 
     layers: list[list[str]]
@@ -52,7 +52,7 @@ class Identity:
 
     @classmethod
     def from_config(cls, config):
-        """Undoes `get_config`; a `TypeError` if it isn't of one."""
+        """Undoes `get_config`; raises a `TypeError` for anything else."""
         layers, base = config["layers"], config["base"]
         if not all(
             isinstance(x, list) and [str, str] == [type(y) for y in x]
@@ -62,7 +62,7 @@ class Identity:
         return cls(layers, base)
 
     def paths_in(self, tree):
-        """Dict of the path of each layer to that of the same one in a model.
+        """Dict of the path of each layer to the path of this layer in a model.
 
         Raises a `ValueError` if the model has other layers.
         """
@@ -71,7 +71,7 @@ class Identity:
     def _paths(self, here):
         if len(here) != len(self.layers):
             raise ValueError(
-                "An adapter must be loaded into a model of as many layers. "
+                "An adapter must be loaded into a model with as many layers. "
                 f"Received: one of {len(self.layers)} layers with weights, "
                 f"for a model of {len(here)}"
             )
@@ -80,7 +80,7 @@ class Identity:
             self.layers, here, strict=True
         ):
             paths[path] = mine
-            # Keras leaves out what is above a layer in a model from a file.
+            # In a model from a file, Keras leaves out the parents of a layer.
             if (_name(path), cls) != (_name(mine), my_class):
                 raise ValueError(
                     "An adapter must be loaded into a model of the same "
@@ -92,7 +92,7 @@ class Identity:
     def check_base(self, tree, paths):
         """Raises a `ValueError` if a model has another base.
 
-        `paths` is what `paths_in` returned. Quantized weights can't tell.
+        `paths` is what `paths_in` returned. Quantized weights aren't compared.
         """
         here = tree.base_weights
         names = {renamed(path, paths) for path in self.base} & here.keys()
@@ -106,7 +106,7 @@ class Identity:
         )
 
     def paths_to(self, other):
-        """Dict of the path of each layer to that in another `Identity`.
+        """Dict of the path of each layer to its path in another `Identity`.
 
         Raises a `ValueError` if the layers or the bases differ.
         """
@@ -131,7 +131,7 @@ class Identity:
 
 
 def renamed(path, layers):
-    """The path of a weight whose layer has another path."""
+    """The path of a weight, once its layer has another path."""
     layer, _, name = path.rpartition("/")
     return f"{layers[layer]}/{name}" if layer in layers else path
 
@@ -153,7 +153,7 @@ def _has(dimensions, weight):
 
 
 def _first(weight):
-    # Not all of it as a row, of which JAX makes a copy.
+    # A slice first, as JAX would copy the whole weight to flatten it.
     rows = -(-ENTRIES // max(math.prod(weight.shape[1:]), 1))
     first = ops.convert_to_tensor(weight)[:rows]
     return float32_array(first).reshape(-1)[:ENTRIES].tolist()

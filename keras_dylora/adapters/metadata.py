@@ -1,4 +1,4 @@
-"""The JSON beside an adapter: its configuration, model, ranks and SHA-256."""
+"""The JSON file of an adapter: its configuration, model, ranks and SHA-256."""
 
 import hashlib
 import json
@@ -7,11 +7,11 @@ from keras_dylora import files
 from keras_dylora.adapters.identity import Identity
 from keras_dylora.config import DyLoRAConfig
 
-FORMAT_VERSION = 3  # that of files with tuned cuts; 2 of all others
+FORMAT_VERSION = 3  # of files with tuned cuts; all others have version 2
 
 
 def write(path, weights, adapter):
-    """Writes what a file of `AdapterWeights` has no place for beside it."""
+    """Writes the parts of `AdapterWeights` that aren't tensors."""
     content = {
         "format_version": FORMAT_VERSION if adapter.cuts else 2,
         "config": adapter.config.get_config(),
@@ -25,12 +25,12 @@ def write(path, weights, adapter):
 
 
 def read(path, weights, writer, advice=""):
-    """The `DyLoRAConfig`, the `Identity` and the ranks of an adapter.
+    """Reads the `DyLoRAConfig`, the `Identity` and the ranks of an adapter.
 
-    The identity is `None` in files of format 1, the ranks are where that of
-    the config is for all layers. Raises a `ValueError` if a file is
-    damaged or from a newer format. The message names the function that writes
-    such files, and the way out where the weights are others.
+    The identity is `None` in files of format 1. The ranks are `None` if all
+    layers have the rank of the config. Raises a `ValueError` if a file is
+    damaged or from a newer format. `writer` is the name of the function that
+    writes such files. `advice` says what to do if the weights have changed.
     """
     content = files.read_json(path)
     identity = None

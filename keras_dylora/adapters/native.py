@@ -1,4 +1,4 @@
-"""Our own adapter files: safetensors and JSON, cut to the rank that is kept."""
+"""Our own adapter files: safetensors and JSON, cut to the saved rank."""
 
 import dataclasses
 import os
@@ -30,23 +30,24 @@ def save_adapter(
 ) -> None:
     """Saves the adapters, cut to a rank, and the trained head.
 
-    The directory holds `adapter.safetensors`, with
-    `adapter/<layer path>/down`, `adapter/<layer path>/up` and
-    `head/<variable path>` in float32, and `adapter_config.json`. At rank `b`
-    the adapter tensors have `b` columns and rows, so the file is as small as
-    that of an adapter trained at rank `b`. With a `RankAllocation`, each has
-    as many as its layer has ranks, and a model that loads it computes at it.
+    The directory holds two files. `adapter.safetensors` has the tensors in
+    float32: `adapter/<layer path>/down`, `adapter/<layer path>/up` and
+    `head/<variable path>`. `adapter_config.json` has the configuration. At rank
+    `b`, the adapter tensors have `b` columns and rows, so the file is as small
+    as that of an adapter that was trained at rank `b`. With a `RankAllocation`,
+    each layer has as many as its own rank, and a model that loads the file
+    computes at these ranks.
 
-    Tuned cuts, see `tune_ranks`, are in the file at the maximum rank, as
-    `tuned/<number>/<layer path>/left` and `right`. At a tuned rank its columns
-    are those of its cut, as in any other adapter.
+    A file at the maximum rank also has the tuned cuts (see `tune_ranks`), as
+    `tuned/<number>/<layer path>/left` and `right`. At a tuned rank, the file
+    has the columns of the tuned cut, like any other adapter.
 
     Args:
-        model: an enabled model, or what `combine_adapters` returned.
-        directory: str or path. Written beside, then renamed.
-        rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
-            `None`, the maximum.
-        overwrite: bool. Whether an adapter that is there may be replaced.
+        model: an enabled model, or the result of `combine_adapters`.
+        directory: str or path. It is written under another name, then renamed.
+        rank: int in `1..config.rank`, or `RankAllocation`. Defaults to `None`:
+            the maximum rank.
+        overwrite: bool. Whether an adapter in the directory may be replaced.
             Defaults to `True`.
 
     Raises:
@@ -84,42 +85,45 @@ def load_adapter(
     strict: bool = True,
     head: bool = True,
 ) -> Model:
-    """Loads what `save_adapter` wrote, in place.
+    """Loads an adapter that `save_adapter` wrote, in place.
 
-    A model that isn't enabled yet is enabled with the configuration of the
-    file. An enabled one must have the same rank, alpha and layers; by a new
-    name, the adapter comes beside those that are there, and may have a lower
-    rank, which is the highest that it computes at until it is trained, and
-    another alpha, which goes into its rows. So does the scale of an adapter of
-    one rank, such as a combined one, whose alpha and scaling are free. Layers
-    are found by their place in the model, as Keras numbers those without a name
-    anew in each process; older files have their names alone.
+    A model that isn't enabled is enabled with the configuration of the file. In
+    an enabled model, the adapter replaces the one called `"default"`, and must
+    have the same rank, alpha and layers.
+
+    Under a new name, the adapter is added to those of the model. It may then
+    have a lower rank than the model, which computes at no higher rank with it
+    until it is trained. It may also have another alpha, which is multiplied
+    into its rows. An adapter of one rank, such as a combined one, can always
+    have another alpha and scaling.
+
+    Layers are found by their place in the model, as Keras numbers unnamed
+    layers anew in each process. Older files have only their names.
 
     Args:
         model: a built Keras or KerasHub model.
-        directory: str or path, or what `combine_adapters` returned.
-        name: str. What the adapter is called; it is the active one then.
-            Defaults to `"default"`, which replaces the one of that name.
+        directory: str or path, or the result of `combine_adapters`.
+        name: str. The name of the adapter, which becomes the active one. Any
+            name but `"default"` must be new. Defaults to `"default"`.
         strict: bool. Whether the model must have the layers and the base
-            weights that the adapter was trained with. If not, all adapted
-            layers must be there still. Defaults to `True`.
-        head: bool. Whether to load what was trained besides, such as the head
-            of a task. If not, the model keeps its own. Defaults to `True`.
+            weights that the adapter was trained with. If not, it only needs
+            all layers that the adapter adapts. Defaults to `True`.
+        head: bool. Whether to load everything else that was trained, such as
+            the task head. If not, the model keeps its own. Defaults to `True`.
 
     Returns:
         `model` itself.
 
     Raises:
         TypeError: if the name isn't a string.
-        ValueError: if the files are missing, damaged or from a newer format,
-            or if the rank, alpha, a layer, a shape or the base differs, if
-            the name is taken, or if the head of the model is quantized. The
-            message lists what is missing, extra or mis-shaped; the model is
-            unchanged then.
+        ValueError: if a file is missing, damaged or from a newer format; if the
+            rank, alpha, a layer, a shape or the base differs; if the name is
+            taken; or if the head of the model is quantized. The message lists
+            missing, extra and mis-shaped tensors. The model is unchanged then.
 
     Warns:
         UserWarning: if an adapter of one rank has another scaling than the
-            model, so that its lower ranks aren't those of the file.
+            model. Its lower ranks then differ from those of the file.
 
     Example:
 
@@ -156,8 +160,8 @@ def load_adapter(
     weights.put_on(Tree(model), whole=head, strict=strict, name=name)
     if config.rank > 1 and config.scaling != model.dylora_config.scaling:
         warnings.warn(
-            "A model scales all of its adapters alike, so one of another "
-            "`scaling` computes the same at its maximum rank alone. "
+            "A model scales all of its adapters alike, so an adapter of "
+            "another `scaling` computes the same only at its maximum rank. "
             f"Received: scaling={config.scaling!r} for a model of "
             f"scaling={model.dylora_config.scaling!r}",
             stacklevel=users_line(),
@@ -166,7 +170,7 @@ def load_adapter(
 
 
 def read(directory):
-    """The `AdapterWeights` in a directory."""
+    """Reads the `AdapterWeights` in a directory."""
     folder = pathlib.Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""The adapters that are combined: read, by the paths of one model, compared."""
+"""The adapters to combine: read, given the paths of one model, compared."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from keras_dylora.live.targets import listing
 
 
 def read(key, tree, head):
-    """The adapter that a key names, at the rank at which it counts."""
+    """Reads the adapter that a key names, at the rank at which it counts."""
     enabled = tree is not None and isinstance(tree.model, DyLoRAModel)
     names = tree.model.adapter_names if enabled else []
     if key in names:
@@ -40,9 +40,9 @@ def read(key, tree, head):
 
 
 def of_one_model(adapters, tree):
-    """Adapters by the paths of one model: the tree's, or the first one's.
+    """Gives adapters the paths of one model: the tree's, or the first one's.
 
-    Their layers are in the order of the model, whatever the file.
+    Their layers get the order of the model, whatever the file.
     """
     if tree is None:
         identity = next(iter(adapters.values())).identity
@@ -74,14 +74,14 @@ def of_one_model(adapters, tree):
 def _paths_to(wanted, identity):
     if identity is None or wanted is None:
         raise ValueError(
-            "Files of the first version don't say of which model they are, "
-            "which `model` does."
+            "Files of the first version don't say which model they are of, "
+            "so `model` is needed."
         )
     return identity.paths_to(wanted)
 
 
 def _paths_in(tree, identity):
-    if identity is None:  # paths are all that there is
+    if identity is None:  # there are only the paths
         return {}
     paths = identity.paths_in(tree)
     identity.check_base(tree, paths)
@@ -89,7 +89,7 @@ def _paths_in(tree, identity):
 
 
 def check_layers(adapters):
-    """Raises a `ValueError` if adapters don't fit each other, or diverged."""
+    """Raises a `ValueError` if adapters don't match, or have diverged."""
     (one, first), *others = adapters.items()
     for key, other in others:
         without = [p for p in first.layers if p not in other.layers]

@@ -1,4 +1,4 @@
-"""Weighted sums of the adapters of one layer: as they are, cut, TIES, DARE.
+"""Weighted sums of the adapters of one layer: exact, cut, TIES, DARE.
 
 A part of a sum is a pair of a weight and `Factors`.
 """
@@ -9,7 +9,7 @@ from keras_dylora.layers.factors import Factors
 
 
 def concatenated(parts, scale):
-    """The sum itself, as `Factors` of that scale: all columns side by side."""
+    """The sum itself, as `Factors` of a scale: all columns side by side."""
     return Factors(
         np.hstack([x.down for _, x in parts]),
         np.vstack([x.up * np.float32(w * x.scale / scale) for w, x in parts]),
@@ -20,7 +20,7 @@ def concatenated(parts, scale):
 def closest(parts, rank, scale):
     """The best approximation of the sum, in order (Eckart and Young).
 
-    Of a rank up to that of all parts together; no matrix is of the size of a
+    The rank is at most that of all parts together. No matrix is as large as a
     kernel.
     """
     whole = concatenated(parts, scale)
@@ -34,7 +34,7 @@ def closest_to(matrix, rank, scale):
     """The best approximation of an update `(inputs, outputs)`, in order."""
     x = matrix.astype("float64")
     tall = x.shape[0] >= x.shape[1]
-    # Eigenvectors of the smaller side: an embedding has a very long one.
+    # Eigenvectors of the smaller side, as an embedding has a very long one.
     _, vectors = np.linalg.eigh(x.T @ x if tall else x @ x.T)
     top = vectors[:, ::-1][:, :rank]
     down, up = (x @ top, top.T) if tall else (top, top.T @ x)
@@ -47,8 +47,8 @@ def closest_to(matrix, rank, scale):
 def ties(parts, density, majority_sign_method):
     """The sum by TIES, `(inputs, outputs)`.
 
-    Of each product the largest values stay. For every value the majority says
-    the sign; the mean is of those that have it.
+    The largest values of each product are kept. The majority of the products
+    decides the sign of each value, which is the mean of those with this sign.
     """
     products = [_largest(x.product(), density) for _, x in parts]
     votes = products
@@ -64,7 +64,7 @@ def ties(parts, density, majority_sign_method):
 
 
 def dare(parts, density, rng):
-    """The sum by DARE, `(inputs, outputs)`: random values stay, made larger."""
+    """The sum by DARE, `(inputs, outputs)`: random values, made larger."""
     total = 0.0
     for weight, x in parts:
         product = x.product()
@@ -74,7 +74,7 @@ def dare(parts, density, rng):
 
 
 def _largest(x, density):
-    """`x` with zeros but for a share of its values, the largest."""
+    """`x` with a share of its values, the largest, and zeros elsewhere."""
     size = np.abs(x).ravel()
     kept = int(density * size.size)
     mask = np.zeros(size.shape, bool)

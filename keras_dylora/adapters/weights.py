@@ -1,6 +1,7 @@
-"""AdapterWeights: what stands between a live model and any file of adapters.
+"""AdapterWeights: adapters in NumPy, between a live model and any file.
 
-In NumPy: of a model, cut to ranks, checked against a model, put on it.
+They are taken from a model, cut to ranks, checked against a model and put on
+one.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ from keras_dylora.live.tokens import find_tokens
 
 @dataclasses.dataclass(frozen=True)
 class AdapterWeights:
-    """The adapters of a model, and what was trained besides.
+    """The adapters of a model, and everything else that was trained.
 
-    Each layer has a rank and a scale of its own; the config's rank is the
-    highest, and its `rank_pattern` has paths of layers alone. Moving averages
-    beside what was trained are with it. The identity of the model that they
-    are of may be unknown, in an old file. Tuned cuts are of the columns of all
-    layers at the highest rank.
+    Each layer has its own rank and scale. The rank of the config is the highest
+    of them, and its `rank_pattern` names only paths of layers. `trained` has
+    the weights that were trained in full, with their moving averages, by path.
+    `identity` is `None` if the model is unknown, as in an old file. `cuts` are
+    for the columns of all layers at the highest rank.
     """
 
     layers: dict[str, Factors]
@@ -48,7 +49,7 @@ class AdapterWeights:
     def of(cls, tree, name=None):
         """The adapter of a name in an enabled model, at its maximum rank.
 
-        By default the active one.
+        Without a name, it is the active adapter.
         """
         adaptation = adaptation_of(tree.model)
         adaptation.settle(tree)
@@ -81,11 +82,11 @@ class AdapterWeights:
         )
 
     def cut(self, ranks):
-        """A copy cut to a rank, the highest by default, or to one a path.
+        """A copy cut to a rank, by default the maximum, or to a dict of ranks.
 
-        Really smaller. Where the cut is tuned, its mixtures are the columns.
-        Tuned cuts of lower ranks stay only if all columns do. Raises what
-        `ranks.by_layer` does.
+        The arrays are smaller, too. If the rank has a tuned cut, its mixtures
+        are the columns. The tuned cuts of lower ranks stay only if all columns
+        do. Raises what `ranks.by_layer` raises.
         """
         ranks = rank_functions.by_layer(
             self.config.rank if ranks is None else ranks, self.ranks, 1
@@ -103,10 +104,10 @@ class AdapterWeights:
         )
 
     def placed(self, tree, whole=True, strict=True, name=DEFAULT):
-        """A copy by the paths of a model, into which they fit.
+        """A copy with the paths of a model that it fits.
 
-        Raises a `ValueError` if they don't, see `check`; and if `strict`, if
-        the model isn't the one that they are of.
+        Raises a `ValueError` if it doesn't fit, see `check`. If `strict`, it
+        also raises one if the adapter is of another model.
         """
         if self.identity is None:
             self.check(tree, whole, name)
@@ -114,7 +115,7 @@ class AdapterWeights:
         try:
             paths = self.identity.paths_in(tree)
         except ValueError:
-            self.check(tree, whole, name)  # which may tell more
+            self.check(tree, whole, name)  # its message may tell more
             if strict:
                 raise
             return self
@@ -125,7 +126,7 @@ class AdapterWeights:
         return placed
 
     def renamed(self, paths):
-        """A copy for a model with other paths, by a dict of old to new."""
+        """A copy for a model with other paths, by a dict of old to new path."""
         return dataclasses.replace(
             self,
             layers={paths.get(p, p): x for p, x in self.layers.items()},
@@ -140,11 +141,11 @@ class AdapterWeights:
     def check(self, tree, whole=True, name=DEFAULT):
         """Raises a `ValueError` if the weights don't fit a model.
 
-        An enabled model must have the rank and the layers, any other must
-        have layers that can be adapted so. The message lists what is missing,
-        extra or mis-shaped. If `whole`, what is trained besides must be what
-        an enabled model trains. One that comes beside others, by a new name,
-        may have a lower rank.
+        An enabled model must have the same rank and layers. Any other model
+        must have layers that can be adapted in this way. The message lists
+        missing, extra and mis-shaped tensors. If `whole`, the other trained
+        weights must be those that an enabled model trains. Under a new name,
+        the adapter may have a lower rank than the model.
         """
         check_name(name)
         model = tree.model
@@ -167,8 +168,8 @@ class AdapterWeights:
             tokens = self._token_rows(tree)
         elif self.has_tokens:
             self._check_tokens(model.dylora_config.trainable_tokens)
-        # The file says what to adapt, and which averages it holds; the model
-        # must have it.
+        # The file says what to adapt and which averages it holds; the model
+        # must have them.
         trained = {p: v for p, v in every.items() if p in self.trained}
         if enabled:
             layers = adaptation.layers
@@ -210,13 +211,13 @@ class AdapterWeights:
         check_float({p: v for p, v in every.items() if p in self.trained})
 
     def put_on(self, tree, whole=True, strict=True, name=DEFAULT):
-        """Gives a model these weights, once checked; enables it if it isn't.
+        """Checks these weights and puts them on a model; enables it if needed.
 
-        As `placed` in it, as the adapter of a name, which is the active one
-        then. A layer of a lower rank than that adapter's gets columns of
-        zeros, and the model computes at the ranks of the layers; an adapter of
-        a lower rank than the model's has fresh columns above it. Where a scale
-        is another one, that goes into the rows.
+        The weights get the paths of the model, as by `placed`, and become its
+        active adapter, called `name`. A layer of a lower rank than the adapter
+        gets columns of zeros, and the model computes at the ranks of the
+        layers. An adapter of a lower rank than the model has fresh columns
+        above its rank. Where the scale differs, it is multiplied into the rows.
         """
         self, model = self.placed(tree, whole, strict, name), tree.model
         if isinstance(model, DyLoRAModel):
@@ -254,7 +255,8 @@ class AdapterWeights:
     def _enable(self, tree, whole):
         """Enables a model for exactly these layers and what they train.
 
-        A path of a config may be the name or a pattern of others too.
+        The layers aren't found by a config, as a path in one could also match
+        others.
         """
         layers = {p: x for p, x in tree.layers.items() if p in self.layers}
         check_targets(layers)
@@ -280,7 +282,7 @@ class AdapterWeights:
 
     @property
     def has_tokens(self):
-        """Whether rows of tokens are among what was trained besides."""
+        """Whether the other trained weights include rows of tokens."""
         return any(path.endswith(f"/{TOKENS}") for path in self.trained)
 
     def _token_rows(self, tree):
@@ -299,7 +301,7 @@ class AdapterWeights:
 
     @property
     def max_ranks(self):
-        """The maximum rank of each layer of a model of the config, by path."""
+        """The maximum rank of each layer in a model of the config, by path."""
         lower = self.config.rank_pattern or {}
         return {path: lower.get(path, self.config.rank) for path in self.layers}
 
@@ -309,14 +311,14 @@ class AdapterWeights:
         return {path: factors.rank for path, factors in self.layers.items()}
 
     def tensors(self):
-        """All arrays by the names that they have in our own files."""
+        """All arrays, by their names in our own files."""
         named = {f"head/{path}": x for path, x in self.trained.items()}
         for path, factors in self.layers.items():
             named |= tensor_names(path, factors.down, factors.up)
         return named
 
     def cut_tensors(self):
-        """The tuned cuts by their names in our own files."""
+        """The tuned cuts, by their names in our own files."""
         return {
             f"tuned/{i}/{path}/{side}": x
             for i, cut in enumerate(self.cuts)
@@ -326,9 +328,10 @@ class AdapterWeights:
 
     @classmethod
     def of_tensors(cls, tensors, config, identity=None, ranks=None):
-        """Undoes `tensors` and `cut_tensors`, or a `ValueError` says why not.
+        """Undoes `tensors` and `cut_tensors`, or raises a `ValueError`.
 
-        `ranks` has that of each layer, where they aren't all the config's.
+        `ranks` has the rank of each layer, if it isn't that of the config for
+        all.
         """
         kinds = {"adapter": {}, "head": {}}
         numbers = {x.split("/")[1] for x in tensors if x.startswith("tuned/")}
@@ -371,6 +374,6 @@ class AdapterWeights:
 
 
 def with_max_ranks(config, ranks):
-    """A config whose `rank_pattern` gives layers their maxima, by path."""
+    """The config, with a `rank_pattern` of the maximum ranks by path."""
     lower = {path: b for path, b in ranks.items() if b < config.rank}
     return dataclasses.replace(config, rank_pattern=lower)

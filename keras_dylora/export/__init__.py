@@ -1,4 +1,4 @@
-"""export_ranks: artifacts for serving, from any backend."""
+"""export_ranks: artifacts for serving, written on any backend."""
 
 from keras_dylora.export.api import export_ranks
 

@@ -1,4 +1,4 @@
-"""export_ranks: checks the arguments, then writes, verifies and describes."""
+"""export_ranks: checks the arguments, then writes and verifies an artifact."""
 
 import collections.abc
 import importlib.util
@@ -40,78 +40,77 @@ def export_ranks(
     report: RankReport | None = None,
     adapters: list[str] | tuple[str, ...] | Literal["all"] | None = None,
 ) -> None:
-    """Exports one model for every rank, or one model per rank, for serving.
+    """Exports one model for all ranks, or one model per rank, for serving.
 
-    From any backend, with a free batch size and sequence length. The result
-    needs TensorFlow and neither Keras nor keras_dylora to load. Each parameter
-    is stored once.
+    The export works on any backend. Batch size and sequence length stay free.
+    To load the result, TensorFlow is enough, without Keras or keras_dylora.
+    Each parameter is stored once.
 
     - `layout="shared"`: one SavedModel that holds the base once and the
-      adapters once. It has the signatures `rank_1`, `rank_2`, … with the
-      model's inputs, and `serve` with the int32 input `rank` besides, a
-      scalar or one rank per example, from 1 to the highest that is exported.
+      adapters once. The signatures `rank_1`, `rank_2`, … take the model's
+      inputs. The signature `serve` also takes the int32 input `rank`, a scalar
+      or one rank per example, from 1 to the highest that is exported.
       `serving_default` is the highest rank.
-    - `layout="merged"`: one SavedModel per rank in `rank_1/`, `rank_2/`, …
+    - `layout="merged"`: one SavedModel per rank in `rank_1/`, `rank_2/`, …,
       with the adapter in the kernels and the signature `serve`.
 
     With `adapters`, the shared SavedModel holds several adapters of one base,
-    each with its head. Every signature then has the string input `adapter`
-    besides, a name or one for each example, so that a batch may mix adapters
-    and ranks; `serving_default` is the highest rank of each.
+    each with its head. Every signature then also takes the string input
+    `adapter`, one name or one for each example, so a batch may mix adapters and
+    ranks. `serving_default` is the highest rank of each adapter.
 
-    With a dict of ranks, its keys are the names in place of `rank_1`, …. A
-    `RankAllocation` in it stands for a number above `config.rank` as the input
-    `rank`, which the manifest tells.
+    If `ranks` is a dict, its keys replace the names `rank_1`, …. The input
+    `rank` of a `RankAllocation` is a number above `config.rank`, which the
+    manifest gives.
 
-    `README.md` tells which ranks it serves and how to call it;
-    `manifest.json` the signatures, the sizes and the SHA-256 of each file. On
-    JAX and torch the artifact is written by a child process that rebuilds the
-    model under TensorFlow.
+    `README.md` lists the ranks and shows how to call them. `manifest.json` has
+    the signatures, the sizes and the SHA-256 of each file. On JAX and torch, a
+    child process rebuilds the model under TensorFlow and writes the artifact.
 
     Args:
         model: an enabled model.
-        directory: str or path. Written beside, then renamed.
+        directory: str or path. It is written under another name, then renamed.
         ranks: list of int in `1..config.rank`, or dict of name to such an int
-            or to a `RankAllocation`. Defaults to `None`, every rank that is
-            trained: `config.min_rank..config.rank`.
+            or to a `RankAllocation`. Defaults to `None`: every rank that is
+            trained, `config.min_rank..config.rank`.
         layout: str. `"shared"` or `"merged"`. Defaults to `"shared"`.
         input_signature: specs (`keras.InputSpec`, `tf.TensorSpec` or
             `keras.KerasTensor`) in the structure of the model's input, to fix
-            or free dimensions. Defaults to `None`, the model's own.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"`: store wider float
-            parameters in it. Computation keeps its dtype. Defaults to
-            `None`, as they are.
+            or free dimensions. Defaults to `None`: the model's own.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`. The dtype in which
+            wider float parameters are stored. Computation keeps its dtype.
+            Defaults to `None`: no parameter changes.
         verify: bool. Whether to load the artifact in a fresh process and
-            compare it with the live model at every rank: to 1e-5, less where
-            a number format is shorter than float32. Generated tokens are
-            compared if the sampler draws no random numbers and nothing is
+            compare it with the live model at every rank. The tolerance is 1e-5,
+            or more if a number format is shorter than float32. Generated tokens
+            are compared if the sampler draws no random numbers and nothing is
             shorter than float32. Defaults to `True`.
-        overwrite: bool. Whether an earlier export may be replaced. Defaults
-            to `False`.
+        overwrite: bool. Whether an earlier export may be replaced. Defaults to
+            `False`.
         verbose: bool. Whether to show progress. Defaults to `True`.
-        preprocessing: bool. Whether to add `serve_text`, from the strings
-            `text` to outputs through the task's own tokenizer. It needs
-            `import tensorflow_text` to load and tokenizes as a `tf.data`
+        preprocessing: bool. Whether to add the signature `serve_text`, which
+            takes the strings `text` and uses the task's own tokenizer. Loading
+            it needs `import tensorflow_text`. It tokenizes as a `tf.data`
             pipeline does; KerasHub's tokenizers for eager strings treat some
-            of them, such as double spaces, differently. Defaults to `False`.
-        generate_signature: bool. Whether to add the decoding loop of a
-            KerasHub `CausalLM` with the sampler that it is compiled with:
-            `generate_rank_1`, … and `generate` (merged: `generate`). Inputs
-            are `token_ids` and `padding_mask`, padded to the length to
-            generate to, and the scalar `end_token_id`, -1 for none. Defaults
-            to `False`.
+            strings differently, such as double spaces. Defaults to `False`.
+        generate_signature: bool. Whether to add the decoding loop of a KerasHub
+            `CausalLM` with the sampler that it is compiled with. The signatures
+            are `generate_rank_1`, … and `generate`; with the merged layout,
+            `generate`. The inputs are `token_ids` and `padding_mask`, padded to
+            the length to generate to, and the scalar `end_token_id`, which is
+            -1 for none. Defaults to `False`.
         format: str. `"saved_model"`, or with the merged layout `"onnx"` or
             `"litert"`. Defaults to `"saved_model"`.
-        report: `RankReport`, whose metrics go into the manifest. Defaults to
+        report: `RankReport`. Its metrics go into the manifest. Defaults to
             `None`.
-        adapters: list of names out of `model.adapter_names`, or `"all"`.
-            Defaults to `None`, the active one alone and no input for it.
+        adapters: list of names in `model.adapter_names`, or `"all"`. Defaults
+            to `None`: only the active adapter, without an input for it.
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if an argument is outside its range, if the model isn't
-            enabled, if the directory exists, or if TensorFlow can't rebuild
-            the model. Nothing is written then.
+        ValueError: if an argument is out of range, if the model isn't enabled,
+            if the directory exists, or if TensorFlow can't rebuild the model.
+            Nothing is written then.
         RuntimeError: if the artifact differs from the live model.
         OSError: if the directory can't be written.
 
@@ -184,7 +183,8 @@ def _warn_of_cuts(model, plan):
 
 
 def _write(model, folder, plan, on_step):
-    # Several adapters are stacked in place, which the caller's model can't be.
+    # To serve several adapters, they are stacked in place, which mustn't happen
+    # to the caller's model.
     if keras.backend.backend() == "tensorflow" and not plan.adapters:
         from keras_dylora.export.tensorflow import writers
 
@@ -203,7 +203,7 @@ def _named(ranks, low, high):
         given = ranks_module.as_list(ranks)
         if any(isinstance(b, RankAllocation) for b in given):
             raise TypeError(
-                "A `RankAllocation` is exported under a name of yours, as "
+                "A `RankAllocation` is exported under a name of yours, such as "
                 f'`ranks={{"small": allocation}}`. Received: ranks={ranks!r}'
             )
         given = ranks_module.as_ranks(given, 1, high)
@@ -211,8 +211,8 @@ def _named(ranks, low, high):
     for rank in ranks.values():
         if not isinstance(rank, collections.abc.Hashable):
             raise TypeError(
-                "A rank is an integer or a `RankAllocation`, which "
-                "`RankAllocation.of(model, ranks)` makes of a dict. "
+                "A rank is an integer or a `RankAllocation`. Make one of a "
+                "dict by `RankAllocation.of(model, ranks)`. "
                 f"Received: {rank!r}"
             )
     if not ranks or len(set(ranks.values())) < len(given):
@@ -235,7 +235,7 @@ def _named(ranks, low, high):
 
 
 def _adapters(adapters, model):
-    """The `ServedAdapter`s of the names that are given."""
+    """The `ServedAdapter`s with the given names."""
     named = adaptation_of(model).named
     if adapters is None:
         return ()
@@ -304,13 +304,13 @@ def _check_model(model, plan):
         )
     if plan.adapters and plan.layout != "shared":
         raise ValueError(
-            "`adapters` needs `layout='shared'`; with the merged layout, "
-            "`set_adapter` and export each. "
+            "`adapters` needs `layout='shared'`. With the merged layout, call "
+            "`set_adapter` and export each adapter alone. "
             f"Received: layout={plan.layout!r}"
         )
     if {x.name for x in plan.adapters} - {name for name, _ in plan.choices}:
         raise ValueError(
-            "`ranks` must have one for every adapter. Received: "
+            "`ranks` must have at least one for every adapter. Received: "
             f"{[x.name for x in plan.ranks]} for adapters "
             f"{ {x.name: x.rank for x in plan.adapters} }"
         )
@@ -319,8 +319,8 @@ def _check_model(model, plan):
     taken = sorted(added & {spec.name for spec in plan.inputs.specs})
     if taken:
         raise ValueError(
-            "The shared layout adds an input `rank`, and `adapter` for "
-            f"several. Received: a model that has inputs {taken}"
+            "The shared layout adds an input `rank`, and for several adapters "
+            f"an input `adapter`. Received: a model that has inputs {taken}"
         )
     preprocessor = getattr(model, "preprocessor", None)
     if plan.text and getattr(preprocessor, "tokenizer", None) is None:
@@ -359,7 +359,7 @@ def _check_packages(plan, verify):
 
 
 def _check_report(report, named, plan):
-    """The metrics of the exported ranks, as JSON takes them."""
+    """The metrics of the exported ranks, in a form for JSON."""
     if report is None:
         return None
     if not isinstance(getattr(report, "metrics", None), dict):

@@ -1,7 +1,7 @@
 """Export by a child process, which rebuilds the model under TensorFlow.
 
-The way out where the running backend can't write an artifact itself, or the
-model mustn't be changed for it.
+It is needed if the running backend can't write an artifact, or if the model
+mustn't be changed to write one.
 """
 
 import builtins
@@ -19,7 +19,7 @@ from keras_dylora.live.recompile import uncompiled
 
 MODEL_NAME = "model"
 REQUEST_NAME = "request.json"
-STEP = "keras_dylora: step"  # the line by which the child tells of one
+STEP = "keras_dylora: step"  # the line that the child prints after each step
 
 
 def write(model, folder, plan, on_step):
@@ -30,7 +30,7 @@ def write(model, folder, plan, on_step):
     Raises:
         ValueError: if TensorFlow can't rebuild or run the model.
         OSError: if the artifact can't be written.
-        RuntimeError: if the process is ended.
+        RuntimeError: if the process doesn't run to its end.
     """
     sampler = None
     if plan.generate:
@@ -39,8 +39,9 @@ def write(model, folder, plan, on_step):
     with tempfile.TemporaryDirectory(prefix="keras_dylora-") as temporary:
         temporary = pathlib.Path(temporary)
         with uncompiled(model):
-            # Not zipped: of that, Keras holds two copies while it writes and
-            # one while it reads. In a directory it is layer by layer.
+            # Not zipped: Keras holds two copies of a zipped model while it
+            # writes and one while it reads. A directory is handled layer by
+            # layer.
             model.save(temporary / MODEL_NAME, zipped=False)
         request = {
             "folder": str(folder),
@@ -69,7 +70,7 @@ def write(model, folder, plan, on_step):
 
 
 def _readable(error, model):
-    """The exception that tells the user what to do."""
+    """The exception that tells the user what to do about an error."""
     cls = getattr(builtins, error.kind, ValueError)
     if issubclass(cls, OSError):
         return OSError(str(error))
@@ -89,8 +90,8 @@ def _readable(error, model):
 def custom_modules(model, sampler=None):
     """The modules that define the classes and functions of a model.
 
-    Those of its serialized `sampler` are among them. Raises a `ValueError` if
-    one is where no other process can import it.
+    This includes those of its serialized `sampler`. Raises a `ValueError` if
+    another process couldn't import one of them.
     """
     with uncompiled(model):
         config = keras.saving.serialize_keras_object(model)
@@ -120,7 +121,7 @@ def custom_modules(model, sampler=None):
 
 
 def _serialized(config):
-    """The parts of a config that name a class or function of their own."""
+    """The parts of a config that name a custom class or function."""
     if isinstance(config, dict):
         if config.get("registered_name") is not None:
             yield config

@@ -1,4 +1,4 @@
-"""manifest.json: what an export holds, made by what, and how exact."""
+"""manifest.json: the content of an export, its makers and its exactness."""
 
 import importlib.metadata
 import json
@@ -19,8 +19,8 @@ def write(folder, config, plan, verified, metrics, layers):
         folder: `pathlib.Path`.
         config: `DyLoRAConfig` of the model.
         plan: `Plan`.
-        verified: what `verify` returned, or `None`.
-        metrics: dict of rank, as the input, to its metrics, or `None`.
+        verified: the result of `verify`, or `None`.
+        metrics: dict of rank, as the input `rank`, to its metrics, or `None`.
         layers: dict of path to adapted layer.
     """
     contents = {
@@ -31,7 +31,7 @@ def write(folder, config, plan, verified, metrics, layers):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    # Which of its distributions holds TensorFlow, without importing it.
+    # Find the distribution that has TensorFlow, without importing it.
     distribution = importlib.metadata.packages_distributions()["tensorflow"][0]
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -62,7 +62,7 @@ def write(folder, config, plan, verified, metrics, layers):
 
 
 def written(directory):
-    """The paths of what an export wrote into a directory."""
+    """The paths of the files that an export wrote into a directory."""
     path = directory / NAME
     content = files.read_json(path) if path.exists() else {}
     if "keras_dylora" not in content.get("versions", {}):
@@ -71,10 +71,10 @@ def written(directory):
 
 
 def _signatures(plan):
-    """Inputs of each signature as `{name: [dtype, shape]}`.
+    """The inputs of each signature, as `{name: [dtype, shape]}`.
 
-    The shape of `rank` and of `adapter` is `None`: a scalar or one for each
-    example.
+    The shapes of `rank` and `adapter` are `None`, as they are a scalar or one
+    value for each example.
     """
     own = {x.name: [x.dtype, list(x.shape)] for x in plan.inputs.specs}
     prompt = {**own, "end_token_id": ["int32", []]}

@@ -1,11 +1,11 @@
-"""Plan: what is exported, in a form that travels to a child process."""
+"""Plan: what to export, in a form that can be sent to a child process."""
 
 import dataclasses
 import json
 
 from keras_dylora.live.inputs import Input, Inputs
 
-# What an artifact of a format is called below its folder.
+# The file of an artifact in its folder, by format.
 FILE_NAMES = {"onnx": "model.onnx", "litert": "model.tflite"}
 
 
@@ -14,10 +14,10 @@ class Served:
     """A rank that is exported.
 
     Args:
-        name: str. Of its signature, or of its folder.
-        value: int. What stands for it as the input `rank`.
-        rank: int, or a tuple of one for each adapted layer in forward order,
-            as paths may be others in another process.
+        name: str. The name of its signature, or of its folder.
+        value: int. The value of the input `rank` that means it.
+        rank: int, or a tuple of a rank for each adapted layer in forward order.
+            There are no paths, as they may differ in another process.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Served:
         return max(self.rank) if self.by_layer else self.rank
 
     def ranks(self, layers):
-        """Dict of path to rank, by a dict of path to adapted layer."""
+        """Dict of path to rank, for a dict of path to adapted layer."""
         if self.by_layer:
             return dict(zip(layers, self.rank, strict=True))
         return {path: min(self.rank, x.rank) for path, x in layers.items()}
@@ -56,12 +56,12 @@ class Plan:
         ranks: tuple of `Served`, by size.
         layout: str. `"shared"` or `"merged"`.
         format: str. `"saved_model"`, `"onnx"` or `"litert"`.
-        dtype: str or `None`. What float parameters are stored in.
+        dtype: str or `None`. The dtype in which float parameters are stored.
         inputs: `Inputs`.
         text: bool. Whether there is a `serve_text` signature.
         generate: bool. Whether there are generate signatures.
-        adapters: tuple of `ServedAdapter`, empty where the active one alone
-            is exported, without an input for it.
+        adapters: tuple of `ServedAdapter`. It is empty if only the active
+            adapter is exported, without an input for it.
     """
 
     ranks: tuple
@@ -75,22 +75,22 @@ class Plan:
 
     @property
     def steps(self):
-        """How many pieces of work a writer reports."""
+        """The number of pieces of work that a writer reports."""
         return len(self.ranks) + (self.layout == "shared")
 
     @property
     def by_layer(self):
-        """Whether a rank is one for each layer."""
+        """Whether any of the ranks is an allocation."""
         return any(served.by_layer for served in self.ranks)
 
     @property
     def highest(self):
-        """int. The highest rank that is one for all layers, or 0."""
+        """int. The highest rank that isn't an allocation, or 0."""
         return max((x.rank for x in self.ranks if not x.by_layer), default=0)
 
     @property
     def choices(self):
-        """Pairs of the name of an adapter, if it is an input, and a rank."""
+        """Pairs of an adapter's name, or `None` for no input, and a rank."""
         adapters = self.adapters or (ServedAdapter(None, None),)
         return [
             (adapter.name, served)

@@ -1,4 +1,4 @@
-"""Child processes: run, reported on, and ended with their parent's call."""
+"""Child processes: run, watched, and ended with the call that runs them."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ ERROR_NAME = "error.json"
 
 
 class ChildError(Exception):
-    """What ended a child process; `kind` is the name of an exception."""
+    """An error that ended a child process; `kind` is an exception's name."""
 
     def __init__(self, kind, message, stderr):
         super().__init__(f"{kind}: {message}" if message else kind)
@@ -21,9 +21,9 @@ class ChildError(Exception):
 
 
 def run(arguments, folder, environment=None, on_line=lambda line: None):
-    """Runs Python to its end; an interruption ends it too.
+    """Runs Python in a process until it ends; an interruption ends it too.
 
-    The process leaves word of an error in `folder`, which is raised as a
+    The process writes its error into `folder`, which is raised as a
     `ChildError`. `on_line` is called with each line that it prints.
     """
     with (

@@ -1,4 +1,4 @@
-"""README.md of an export: which ranks it serves, and how to call it."""
+"""README.md of an export: the ranks that it serves, and how to call it."""
 
 NAME = "README.md"
 
@@ -42,7 +42,7 @@ def write(folder, plan, tuned):
 
 
 def _loading(plan):
-    """How TensorFlow loads it and calls it, as lines of code."""
+    """Lines of code that load and call the artifact with TensorFlow."""
     inputs = "".join(f"{x.name}={x.name}, " for x in plan.inputs.specs)
     last = plan.ranks[-1]
     if plan.layout == "merged":

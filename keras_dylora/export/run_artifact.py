@@ -1,6 +1,6 @@
-"""Runs an artifact as a server would: in a process without its makers.
+"""Runs an artifact as a server would: in a process without keras_dylora.
 
-A script and not a module of the package: it must not import keras_dylora.
+This is a script, not a module of the package: it must not import keras_dylora.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import numpy as np
 def main(folder):
     request = json.loads((folder / "request.json").read_text())
     for name in request["blocked"]:
-        sys.modules[name] = None  # an import of it raises from now on
+        sys.modules[name] = None  # from now on, its import raises an error
     for name in request["imports"]:
         importlib.import_module(name)
     formats = {"saved_model": saved_model, "onnx": onnx, "litert": litert}

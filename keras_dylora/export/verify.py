@@ -1,4 +1,4 @@
-"""Compares artifacts with the live model, each rank, in a fresh process."""
+"""Compares artifacts with the live model at each rank, in a fresh process."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from keras_dylora.export import process
 from keras_dylora.export.plan import FILE_NAMES
 from keras_dylora.live import probe
 
-MAX_BATCH = 8  # every rank's outputs are held at once
+MAX_BATCH = 8  # the outputs at every rank are held at once
 TEXTS = ["", "A fine film, and a short one.", "two words", "🙂 emoji"]
 
 
 @dataclasses.dataclass
 class _Call:
-    """A call of a signature and what the live model makes of it."""
+    """A call of a signature, and the live model's outputs for it."""
 
     artifact: str
     signature: str
@@ -37,7 +37,7 @@ def verify(model, folder, plan):
         RuntimeError: if an output differs or the artifact doesn't run.
     """
     tolerance = probe.tolerance(model, plan.dtype)
-    # Rounding may change which token is the likeliest one, and all after it.
+    # Rounding may change the likeliest token, and with it all that follow.
     exact = tolerance == probe.TOLERANCES["float32"]
     active = model.active_adapter
     try:
@@ -64,7 +64,7 @@ def _run(calls, plan):
     """The outputs of the calls, from a process without Keras."""
     request = {"format": plan.format, "calls": []}
     request["blocked"] = ["keras_dylora", "keras_hub"]
-    # tensorflow-text has the tokenizer's operations, and imports Keras itself.
+    # tensorflow-text has the tokenizer's operations, but imports Keras.
     request["imports"] = ["tensorflow_text"] if plan.text else []
     if not plan.text:
         request["blocked"].append("keras")
@@ -82,7 +82,7 @@ def _run(calls, plan):
         (temporary / "request.json").write_text(json.dumps(request))
         script = pathlib.Path(__file__).with_name("run_artifact.py")
         try:
-            # -P: this folder's modules must not hide others of their name.
+            # -P: modules in this folder mustn't hide others of the same name.
             process.run(["-P", str(script), str(temporary)], temporary)
         except process.ChildError as error:
             rule = (
@@ -102,7 +102,7 @@ def _run(calls, plan):
 def _calls(model, folder, plan, exact):
     """The calls to make, with the live model's outputs.
 
-    What a sampler draws at random can't be compared across backends.
+    Random tokens of a sampler can't be compared across backends.
     """
     batch = min(max(2, len(plan.choices)), MAX_BATCH)
     samples = {"serve": (plan.inputs.samples(model, batch), {})}
@@ -148,12 +148,12 @@ def _calls(model, folder, plan, exact):
 
 
 def _chosen(adapter):
-    """The input that tells of an adapter, if there is one."""
+    """The input that names an adapter, if there are adapters."""
     return {} if adapter is None else {"adapter": np.array(adapter)}
 
 
 def _prompts(tensors):
-    """The first halves of the samples, as prompts to go on from."""
+    """The first half of each sample, as a prompt to continue."""
     ids, mask = tensors["token_ids"], tensors["padding_mask"]
     first = np.arange(ids.shape[1]) < ids.shape[1] // 2
     return {
@@ -172,7 +172,7 @@ def _tokens(model, texts):
 
 
 def _live(model, plan, name, tensors, adapter, served):
-    """Outputs of the live model as a dict of arrays."""
+    """The outputs of the live model, as a dict of arrays."""
     if adapter is not None:
         model.set_adapter(adapter)
     with model._dylora.at(served.ranks(model._dylora.layers)):

@@ -10,12 +10,12 @@ from keras_dylora.layers.low_rank import LowRankAdapter
 
 
 class ConvAdapter(LowRankAdapter):
-    """What the adapters of convolutions share.
+    """The part that all adapters of convolutions share.
 
-    `down` is a kernel of the layer's size with `rank` filters, `up` one of
-    size 1, so that the update of the kernel has the rank of a matrix of
-    `(size * channels, filters)`. Where the channels are in groups, as the
-    kernel is, `down` is the same for each group.
+    `down` is a kernel of the layer's size with `rank` filters, and `up` is a
+    kernel of size 1. So the update of the kernel, as a matrix of
+    `(size * channels, filters)`, has a low rank. If the kernel has groups of
+    channels, all groups share one `down`.
     """
 
     filters: int
@@ -30,8 +30,9 @@ class ConvAdapter(LowRankAdapter):
             tuple(inputs), (filters,), tuple(range(len(layer.kernel.shape)))
         )
 
-    # Keras's layer has its number of axes as `rank`, which its own methods
-    # read, also where it is of its own class for a while.
+    # A convolution of Keras stores its number of axes as `rank`, and its own
+    # methods read that, also while the layer has its original class for a call.
+    # So the adapter's rank is stored under another name.
 
     @property
     def rank(self) -> int:
@@ -89,7 +90,7 @@ class ConvAdapter(LowRankAdapter):
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
 class DyLoRAConv1D(ConvAdapter, keras.layers.Conv1D):
-    """A `Conv1D` layer with an adapter: `DyLoRAConv2D` on one axis.
+    """A `Conv1D` layer with an adapter, as `DyLoRAConv2D` on one axis.
 
     Args:
         *args: as in `keras.layers.Conv1D`.
@@ -130,19 +131,19 @@ class DyLoRAConv1D(ConvAdapter, keras.layers.Conv1D):
 class DyLoRAConv2D(ConvAdapter, keras.layers.Conv2D):
     """A `Conv2D` layer with a low-rank adapter that works at every rank.
 
-    Adds, at rank `b` (Eq. 7), the convolution by a kernel of `b` filters, and
-    of its outputs one of size 1: the layer with the kernel
+    At rank `b`, the layer convolves with the kernel (Eq. 7)
 
     `kernel + (alpha / b) * down[:, :b] @ up[:b, :]`
 
-    where a kernel is a matrix of `(size * channels, filters)`.
+    where each kernel is a matrix of `(size * channels, filters)`. It computes
+    the adapter as two convolutions: one with `b` filters, then one of size 1.
 
     Args:
         filters: int. As in `keras.layers.Conv2D`, like every argument that
             isn't listed here.
         kernel_size: int or tuple of two ints.
-        rank: int. Maximum rank, like what follows as in `DyLoRADense`.
-            Defaults to `8`.
+        rank: int. Maximum rank. It and all arguments below are as in
+            `DyLoRADense`. Defaults to `8`.
         min_rank: int. Defaults to `1`.
         alpha: float. Defaults to `16`.
         frozen: bool. Defaults to `False`.
@@ -154,7 +155,7 @@ class DyLoRAConv2D(ConvAdapter, keras.layers.Conv2D):
 
     Weights: `kernel` `(*kernel_size, channels / groups, filters)`, `bias`
     `(filters,)`, `down` `(size of the kernel * channels / groups, rank)` and
-    `up` `(rank, filters)`, the last two in float32.
+    `up` `(rank, filters)`. `down` and `up` are in float32.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -175,7 +176,7 @@ class DyLoRAConv2D(ConvAdapter, keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable(package="keras_dylora")
 class DyLoRAConv3D(ConvAdapter, keras.layers.Conv3D):
-    """A `Conv3D` layer with an adapter: `DyLoRAConv2D` on three axes.
+    """A `Conv3D` layer with an adapter, as `DyLoRAConv2D` on three axes.
 
     Args:
         *args: as in `keras.layers.Conv3D`.

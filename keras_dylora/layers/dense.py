@@ -10,35 +10,37 @@ from keras_dylora.layers.low_rank import LowRankAdapter
 class DyLoRADense(LowRankAdapter, keras.layers.Dense):
     """A `Dense` layer with a low-rank adapter that works at every rank.
 
-    Computes, at rank `b` (Eq. 7),
+    At rank `b`, the layer computes (Eq. 7)
 
     `activation(x @ kernel + bias + (alpha / b) * x @ down[:, :b] @ up[:b, :])`
 
-    The kernel and the bias are frozen. In a plain `keras.Model` the layer
-    trains at its active rank, the full one unless `set_rank` changed it; in a
-    `DyLoRAModel` it trains at the rank that the model draws for each step.
+    The kernel and the bias are frozen. In a `DyLoRAModel`, the layer trains at
+    the rank that the model draws for each step. In a plain `keras.Model`, it
+    trains at its active rank, which is the maximum unless `set_rank` changed
+    it.
 
     Args:
         units: int. As in `keras.layers.Dense`, like every argument that isn't
             listed here.
-        rank: int. Maximum rank; the one that the layer computes at is
-            `active_rank`. Defaults to `8`.
-        min_rank: int. Lowest rank that a `DyLoRAModel` draws. Defaults to
+        rank: int. The maximum rank. The layer computes at `active_rank`.
+            Defaults to `8`.
+        min_rank: int. The lowest rank that a `DyLoRAModel` draws. Defaults to
             `1`.
-        alpha: float. Scale: rank `b` is multiplied by `alpha / b`. Defaults
-            to `16`.
+        alpha: float. The scale: the adapter is multiplied by `alpha / b` at
+            rank `b`. Defaults to `16`.
         frozen: bool. Whether only column and row `b` get a gradient at rank
             `b` (Eq. 10). Defaults to `False`.
         dropout: float in `[0, 1)`. Dropout on the adapter's input. Defaults
             to `0`.
-        scaling: as in `DyLoRAConfig`. Defaults to `"rank"`, `alpha / b`.
-        down_initializer: initializer of `down`. Defaults to `None`, uniform
-            within `1 / sqrt(fan_in)`.
+        scaling: str. As in `DyLoRAConfig`. Defaults to `"rank"`, which is
+            `alpha / b`.
+        down_initializer: initializer of `down`. Defaults to `None`: uniform
+            between `-1 / sqrt(fan_in)` and `1 / sqrt(fan_in)`.
         up_initializer: initializer of `up`. Defaults to `"zeros"`.
 
     Input shape: `(batch, ..., inputs)`. Output shape: `(batch, ..., units)`.
     Weights: `kernel` `(inputs, units)`, `bias` `(units,)`, `down`
-    `(inputs, rank)` and `up` `(rank, units)`, the last two in float32.
+    `(inputs, rank)` and `up` `(rank, units)`. `down` and `up` are in float32.
 
     Raises:
         ValueError: if a number is outside its range.

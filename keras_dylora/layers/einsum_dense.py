@@ -10,18 +10,18 @@ from keras_dylora.layers.low_rank import LowRankAdapter
 class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
     """An `EinsumDense` layer with a low-rank adapter for every rank.
 
-    All input axes of the kernel are flattened to one side and all output axes
-    to the other, so that rank means the rank of a matrix: an attention query
-    `"abc,cde->abde"` with a kernel of `(768, 12, 64)` is adapted as the
-    768×768 matrix it is.
+    The kernel is adapted as a matrix: all of its input axes are flattened to
+    one side, and all of its output axes to the other. For example, an attention
+    query `"abc,cde->abde"` has a kernel of `(768, 12, 64)`, which is adapted as
+    a matrix of 768×768.
 
     Args:
         equation: str. As in `keras.layers.EinsumDense`, like every argument
             that isn't listed here. No axis may be in the input, the kernel
             and the output at once.
         output_shape: int or tuple, as in `keras.layers.EinsumDense`.
-        rank: int. Maximum rank, like what follows as in `DyLoRADense`.
-            Defaults to `8`.
+        rank: int. Maximum rank. It and all arguments below are as in
+            `DyLoRADense`. Defaults to `8`.
         min_rank: int. Defaults to `1`.
         alpha: float. Defaults to `16`.
         frozen: bool. Defaults to `False`.
@@ -30,8 +30,8 @@ class DyLoRAEinsumDense(LowRankAdapter, keras.layers.EinsumDense):
         down_initializer: initializer. Defaults to `None`.
         up_initializer: initializer. Defaults to `"zeros"`.
 
-    Weights: `kernel`, `bias`, `down` (product of the input axes, rank), `up`
-    (rank, product of the output axes), the last two in float32.
+    Weights: `kernel`, `bias`, `down` `(product of the input axes, rank)` and
+    `up` `(rank, product of the output axes)`. `down` and `up` are in float32.
 
     Raises:
         ValueError: if the equation can't be split into an input and an output

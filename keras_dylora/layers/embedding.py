@@ -13,7 +13,7 @@ from keras_dylora.layers.low_rank import LowRankAdapter
 
 
 class EmbeddingAdapter(LowRankAdapter):
-    """What the adapters of embeddings share: rows of `down`, for each id."""
+    """The part that all adapters of embeddings share: ids select rows."""
 
     kernel_name = "embeddings"
     takes_quantized = False
@@ -24,7 +24,7 @@ class EmbeddingAdapter(LowRankAdapter):
 
     @staticmethod
     def _initial_down(seed=None):
-        """As of a `Dense` layer of one input, which an id is."""
+        """The limits of a `Dense` layer with one input, which an id is."""
         return keras.initializers.RandomUniform(-1.0, 1.0, seed)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -39,32 +39,31 @@ class EmbeddingAdapter(LowRankAdapter):
 class DyLoRAEmbedding(EmbeddingAdapter, keras.layers.Embedding):
     """An `Embedding` layer with a low-rank adapter that works at every rank.
 
-    Computes, at rank `b` (Eq. 7),
+    At rank `b`, the layer computes (Eq. 7)
 
     `embeddings[ids] + (alpha / b) * down[ids, :b] @ up[:b, :]`
 
-    so a step reads and changes the rows of its tokens alone. The table is
-    frozen.
+    A step reads and changes only the rows of its tokens. The table is frozen.
 
     Args:
         input_dim: int. As in `keras.layers.Embedding`, like every argument
             that isn't listed here.
         output_dim: int.
-        rank: int. Maximum rank, like what follows as in `DyLoRADense`.
-            Defaults to `8`.
+        rank: int. Maximum rank. It and all arguments below are as in
+            `DyLoRADense`. Defaults to `8`.
         min_rank: int. Defaults to `1`.
         alpha: float. Defaults to `16`.
         frozen: bool. Defaults to `False`.
-        dropout: float. Of no effect, as an id has no part to drop. Defaults
-            to `0`.
+        dropout: float. Has no effect, as an id has no part to drop. Defaults to
+            `0`.
         scaling: str. Defaults to `"rank"`.
-        down_initializer: initializer. Defaults to `None`, uniform within 1.
+        down_initializer: initializer. Defaults to `None`: uniform between -1
+            and 1.
         up_initializer: initializer. Defaults to `"zeros"`.
 
-    Input shape: `(batch, …)`, integers. Output shape: `(batch, …,
-    output_dim)`. Weights: `embeddings` `(input_dim, output_dim)`, `down`
-    `(input_dim, rank)` and `up` `(rank, output_dim)`, the last two in
-    float32.
+    Input shape: `(batch, …)`, integers. Output shape: `(batch, …, output_dim)`.
+    Weights: `embeddings` `(input_dim, output_dim)`, `down` `(input_dim, rank)`
+    and `up` `(rank, output_dim)`. `down` and `up` are in float32.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -86,10 +85,10 @@ class DyLoRAEmbedding(EmbeddingAdapter, keras.layers.Embedding):
 
 
 def logits_with(layer, inputs, update):
-    """The logits of a `ReversibleEmbedding`, with an update of its own.
+    """The logits of a `ReversibleEmbedding`, with an update.
 
-    A tied one gets what the function `update` returns, before the logits are
-    capped.
+    If the embedding is tied, the result of the function `update` is added
+    before the logits are capped.
     """
     base = _keras.stand_in(layer, layer.original_class, logit_soft_cap=None)
     logits = base.call(inputs, reverse=True)
@@ -100,10 +99,11 @@ def logits_with(layer, inputs, update):
 
 
 class ReversibleAdapter(EmbeddingAdapter):
-    """The adapter of a `ReversibleEmbedding`, seen in both directions.
+    """The adapter of a `ReversibleEmbedding`, which works in both directions.
 
-    Reversed, a tied one computes `x @ embeddings.T + ((x @ up.T) * gate) @
-    down.T`; one that isn't tied has another kernel there, without an adapter.
+    In reverse, a tied embedding computes
+    `x @ embeddings.T + ((x @ up.T) * gate) @ down.T`. An untied one has another
+    kernel for that, without an adapter.
     """
 
     @classmethod
@@ -138,9 +138,9 @@ class ReversibleAdapter(EmbeddingAdapter):
 
 @functools.cache
 def reversible_class(original: Any) -> type[LowRankAdapter] | None:
-    """The class that adapts a `ReversibleEmbedding`, Keras's or KerasHub's.
+    """The class that adapts a `ReversibleEmbedding` of Keras or KerasHub.
 
-    Or `None` if the class is none of them.
+    Returns `None` if `original` is another class.
     """
     if original.__name__ != "ReversibleEmbedding" or not issubclass(
         original, keras.layers.Embedding

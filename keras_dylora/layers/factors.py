@@ -1,4 +1,4 @@
-"""Factors: the adapter of one layer in NumPy, cut and put in order."""
+"""Factors: the adapter of one layer in NumPy, to be cut and ordered."""
 
 import dataclasses
 
@@ -24,10 +24,11 @@ class Factors:
         return self.down.shape[1]
 
     def cut(self, rank, scale, sides=None):
-        """The first `rank` columns and rows, at what a `Scale` says of it.
+        """The adapter at a lower rank, with the scale that a `Scale` gives it.
 
-        Or the mixtures of all that the `sides` of a `TunedCut` say. All, if
-        there are no more.
+        Without `sides`, the cut is the first `rank` columns and rows, or all if
+        there are fewer. With the `sides` of a `TunedCut`, it is the mixtures of
+        all columns and rows that they define.
         """
         rank = min(rank, self.rank)
         at = scale.at(max(rank, 1))
@@ -41,35 +42,35 @@ class Factors:
         return Factors(down, up, at)
 
     def padded(self, rank):
-        """The same product, with columns and rows of zeros up to a rank."""
+        """Factors of the same product, padded with zeros up to a rank."""
         rest = rank - self.rank
         down = np.pad(self.down, ((0, 0), (0, rest)))
         up = np.pad(self.up, ((0, rest), (0, 0)))
         return Factors(down, up, self.scale)
 
     def transposed(self):
-        """Those of the transposed product."""
+        """Factors of the transposed product."""
         return Factors(self.up.T, self.down.T, self.scale)
 
     def ordered(self):
         """Factors of the same product, with columns by falling singular values.
 
-        Both sides have a share of each, its root. No matrix is larger than a
-        factor: QR of both, SVD of what is between. A column without a share of
-        the product keeps the length of the longest, so that it can be trained.
+        Each side is scaled by the root of the singular value. No matrix is
+        larger than a factor: there is a QR of each side, then an SVD of the
+        product between them. A column that adds nothing to the product gets the
+        length of the longest column, so that it can be trained.
 
         Returns:
-            `Factors`, and the matrices `turn` and `back` in float64 with
-            `down @ turn` as the new `down` and `back @ up` as the new `up`;
-            one is the inverse of the other, unless columns depend on each
-            other.
+            `Factors`, and the matrices `turn` and `back` in float64. The new
+            `down` is `down @ turn`, and the new `up` is `back @ up`. One matrix
+            is the inverse of the other, unless columns are linearly dependent.
         """
         q_down, r_down = np.linalg.qr(self.down.astype("float64"))
         q_up, r_up = np.linalg.qr(self.up.T.astype("float64"))
         left, singular, right = np.linalg.svd(r_down @ r_up.T)
         if singular[0] == 0:
             return self, np.eye(self.rank), np.eye(self.rank)
-        # A rank above the sizes of the kernel has more columns than those.
+        # A rank above the sizes of the kernel has more columns than the SVD.
         columns = np.arange(self.rank)
         left = left[:, columns % left.shape[1]]
         right = right[columns % right.shape[0]]
@@ -85,7 +86,7 @@ class Factors:
 
     @property
     def is_ordered(self):
-        """Whether the columns are about as `ordered` puts them."""
+        """Whether the columns are nearly as `ordered` returns them."""
         sides = self.down, self.up.T
         shares = np.prod([np.linalg.norm(x, axis=0) for x in sides], axis=0)
         if np.any(np.diff(shares) > 1e-3 * shares.max()):

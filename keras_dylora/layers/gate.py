@@ -1,4 +1,4 @@
-"""The gates that adapted layers read: one variable, with a row a layer."""
+"""The gates that adapted layers read: one variable, one row per layer."""
 
 import dataclasses
 import warnings
@@ -12,17 +12,17 @@ from keras_dylora.layers.torch_product import ON_TORCH, GateRows
 
 
 class RankGate:
-    """The gates of the adapted layers of a model, a row for each layer.
+    """The gates of the adapted layers of a model, one row per layer.
 
-    They live in one variable, so a new rank, or one for each layer, neither
-    retraces nor recompiles anything. It isn't a weight, as it is state and not
-    something learned. `max_ranks` are those of the layers that read it, a list
-    of int; `scale` is their `Scale`, whose rank none exceeds.
+    All rows are in one variable, so a change of ranks neither retraces nor
+    recompiles anything. The variable isn't a weight, as it is state that isn't
+    learned. `max_ranks` is a list of the maximum rank of each layer. `scale` is
+    the `Scale` of all layers; its rank is at least each of `max_ranks`.
     """
 
     def __init__(self, max_ranks, scale):
         self.max_ranks, self.scale = max_ranks, scale
-        self.override = {}  # by row, what layers read in place of it
+        self.override = {}  # by row, the value that a layer reads instead
         self.chosen = False  # whether a step or a `rank_scope` set the rank
         self.folds = False  # whether a step had more rows than examples
         self.read = set()  # the rows that a call has read
@@ -50,9 +50,10 @@ class RankGate:
 
     @property
     def active_ranks(self):
-        """The rank of each layer, a list of int; not for traced functions.
+        """The rank of each layer, a list of int.
 
-        Read from the variable, which a checkpoint may set.
+        The ranks are read from the variable, as a checkpoint may set it. Traced
+        functions can't read them.
         """
         gates = ops.convert_to_numpy(self.variable)
         return np.count_nonzero(gates, axis=1).tolist()
@@ -68,7 +69,7 @@ class RankGate:
             self.changed()
 
     def assign_ranks(self, active_ranks):
-        """`set_ranks`, where the cores are set besides."""
+        """Sets the ranks without calling `changed`, as the caller does more."""
         checked = [
             ranks.as_rank(b, 0, most)
             for b, most in zip(active_ranks, self.max_ranks, strict=True)
@@ -76,7 +77,7 @@ class RankGate:
         self.variable.assign(self.scale.gate(checked))
 
     def set_cores(self, cores):
-        """Sets what layers multiply by in place of the gate.
+        """Sets the cores that layers use instead of the gates.
 
         `cores` is `(layers, rank, rank)`.
         """
@@ -93,27 +94,28 @@ class RankGate:
             self.cores.assign(cores)
 
     def rescale(self, scale):
-        """Takes another `Scale` of the same rank."""
+        """Takes another `Scale` of the same rank, and keeps the ranks."""
         active_ranks, self.scale = self.active_ranks, scale
         self.set_ranks(active_ranks)
 
     def row(self, index, dtype):
-        """What one layer reads, as `GateRow.value`; for traced functions too.
+        """The gate or core of one layer, as `GateRow.value` describes it.
 
-        `(rank,)`, or with cores `(1, rank, rank)`.
+        Its shape is `(rank,)`, or `(1, rank, rank)` with cores. Traced
+        functions can read it.
         """
         if self.cores is not None and self.tuned:
             return _read(self.cores, self._core_rows, index, dtype)[None]
         return _read(self.variable, self._rows, index, dtype)
 
     def newest(self, index):
-        """Which column is that of the rank of one layer, a mask `(rank,)`."""
+        """A mask `(rank,)`, true at the column of the rank of one layer."""
         if self._rows:
             return self._rows.newest(self.variable, index)
         return ranks.newest(ops.convert_to_tensor(self.variable)[index])
 
     def assign(self, rows):
-        """Sets the gates of a step, a list of `(rank,)` for each layer."""
+        """Sets the gates of a step, a list of a `(rank,)` for each layer."""
         if all(row is rows[0] for row in rows):
             value = ops.broadcast_to(rows[0], self.variable.shape)
         else:
@@ -129,11 +131,11 @@ class GateRow:
     index: int = 0
 
     def value(self, dtype):
-        """The gate of a layer, or the core that stands in its place.
+        """The gate of the layer, or the core that replaces it.
 
-        A gate is `(rank,)`, or `(batch, rank)` where examples have their own
-        rank. A core is `(1, rank, rank)`, or `(batch, rank, rank)`. `rank` is
-        the maximum of the layer.
+        A gate is `(rank,)`, or `(batch, rank)` if each example has a rank of
+        its own. A core is `(1, rank, rank)`, or `(batch, rank, rank)`. `rank`
+        is the maximum of the layer.
         """
         self.gate.read.add(self.index)
         if self.override is not None:
@@ -149,7 +151,7 @@ class GateRow:
         )
 
     def newest(self):
-        """Which column is that of the rank, a mask `(rank,)`."""
+        """A mask `(rank,)`, true at the column of the active rank."""
         if self.override is not None:
             found = ranks.newest(self.override)
         else:
@@ -158,7 +160,7 @@ class GateRow:
 
     @property
     def override(self):
-        """What the layer reads in place of its row, or `None`."""
+        """The value that the layer reads instead of its row, or `None`."""
         return self.gate.override.get(self.index)
 
     @property
@@ -180,21 +182,22 @@ class GateRow:
         )
 
     def warn_of_rows(self, path, axes, examples):
-        """Warns once if a step has more rows than examples, maybe mixed."""
+        """Warns once if a step has more rows than examples."""
         if not self.gate.chosen or self.gate.folds:
             return
         self.gate.folds = True
         warnings.warn(
             "With a rank for each example, more rows than examples are taken "
-            "as windows or tokens: all rows of the first example, then of the "
-            "second. If they are batches one after another, as chosen and "
-            "rejected texts, use `draw='step'`. Received: an input of axes "
+            "as windows or tokens: all rows of the first example, then all of "
+            "the second. If the rows are several batches, one after another, "
+            "such as chosen and rejected texts, use `draw='step'`. "
+            "Received: an input of axes "
             f"{tuple(axes)} of {path} for {examples} examples",
             stacklevel=2,
         )
 
     def set_rank(self, rank):
-        """Sets the rank of this layer alone."""
+        """Sets the rank of only this layer."""
         active_ranks = self.gate.active_ranks
         active_ranks[self.index] = rank
         self.gate.set_ranks(active_ranks)

@@ -1,4 +1,4 @@
-"""The bottleneck `x @ down` times its gate, or the core in the place of one."""
+"""The bottleneck `x @ down`, times its gate or its core."""
 
 from keras import ops
 
@@ -10,8 +10,8 @@ def gated(layer, bottleneck, gate, kept):
         layer: the adapted layer, which a message names.
         bottleneck: `(rows, rank)`.
         gate: a gate or a core, as `GateRow.value` gives it.
-        kept: the axes of the input beside those that it is multiplied in; the
-            rows are theirs.
+        kept: the axes of the input that aren't multiplied. The rows of the
+            bottleneck are these axes, flattened.
     """
     rank = bottleneck.shape[-1]
     if len(gate.shape) == 1:
@@ -32,9 +32,9 @@ def gated(layer, bottleneck, gate, kept):
 def _of_examples(layer, gate, kept):
     """The gate or core of each row of an input, from those of the examples.
 
-    An input may have more rows than there are examples, those of each
-    together: beam search folds its beams into the batch, other models
-    their windows or tokens.
+    An input may have several rows for each example, next to one another: beam
+    search folds its beams into the batch, and other models fold their windows
+    or tokens.
     """
     size, rows = ops.shape(gate)[0], kept[0]
     if isinstance(size, int) and isinstance(rows, int):

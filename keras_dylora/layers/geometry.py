@@ -11,10 +11,12 @@ from keras import ops
 class Geometry:
     """How the kernel of a linear layer is a matrix.
 
-    By the sizes of its input axes in the order of an input, and of its output
-    axes in the order of an output; `kernel_axes` puts both in the order of the
-    kernel. Einsum equations, or `None` where nothing is to do, put the input
-    axes last in an input and the output axes back in their places.
+    `inputs` are the sizes of the input axes of the kernel, in the order of an
+    input. `outputs` are the sizes of its output axes, in the order of an
+    output. `kernel_axes` transposes `inputs + outputs` to the order of the
+    kernel. `input_order` is the einsum equation that moves the input axes of an
+    input to the end, and `output_order` the one that moves output axes to their
+    places. Both are `None` where nothing moves.
     """
 
     inputs: tuple
@@ -25,9 +27,10 @@ class Geometry:
 
     @classmethod
     def of_equation(cls, equation, shape):
-        """The geometry of an `EinsumDense` layer, by the shape of its kernel.
+        """The geometry of an `EinsumDense` layer with a kernel of this shape.
 
-        Raises a `ValueError` if an axis of it is on both sides or on none.
+        Raises a `ValueError` if an axis of the kernel is on both sides or on
+        neither.
         """
         left, output = equation.replace(" ", "").split("->")
         source, kernel = left.split(",")
@@ -55,10 +58,10 @@ class Geometry:
         return math.prod(self.inputs), math.prod(self.outputs)
 
     def rows(self, x):
-        """An input of the layer as a matrix, and the axes that it has beside.
+        """An input of the layer as a matrix, and the sizes of its other axes.
 
-        With more axes, a layer's gradient takes XLA five times longer on a
-        CPU.
+        With an input of more axes, XLA takes five times longer for the gradient
+        of a layer on a CPU.
         """
         if self.input_order:
             x = ops.einsum(self.input_order, x)
@@ -66,14 +69,14 @@ class Geometry:
         return ops.reshape(x, (-1, self.shape[0])), kept
 
     def back(self, rows, kept):
-        """Undoes `rows` on the side of the output."""
+        """Turns the rows of an output into the shape of an output again."""
         x = ops.reshape(rows, (*kept, *self.outputs))
         return ops.einsum(self.output_order, x) if self.output_order else x
 
     def kernel(self, matrix):
-        """A NumPy matrix in the shape of the kernel.
+        """Puts a NumPy matrix into the shape of the kernel.
 
-        A side of size 1 stays so, to be broadcast.
+        A side of size 1 stays of size 1, to be broadcast.
         """
         inputs, outputs = (
             axes if size > 1 else (1,) * len(axes)

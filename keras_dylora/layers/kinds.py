@@ -22,7 +22,7 @@ ADAPTED_CLASSES: dict[type, type[LowRankAdapter]] = {
         DyLoRAConv3D,
     )
 }
-# What the names of many targets stand for.
+# The classes that `"all-linear"` and `"all-conv"` stand for.
 LINEAR = keras.layers.Dense, keras.layers.EinsumDense
 CONVOLUTIONS = keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D
 
@@ -30,7 +30,7 @@ CONVOLUTIONS = keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D
 def adapted_class(layer: keras.Layer) -> type[LowRankAdapter] | None:
     """The class that adapts a layer, or `None` if there is none.
 
-    There is none of a layer that is adapted.
+    For a layer that is adapted already, there is none.
     """
     return _class_for(type(layer))
 
@@ -40,13 +40,13 @@ def _class_for(cls: Any) -> type[LowRankAdapter] | None:
 
 
 def geometry(layer: keras.Layer) -> Geometry:
-    """The `Geometry` of a layer that is adapted or can be."""
+    """The `Geometry` of a layer that is adapted or can be adapted."""
     cls: Any = type(layer)
-    if not issubclass(cls, LowRankAdapter):  # it may have trained tokens
+    if not issubclass(cls, LowRankAdapter):  # its tokens may be trained
         cls = _class_for(getattr(cls, "original_class", cls))
     return cls.geometry_of(layer)
 
 
 def matrix_shape(layer: keras.Layer) -> tuple[int, int]:
-    """`(inputs, outputs)` of a layer that is adapted or can be."""
+    """`(inputs, outputs)` of a layer that is adapted or can be adapted."""
     return geometry(layer).shape

@@ -16,7 +16,7 @@ from keras_dylora.layers.gate import GateRow, RankGate
 from keras_dylora.layers.gated import gated
 
 if TYPE_CHECKING:
-    # What it is mixed into.
+    # The class that this one is mixed into.
     from keras import Layer as _Base
 else:
     _Base = object
@@ -27,13 +27,13 @@ _cast = torch_product.cast if torch_product.ON_TORCH else ops.cast
 @_keras.keeps_own_state
 @_keras.loads_any_number
 class LowRankAdapter(_Base):
-    """What they all share: `h = base(x) + ((x @ down) * gate) @ up`.
+    """The adapter of a layer: `h = base(x) + ((x @ down) * gate) @ up`.
 
-    At a `TunedCut`, a core of `(rank, rank)` stands in the place of the gate:
+    At a `TunedCut`, a core of `(rank, rank)` replaces the gate:
     `h = base(x) + (x @ down) @ core @ up`.
 
-    The concrete class says which matrix its base layer's kernel is, as
-    `geometry_of(layer)`, and under which name the layer has it.
+    A concrete class says how its base layer's kernel is a matrix, by
+    `geometry_of(layer)`, and what its name is, by `kernel_name`.
     """
 
     original_class: type | None = None
@@ -91,7 +91,7 @@ class LowRankAdapter(_Base):
         )
 
     def set_arguments(self, arguments: AdapterArguments) -> None:
-        """Takes over `AdapterArguments`, as attributes."""
+        """Sets the fields of `AdapterArguments` as attributes."""
         for name, value in dataclasses.asdict(arguments).items():
             setattr(self, name, value)
 
@@ -124,8 +124,8 @@ class LowRankAdapter(_Base):
     ) -> None:
         """Turns a built base layer into this class, in place.
 
-        With `AdapterArguments`, a `GateRow`, and a seed of the initial values
-        and of dropout.
+        `row` is the layer's row of the gate. `seed` is that of the initial
+        values and of dropout.
         """
         _keras.set_class(layer, cls)
         layer._is_upgraded = True
@@ -134,7 +134,7 @@ class LowRankAdapter(_Base):
             layer._build_adapter(row, seed)
 
     def downgrade(self) -> None:
-        """Makes a layer that `upgrade` made its base layer again."""
+        """Turns a layer that `upgrade` made back into its base layer."""
         _keras.forget(self, "down", "up", "_dropout_seed")
         for name in _ATTRIBUTES:
             self.__dict__.pop(name, None)
@@ -182,10 +182,10 @@ class LowRankAdapter(_Base):
     def truncate(
         self, arguments: AdapterArguments, row: GateRow, factors: Factors
     ) -> None:
-        """Puts `Factors` of a new maximum rank, or below, on the layer.
+        """Replaces the adapter by `Factors`, with a new maximum rank.
 
-        With the `AdapterArguments` at that rank, and its `GateRow`. Columns
-        above the rank of the factors are zero.
+        `arguments` have that rank, and `row` is the row of its gate. If the
+        factors have a lower rank, the other columns are zero.
         """
         factors = factors.padded(arguments.rank)
         trainable = [v.trainable for v in (self.down, self.up)]
@@ -223,7 +223,7 @@ class LowRankAdapter(_Base):
 
     @property
     def base_kernel(self) -> keras.Variable:
-        """The variable of the base layer that the adapter is added to."""
+        """The variable of the base layer that the adapter updates."""
         return getattr(self, self.kernel_name)
 
     @property
@@ -234,20 +234,26 @@ class LowRankAdapter(_Base):
 
     @property
     def scale(self) -> ranks.Scale:
-        """The `Scale` of the model, or of a layer that is alone."""
+        """The `Scale` of the model, or of a layer on its own."""
         return self._gate.gate.scale
 
     @property
     def active_rank(self) -> int:
-        """int. The rank that the layer computes at; `rank` is the highest."""
+        """int. The rank that the layer computes at; `rank` is the maximum."""
         return self._gate.active_rank
 
     def set_rank(self, rank: int) -> None:
         """Sets the rank that the layer computes at, in `0..self.rank`.
 
-        `0` gives the base layer. In a model that `enable_dylora` made, it
-        sets that of all layers. Raises a `ValueError` or `TypeError` for what
-        is none.
+        At `0`, it computes what the base layer does. In a model that
+        `enable_dylora` made, all layers get the rank.
+
+        Args:
+            rank: int in `0..self.rank`.
+
+        Raises:
+            TypeError: if `rank` isn't an integer.
+            ValueError: if `rank` is out of range, or the layer isn't built.
         """
         if not self.built:
             raise ValueError(
@@ -287,13 +293,13 @@ class LowRankAdapter(_Base):
         return activation(outputs) if activation else outputs
 
     def _project(self, inputs, down, training):
-        """`x @ down` as a matrix, and the axes that an output has beside."""
+        """`x @ down` as a matrix, and the axes of the input that stay."""
         rows, kept = self._geometry.rows(inputs)
         rows = ops.cast(rows, self.compute_dtype)
         return self._dropped(rows, training) @ down, kept
 
     def _expand(self, bottleneck, up, kept):
-        """`bottleneck @ up` as an output."""
+        """`bottleneck @ up` in the shape of an output."""
         return self._geometry.back(bottleneck @ up, kept)
 
     def _dropped(self, x, training):
@@ -302,14 +308,14 @@ class LowRankAdapter(_Base):
         return x
 
     def _sides(self, training):
-        """The gate, `down` and `up`, as a call reads them."""
-        # With rematerialization on JAX it is a tracer, which has no truth.
+        """The gate, `down` and `up`, as a call uses them."""
+        # With rematerialization on JAX, `training` is a tracer, not a bool.
         if training is True and self.min_rank < self.rank:
             self._gate.warn_unless_chosen(self.path)
         gate = self._gate.value(self.compute_dtype)
         down = _cast(self.down, self.compute_dtype)
         up = _cast(self.up, self.compute_dtype)
-        # With a rank for each example nothing is trained in frozen mode.
+        # Frozen mode never trains with a rank for each example.
         if self.frozen and len(gate.shape) == 1:
             newest = self._gate.newest()
             down = _gradient_where(newest, down)
@@ -317,7 +323,7 @@ class LowRankAdapter(_Base):
         return gate, down, up
 
     def factors(self, rank: int | None = None) -> Factors:
-        """The adapter as `Factors`, cut to a rank, by default the highest."""
+        """The adapter as `Factors`, cut to a rank if one is given."""
         scale = self.scale
         whole = Factors(
             float32_array(self.down),
@@ -329,13 +335,13 @@ class LowRankAdapter(_Base):
     def delta_kernel(self, rank: int) -> np.ndarray:
         """The update of the kernel at a rank in `0..self.rank`, in NumPy.
 
-        Of the cut of the first columns, whether or not there is a tuned one.
+        It is that of the first columns, even if the rank has a tuned cut.
         """
         ranks.as_rank(rank, 0, self.rank)
         return self.kernel_update(self.factors(rank))
 
     def kernel_update(self, factors: Factors) -> np.ndarray:
-        """The update of the kernel that `Factors` are, in NumPy."""
+        """The update of the kernel that `Factors` stand for, in NumPy."""
         return self._geometry.kernel(factors.product())
 
     def save_own_variables(self, store: Any) -> None:
@@ -358,10 +364,10 @@ class LowRankAdapter(_Base):
     def get_config(self) -> dict[str, Any]:
         if self._is_upgraded:
             raise ValueError(
-                "A layer of an enabled model can't be copied alone, as "
-                "`clone_model` would, without the config of the model: use "
-                "`model.from_config(model.get_config())` for a model of fresh "
-                f"weights. Received: {self.path}"
+                "A layer of an enabled model can't be copied alone, which is "
+                "what `clone_model` does. For a model with fresh weights, use "
+                "`model.from_config(model.get_config())`. "
+                f"Received: {self.path}"
             )
         return {
             **super().get_config(),
@@ -373,7 +379,7 @@ class LowRankAdapter(_Base):
         }
 
 
-# What `upgrade` gives a layer beside variables.
+# The attributes that `upgrade` gives a layer, variables aside.
 _ATTRIBUTES = (
     *(field.name for field in dataclasses.fields(AdapterArguments)),
     "down_initializer",
@@ -385,5 +391,5 @@ _ATTRIBUTES = (
 
 
 def _gradient_where(mask, x):
-    """`x`, whose gradient is zero where `mask` is false."""
+    """Returns `x`, with a gradient of zero where `mask` is false."""
     return ops.where(mask, x, ops.stop_gradient(x))

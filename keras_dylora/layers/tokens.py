@@ -1,4 +1,4 @@
-"""Embeddings of which some tokens' rows are trained in full."""
+"""Embeddings that train the rows of some tokens in full."""
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from keras_dylora.layers.embedding import logits_with, reversible_class
 from keras_dylora.layers.factors import float32_array
 
 if TYPE_CHECKING:
-    # What it is mixed into.
+    # The class that this one is mixed into.
     from keras.layers import Embedding as _Base
 else:
     _Base = object
@@ -24,10 +24,10 @@ NAME = "trained_tokens"
 class TrainedTokens(_Base):
     """An embedding that adds an update to the rows of some tokens.
 
-    Computes `embeddings[id] + trained_tokens[i]` for the `i`-th of the tokens,
-    and the plain row for all others. Reversed and tied, it adds `x @
-    trained_tokens.T` to their logits. The update `(tokens, output_dim)` is in
-    float32 and begins as zeros.
+    It computes `embeddings[id] + trained_tokens[i]` for the `i`-th of the
+    tokens, and the plain row for all others. In reverse, a tied embedding adds
+    `x @ trained_tokens.T` to the logits of these tokens. `trained_tokens` is
+    `(tokens, output_dim)`, in float32, and starts at zero.
     """
 
     original_class: type
@@ -48,13 +48,13 @@ class TrainedTokens(_Base):
             )
 
     def downgrade(self) -> None:
-        """Makes the layer its base layer again."""
+        """Turns the layer back into its base layer."""
         _keras.forget(self, NAME)
         self.__dict__.pop("_token_places", None)
         _keras.set_class(self, self.original_class)
 
     def table(self) -> np.ndarray:
-        """The table with the rows of the tokens as they are trained."""
+        """The table, with the trained rows of the tokens."""
         rows = float32_array(self.embeddings)
         own = self._token_places < self.trained_tokens.shape[0]
         places = self._token_places[own]
@@ -77,7 +77,7 @@ class TrainedTokens(_Base):
         return ops.take(update, self._token_places, axis=-1)
 
     def _extended(self):
-        """The update, with zeros for all other tokens as its last row."""
+        """The update, and a last row of zeros for all other tokens."""
         update = ops.cast(self.trained_tokens, self.compute_dtype)
         return ops.pad(update, [[0, 1], [0, 0]])
 
@@ -97,7 +97,7 @@ class TrainedTokens(_Base):
 
 @functools.cache
 def tokens_class(original: Any) -> type[TrainedTokens] | None:
-    """The class that trains tokens of an embedding, or `None` of any other."""
+    """The class that trains tokens of an embedding, or `None` if none does."""
     if original is not keras.layers.Embedding and not reversible_class(
         original
     ):

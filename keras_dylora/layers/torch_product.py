@@ -1,9 +1,9 @@
-"""A layer's base and adapter in as few passes as torch can.
+"""The base and the adapter of a layer, in as few passes as torch can.
 
-Keras adds the bias of a `Dense` in a pass of its own, and attention
-projections are an `einsum`. As products of matrices, the bias and the adapter
-are added within a product. Of no use on another backend, where `ON_TORCH` is
-false: compilers do this themselves.
+Keras adds the bias of a `Dense` in a pass of its own, and computes attention
+projections by `einsum`. Here, both are products of matrices that also add the
+bias and the adapter. The compilers of the other backends do this themselves:
+`ON_TORCH` is false there, and nothing here is used.
 """
 
 import keras
@@ -19,9 +19,9 @@ def base(layer, inputs):
     """The output of a base layer as a matrix, before its activation.
 
     Returns:
-        A tensor `(rows, outputs)`, new; the input as a matrix; and the axes
-        that both have beside. Or `None` where the layer isn't a plain product
-        of matrices.
+        A new tensor `(rows, outputs)`; the input as a matrix; and the axes that
+        both have in front. `None` if the layer isn't a plain product of
+        matrices.
     """
     geometry = layer._geometry
     kernel = layer.kernel.value
@@ -46,7 +46,7 @@ def base(layer, inputs):
 
 
 def add_product(layer, rows, a, b, kept):
-    """The output of a layer: `rows + a @ b`, in place of `rows`."""
+    """The output of a layer: `rows + a @ b`, computed in place."""
     return rows.addmm_(a, b).view(*kept, *layer._geometry.outputs)
 
 
@@ -57,7 +57,7 @@ def cast(variable, dtype):
 class GateRows:
     """The rows of a gate, copied once for all layers that read them.
 
-    A copy, since torch couldn't differentiate once the variable changes.
+    They are copies, as torch can't differentiate after the variable changed.
     """
 
     def __init__(self):
@@ -74,18 +74,18 @@ class GateRows:
 
     def _row(self, variable, index, name, function):
         value = variable.value
-        # While a step is traced, a value stands for those to come.
+        # While a step is traced, the value is a placeholder.
         now = type(value) in (torch.Tensor, torch.nn.Parameter)
         if not now or torch.compiler.is_compiling() or value.is_inference():
             return function(value[index])
-        # `_version` counts what is assigned; another place is another device.
+        # `_version` counts assignments; another place is another device.
         state = value.data_ptr(), value._version
         *kept, rows = self._kept
         if kept[0] is not value or kept[1] != state:
             rows = {}
             self._kept = value, state, rows  # at once, as threads share it
         if name not in rows:
-            # Training reads what a call in inference mode has made.
+            # A call in inference mode may make rows that training reads.
             with torch.inference_mode(False):
                 rows[name] = function(value.detach()).unbind()
         return rows[name][index]

@@ -1,4 +1,4 @@
-"""Tree: the layers and weights of a model by path, walked once an operation."""
+"""Tree: the layers and weights of a model by path, found by one walk."""
 
 import functools
 
@@ -11,14 +11,14 @@ from keras_dylora.layers.low_rank import LowRankAdapter
 class Tree:
     """The layers of a model by path, and its weights, as they are now.
 
-    An operation walks the model once and hands the tree on in its place. A
-    layer that gains, cuts or loses its adapter keeps its place, so the tree
-    stays right; weights are looked up at each use.
+    An operation walks the model once and passes the tree on in place of the
+    model. A layer keeps its place when it gains, cuts or loses its adapter, so
+    the tree stays right. Weights are looked up at each use.
 
-    A path is Keras's own `layer.path` less the model's name, with `_1`, `_2`,
-    … where Keras gives two layers the same one. The preprocessor of a task is
-    left out: it isn't trained, has more layers once it has run, and isn't
-    tracked by Keras on every backend.
+    A path is Keras's own `layer.path` without the model's name. Where Keras
+    gives several layers the same path, `_1`, `_2`, … is added. The preprocessor
+    of a task is left out: it isn't trained, it gains layers when it runs, and
+    Keras doesn't track it on every backend.
 
     Args:
         model: the `keras.Model`.
@@ -30,11 +30,11 @@ class Tree:
         self._children: dict[int, list[keras.Layer]] = {}
         self._skipped = id(getattr(model, "preprocessor", None))
         self._visit(model, "")
-        # With the model itself, whose path is empty.
+        # And the model itself, whose path is empty.
         self.every: dict[str, keras.Layer] = {"": model, **self.layers}
 
     def _visit(self, parent, prefix):
-        # Other layers may have a `layers` that is something else.
+        # In other layers, `layers` may be something else.
         ordered = parent.layers if isinstance(parent, keras.Model) else ()
         children = [*ordered, *_keras.sublayers(parent)]
         children = {id(x): x for x in children if id(x) != self._skipped}
@@ -62,7 +62,7 @@ class Tree:
         return {id(layer): path for path, layer in self.layers.items()}
 
     def below(self, layer: keras.Layer) -> list[keras.Layer]:
-        """A layer of the tree, or the model, and all layers in it."""
+        """Returns a layer of the tree, or the model, and all layers in it."""
         found = {id(layer): layer}
         waiting = [layer]
         while waiting:
@@ -76,8 +76,8 @@ class Tree:
     def weights(self) -> dict[str, keras.Variable]:
         """Every weight of the model by its path.
 
-        It is named after the innermost layer that holds it, such as
-        `pooled_dense/kernel`, so that its path is the same in every process.
+        A path begins with the innermost layer that holds the weight, as in
+        `pooled_dense/kernel`, so it is the same in every process.
         """
         names: dict[int, str] = {}
         found: dict[str, keras.Variable] = {}

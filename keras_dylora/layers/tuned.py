@@ -1,9 +1,9 @@
 """TunedCut: the best cut of trained columns at one rank.
 
-An untuned cut of rank `b` is the first `b` columns of an adapter. A tuned one
-has `b` mixtures of all columns, `(x @ down) @ left @ right @ up`, where `left`
-is `(rank, b)` and `right` `(b, rank)`. That is a LoRA-XS core of rank `b` in a
-trained LoRA; the untuned cut is the case `left = right.T = eye(rank)[:, :b]`.
+An untuned cut of rank `b` is the first `b` columns of an adapter. A tuned cut
+has `b` mixtures of all columns: `(x @ down) @ left @ right @ up`, where `left`
+is `(rank, b)` and `right` is `(b, rank)`. It is a LoRA-XS core of rank `b` in a
+trained LoRA. The untuned cut is the case `left = right.T = eye(rank)[:, :b]`.
 
 Reference: [LoRA-XS, 2024](https://arxiv.org/abs/2405.17604)
 """
@@ -16,10 +16,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TunedCut:
-    """The tuned cut of a rank, or of one rank for each layer.
+    """The tuned cut of one rank, or of one rank for each layer.
 
-    The maximum is that of the model. A layer of a lower one reads no more
-    columns than it has.
+    `maximum` is the maximum rank of the model. A layer with a lower maximum
+    reads only the columns that it has.
 
     Args:
         left: dict of layer path to a float32 array `(maximum, rank)`.
@@ -39,25 +39,24 @@ class TunedCut:
         return self.left[path], self.right[path]
 
     def core(self, path, scale):
-        """What stands in the place of the gate of a layer, by its `Scale`.
+        """The core that replaces the gate of a layer, with its `Scale`.
 
-        Of shape `(maximum, maximum)`, float32.
+        The core is `(maximum, maximum)`, in float32.
         """
         left, right = self.sides(path)
         return np.float32(scale.at(max(self.ranks[path], 1))) * (left @ right)
 
     def mapped(self, left, right):
-        """A copy, with functions of path and matrix applied to the sides."""
+        """A copy, with a function of path and matrix applied to each side."""
         return TunedCut(
             {path: left(path, x) for path, x in self.left.items()},
             {path: right(path, x) for path, x in self.right.items()},
         )
 
     def of_columns(self, columns):
-        """A copy for adapters of another number of columns.
+        """A copy for adapters with another number of columns.
 
-        Columns that are added have no share; those that are left out must
-        have none.
+        Added columns have no share. Columns that are left out must have none.
         """
         return self.mapped(
             lambda _, x: _resized(x, columns),
@@ -65,7 +64,7 @@ class TunedCut:
         )
 
     def renamed(self, paths):
-        """A copy for a model with other paths, by a dict of old to new."""
+        """A copy with other paths, by a dict of old path to new path."""
         return TunedCut(
             *(
                 {paths.get(path, path): x for path, x in side.items()}
@@ -74,14 +73,14 @@ class TunedCut:
         )
 
     def flat(self):
-        """All values as one array `(2, …)`, see `of_flat`."""
+        """All values as one array `(2, …)`; see `of_flat`."""
         right = [x.T for x in self.right.values()]
         sides = self.left.values(), right
         return np.stack([np.concatenate([*map(np.ravel, x)]) for x in sides])
 
     @classmethod
     def of_flat(cls, values, ranks, columns):
-        """Undoes `flat`, by a dict of path to rank and the maximum rank."""
+        """Undoes `flat`, with a dict of path to rank and the maximum rank."""
         ends = np.cumsum([columns * b for b in ranks.values()])[:-1]
         left, right = (
             {
@@ -96,7 +95,7 @@ class TunedCut:
 
 
 def find(cuts, ranks):
-    """The `TunedCut` of these ranks, a dict of path to int, or `None`."""
+    """The `TunedCut` with these ranks, a dict of path to int, or `None`."""
     return next((cut for cut in cuts if cut.ranks == ranks), None)
 
 

@@ -1,4 +1,4 @@
-"""ActiveRanks: the ranks that the layers of a model compute at, and how."""
+"""ActiveRanks: the ranks that the layers of a model compute at."""
 
 import contextlib
 import warnings
@@ -30,12 +30,12 @@ class ActiveRanks:
 
     @property
     def max_rank(self):
-        """int. The highest rank of the live adapter."""
+        """int. The maximum rank of the live adapter."""
         return self.named.max_rank
 
     @property
     def max_ranks(self):
-        """Dict of path to the highest rank of a layer of the live adapter."""
+        """Dict of path to the maximum rank of the layer in the live adapter."""
         highest = self.max_rank
         return {p: min(x.rank, highest) for p, x in self.layers.items()}
 
@@ -44,17 +44,17 @@ class ActiveRanks:
         return rank_functions.by_layer(ranks, self.max_ranks, low)
 
     def by_maximum(self, gate_of):
-        """Dict of path to what a function makes of the layer's maximum rank.
+        """Dict of path to the result of a function of the layer's maximum rank.
 
-        It is called once for each maximum.
+        The function is called once for each maximum.
         """
         found = {b: gate_of(b) for b in {x.rank for x in self.layers.values()}}
         return {path: found[x.rank] for path, x in self.layers.items()}
 
     @property
     def lowest_trained(self):
-        """int. Of training so far, which within `full_rank_steps` is of one."""
-        # The place last: to read it waits for the device.
+        """int. The lowest trained rank: the maximum in `full_rank_steps`."""
+        # The position is read last, as reading it waits for the device.
         begun = at_full_rank(self) and ops.convert_to_numpy(self.ranks_drawn)
         lowest = self.config.rank if begun else self.config.min_rank
         return min(lowest, self.max_rank)
@@ -65,11 +65,10 @@ class ActiveRanks:
         return are_ordered(self._factors())
 
     def warn_of_cut(self, *ranks):
-        """Warns where a rank, or that of a layer, is a bad cut.
+        """Warns if a rank, or the rank of one layer, is a bad cut.
 
-        To be called by all that compute or write at ranks which a user names,
-        before they do. Raises what `ranks.by_layer` does; `None` is the
-        highest.
+        All functions that compute or write at ranks from the user call this
+        first. It raises what `ranks.by_layer` raises. `None` is the maximum.
         """
         training.write_back(self.model)
         by_layer = [self.by_layer(rank) for rank in ranks if rank is not None]
@@ -91,9 +90,9 @@ class ActiveRanks:
         return find(self.named.cuts, self.by_layer(ranks))
 
     def set_tuned_cuts(self, cuts):
-        """Gives the live adapter tuned cuts, in place of those that it has.
+        """Replaces the tuned cuts of the live adapter.
 
-        The layers read cores from the first one on; functions that were traced
+        From the first cut on, the layers read cores. Functions that were traced
         before read gates, so they are made anew.
         """
         self.named.cuts, self.named.tuning = list(cuts), ()
@@ -108,20 +107,20 @@ class ActiveRanks:
         self._set_cores()
 
     def has_stale_cuts(self):
-        """Whether there are tuned cuts of columns that training would move."""
+        """Whether there are tuned cuts whose columns training would move."""
         return bool(self.named.cuts) and any(
             v.trainable for x in self.layers.values() for v in (x.down, x.up)
         )
 
     def drop_tuned_cuts(self):
-        """Forgets the tuned cuts of the live adapter, and warns.
+        """Drops the tuned cuts of the live adapter, and warns.
 
-        No variable changes, so that a function may do so that is traced.
+        No variable changes, so a traced function can call this.
         """
         warnings.warn(
             "Training moves the columns that cuts are tuned for, so tuned cuts "
-            "are dropped: call `tune_ranks` once more when it has ended. "
-            f"Received: a step of a model with {len(self.named.cuts)} of them",
+            "are dropped: call `tune_ranks` once more after training. "
+            f"Received: a step of a model with {len(self.named.cuts)} cuts",
             stacklevel=users_line(),
         )
         self.named.cuts, self.named.tuning = [], ()
@@ -130,7 +129,7 @@ class ActiveRanks:
         reset_functions(self.model)
 
     def _set_cores(self, ranks=None):
-        """Sets the cores to the cut of the ranks, those that are set."""
+        """Sets the cores to the cut of ranks, by default the current ones."""
         if all(gate.cores is None for gate in self.gates):
             return
         cut = find(self.named.cuts, self.ranks if ranks is None else ranks)
@@ -143,7 +142,7 @@ class ActiveRanks:
             gate.set_cores(np.stack(rows))
 
     def factors(self, ranks):
-        """Dict of path to `Factors` at ranks."""
+        """Dict of path to the `Factors` of a layer at some ranks."""
         ranks = self.by_layer(ranks)
         cut, scale = find(self.named.cuts, ranks), self.config.scale
         return {
@@ -152,7 +151,7 @@ class ActiveRanks:
         }
 
     def gates_at(self, ranks):
-        """Dict of path to what a layer reads at ranks, for `overridden`."""
+        """Dict of path to a layer's gate or core at ranks, for `overridden`."""
         ranks, scale = self.by_layer(ranks), self.config.scale
         cut = None if self.training else find(self.named.cuts, ranks)
         if cut is not None:
@@ -163,7 +162,7 @@ class ActiveRanks:
 
     @contextlib.contextmanager
     def at(self, ranks):
-        """Within it, the layers compute at ranks."""
+        """Sets the ranks of the layers within a `with` block."""
         training.write_back(self.model)
         state = [v for x in self.gates for v in x.variables.values()]
         before = [(v, ops.copy(v)) for v in state]
@@ -178,7 +177,7 @@ class ActiveRanks:
 
     @property
     def gates(self):
-        """The `RankGate` of the layers, or that of each hand-built one."""
+        """The `RankGate` of all layers, or one for each hand-built layer."""
         gates = [layer._gate.gate for layer in self.layers.values()]
         return list({id(gate): gate for gate in gates}.values())
 
@@ -190,7 +189,7 @@ class ActiveRanks:
         return {p: gates[id(x.gate)][x.index] for p, x in rows.items()}
 
     def set_ranks(self, ranks):
-        """Sets the ranks, from a dict of path to int or one for all."""
+        """Sets the ranks: a dict of path to int, or one int for all."""
         ranks = self.by_layer(ranks)
         for gate, rows in self.by_gate(ranks).items():
             gate.assign_ranks(rows)
@@ -202,9 +201,10 @@ class ActiveRanks:
             gate.assign(rows)
 
     def overridden(self, value):
-        """Within it, the layers read a tensor in place of their gates.
+        """Within a `with` block, layers read a tensor instead of their gates.
 
-        It is what `GateRow.value` is, or a dict of path to such tensors.
+        The tensor is like `GateRow.value`. It can also be a dict of path to
+        such tensors.
         """
         if not isinstance(value, dict):
             value = dict.fromkeys(self.layers, value)
@@ -213,17 +213,17 @@ class ActiveRanks:
         return self._gates_with("override", rows)
 
     def untuned(self):
-        """Within it, the layers read their gates, as training does."""
+        """Within a `with` block, layers read their gates, as in training."""
         return self._gates_with("tuned", dict.fromkeys(self.gates, False))
 
     def rank_chosen(self):
-        """Within it, the layers know that their rank is meant."""
+        """Within a `with` block, layers know that their rank is intended."""
         return self._gates_with("chosen", dict.fromkeys(self.gates, True))
 
     def by_gate(self, values):
-        """Dict of gate to the values of its layers, a list in their order.
+        """Dict of gate to the list of values of its layers, in their order.
 
-        Of a dict of path to value.
+        `values` is a dict of path to value.
         """
         found = {}
         for path, layer in self.layers.items():
@@ -246,6 +246,6 @@ class ActiveRanks:
 
 
 def _diagonal(variable):
-    """Gates `(layers, rank)` as cores."""
+    """Gates `(layers, rank)` as diagonal cores."""
     gates = ops.convert_to_tensor(variable)
     return gates[:, :, None] * ops.eye(gates.shape[-1], dtype="float32")

@@ -1,4 +1,4 @@
-"""Adaptation: all that was done to a model, so that it can be undone."""
+"""Adaptation: everything that was done to a model, so that it can be undone."""
 
 import dataclasses
 import warnings
@@ -26,15 +26,15 @@ from keras_dylora.training.objectives import OBJECTIVES
 
 
 class Adaptation(ActiveRanks):
-    """All that was done to a model, so that it can be trained and undone.
+    """Everything that was done to a model, to train it and to undo it.
 
-    A model that is built from adapted layers has one with nothing to undo.
+    For a model that is built from adapted layers, there is nothing to undo.
 
     Args:
         tree: `Tree` of the model, before the change.
         config: `DyLoRAConfig`.
-        spec: `Spec`. Layers that are adapted already, as in a hand-built
-            model, stay as they are.
+        spec: `Spec`. Layers that are already adapted, as in a hand-built model,
+            stay as they are.
         tokens: `TokenRows` or `None`.
     """
 
@@ -46,12 +46,12 @@ class Adaptation(ActiveRanks):
         self.upgraded = [x for x in self.layers.values() if adapted_class(x)]
         self.tokens = tokens
         self.table = tokens and tree.layers[tokens.path]
-        # What `undo` and `as_plain` make trainable again. None of a hand-built
-        # model's business.
+        # The flags that `undo` and `as_plain` restore. Those of a hand-built
+        # model aren't touched.
         self.before = flags(tree) if self.upgraded else []
-        # Whether flags may still take something out of the spec.
+        # Whether flags may still remove something from the spec.
         self.open = not self.upgraded
-        # What is trained in full had these values before, by path.
+        # By path, the values from before training of what is trained in full.
         self.head = None
         self.named = NamedAdapters(self)
 
@@ -59,8 +59,8 @@ class Adaptation(ActiveRanks):
     def of_hand_built(cls, model, options):
         """The adaptation of a model that is built from adapted layers.
 
-        Raises a `ValueError` if they disagree or aren't built, or if there is
-        none. `options` are fields of the config beside theirs.
+        Raises a `ValueError` if the layers disagree, aren't built, or if there
+        are none. `options` are the fields of the config that layers don't have.
         """
         tree = Tree(model)
         layers = tree.adapted.values()
@@ -86,7 +86,7 @@ class Adaptation(ActiveRanks):
         return cls(tree, config, Spec.of_flags(tree))
 
     def apply(self, tree):
-        """Gives the layers their adapters, and freezes all but those."""
+        """Gives the layers their adapters, and freezes what isn't trained."""
         each = [self.spec.adapted[tree.paths[id(x)]] for x in self.upgraded]
         gate = RankGate([x.rank for x in each], self.config.scale)
         for i, layer in enumerate(self.upgraded):
@@ -94,7 +94,7 @@ class Adaptation(ActiveRanks):
                 layer,
                 each[i],
                 GateRow(gate, i),
-                # All that JAX and torch take.
+                # JAX and torch take no larger seed.
                 seed=(self.config.seed + i) % 2**31,
             )
         if self.tokens:
@@ -103,7 +103,7 @@ class Adaptation(ActiveRanks):
             self.spec.apply(tree)
 
     def undo(self):
-        """Gives every layer back as it was."""
+        """Restores every layer as it was before `apply`."""
         if self.tokens and hasattr(self.table, NAME):
             self.tokens.undo(self.model, self.table)
         for layer in self.upgraded:
@@ -113,7 +113,7 @@ class Adaptation(ActiveRanks):
         restore(self.before)
 
     def keep_head(self, tree):
-        """Copies the values of what is trained in full, where none is kept."""
+        """Copies the values of weights trained in full, if there is no copy."""
         self.head = self.head or {}
         for path, variable in self.spec.head(tree).items():
             if path not in self.head:
@@ -121,7 +121,7 @@ class Adaptation(ActiveRanks):
                 self.head[path] = ops.copy(value)
 
     def restore_head(self, tree):
-        """Gives what is trained in full the values from before training."""
+        """Restores the values that the trained layers had before training."""
         if self.head is None:
             raise ValueError(
                 "`restore_head` needs the values from before enabling, which "
@@ -132,12 +132,13 @@ class Adaptation(ActiveRanks):
             variable.assign(self.head[path])
 
     def settle(self, tree):
-        """Takes into the `Spec` what the user has made trainable since.
+        """Adds to the `Spec` what the user has made trainable since.
 
-        Of a hand-built model that isn't trained yet, flags are all there is to
-        say what will be. Whatever joins several adapters, each has its own.
+        In a hand-built model that isn't trained yet, the flags alone say what
+        will be trained. If there are several adapters, each gets its own copy
+        of what is added.
         """
-        if not self.model.trainable:  # the flags say nothing of the rest
+        if not self.model.trainable:  # then the flags don't say what is meant
             return
         spec = Spec.of_flags(tree) if self.open else self.spec.joined(tree)
         if spec == self.spec:
@@ -150,31 +151,32 @@ class Adaptation(ActiveRanks):
             if self.head is not None:
                 self.keep_head(tree)
             warnings.warn(
-                "What is made trainable after enabling belongs to every "
-                f"adapter from then on. Received: {len(more)} weights, such as "
+                "Weights that are made trainable after enabling belong to "
+                "every adapter from then on. Received: "
+                f"{len(more)} weights, such as "
                 f"{more[:1]}",
                 stacklevel=users_line(),
             )
 
     def configure(self, config, ranks_drawn=0, full_rank=1):
-        """Starts the training of a config, at a place of its rank sequence."""
+        """Prepares training with a config, at a place of its rank sequence."""
         self.config = config
         self.spec = self.spec.with_config(config)
         self.training = False  # whether a step is being traced or run
-        self.masked = None, []  # of the optimizer, see `step.masked`
+        self.masked = None, []  # the optimizer's; see `step.masked`
         self.objective = OBJECTIVES[config.objective](config)
         self.draw = RankDraw(
             config.distribution, config.min_rank, config.rank, config.seed
         )
-        # Positions in the rank sequence: how many ranks were drawn.
+        # The position in the rank sequence: how many ranks were drawn.
         state = {"ranks_drawn": (ranks_drawn, "int")}
         if config.frozen:
             # Columns of the ranks drawn since the last weight update.
             columns = np.zeros((config.rank,), dtype="float32")
             state["open_columns"] = columns, "float32"
         if config.full_rank_steps:
-            # 1 while steps are at the maximum rank, before the columns are
-            # put in order.
+            # 1 while steps are at the maximum rank, until the columns are
+            # ordered.
             state["full_rank"] = full_rank, "int"
         with keras.name_scope(self.model.name, caller=self.model):
             self.state = {
@@ -195,8 +197,8 @@ class Adaptation(ActiveRanks):
     def reconfigure(self, config, optimizer=None):
         """Takes another config, at the same place of the rank sequence.
 
-        `optimizer` is what `new_optimizer` made before the change, if the
-        variables are others.
+        If variables were replaced, `optimizer` is the one that `new_optimizer`
+        made before the change.
         """
         place = {
             name: int(ops.convert_to_numpy(self.state[name]))
@@ -208,7 +210,7 @@ class Adaptation(ActiveRanks):
         reset_compiled(self.model, optimizer)
 
     def forget_replaced(self):
-        """Lets go of the variables that the model no longer has."""
+        """Drops the variables that the model no longer has."""
         current = {id(v) for v in self.model.variables}
         self.before = [
             (item, trainable)
@@ -235,7 +237,7 @@ class Adaptation(ActiveRanks):
         places = {id(x): i for i, x in enumerate(tree.layers.values())}
         return {
             "config": self.named_config.get_config(),
-            # By place, since Keras numbers unnamed layers anew in each process.
+            # By place, as Keras numbers unnamed layers anew in each process.
             "layers": [places[id(x)] for x in self.upgraded] or None,
             "spec": self.spec.get_config(tree),
             **self._tokens_config(places),
@@ -247,9 +249,9 @@ class Adaptation(ActiveRanks):
 
     @classmethod
     def from_config(cls, tree, config, trainable):
-        """The adaptation of a fresh model that `get_config` describes, applied.
+        """The adaptation that `get_config` describes, applied to a fresh model.
 
-        `trainable` are the flags of the weights.
+        `trainable` has the flags of the weights.
         """
         dylora = DyLoRAConfig.from_config(config["config"])
         if "spec" in config:
@@ -267,7 +269,7 @@ class Adaptation(ActiveRanks):
         adaptation.open = False
         adaptation.apply(tree)
         weights = list(zip(tree.model.weights, trainable, strict=True))
-        if "spec" not in config:  # what is trained is what the flags say
+        if "spec" not in config:  # an old file: the flags say what is trained
             chosen = {id(weight) for weight, flag in weights if flag}
             base = tree.base_weights.values()
             adaptation.spec = Spec.of(

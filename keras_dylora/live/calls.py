@@ -1,4 +1,4 @@
-"""Which layers a model calls, and does not just read the kernels of."""
+"""Finds layers that a model never calls, and values of weights in its graph."""
 
 import contextlib
 import re
@@ -7,22 +7,22 @@ import keras
 
 from keras_dylora import _keras
 
-# For the axes of an input that have any size: these, or as Keras does. Small
-# ones first: what torch can't trace without computing is computed.
+# Sizes to try for the open axes of an input; with `None`, Keras chooses. Small
+# sizes are first, as torch computes what it can't trace.
 SIZES = (16, 64, 8, 256, None)
 
 
 def never_called(tree, layers):
-    """The paths of layers that a functional model has and never calls.
+    """The paths of the given layers that a functional model never calls.
 
-    Each layer of the model is traced by itself, in its place. What can't be
-    traced, or is a subclassed model, passes.
+    Each layer of the model is traced on its own. A layer that can't be traced,
+    or is in a subclassed model, counts as called.
     """
     called, alike = set(), {}
     with _recorded(layers, called):
         traced = _trace(tree, tree.model, set(layers), called, alike)
     idle = traced - called
-    if any(_keras.graph_calls(tree.model)):  # and so built all that it calls
+    if any(_keras.graph_calls(tree.model)):  # what it calls is built then
         idle |= {path for path, layer in layers.items() if not layer.built}
     return [path for path in layers if path in idle]
 
@@ -31,8 +31,8 @@ def check_constants(model):
     """Raises a `ValueError` if a graph holds the values of weights.
 
     A copy of such a model, from a file or from `merge`, would compute with
-    others (KerasHub 0.32: the logits of Gemma 3n on JAX and TensorFlow). Where
-    the graph is in the config, so are its arrays.
+    other values (KerasHub 0.32: the logits of Gemma 3n on JAX and TensorFlow).
+    A model whose config contains the graph passes, as the values are in it.
     """
     for each in _keras.submodels(model):
         cls = getattr(type(each), "original_class", type(each))
@@ -46,17 +46,17 @@ def check_constants(model):
         if held and "layers" not in cls.get_config(each):
             raise ValueError(
                 "A model can be copied only if it computes with its weights, "
-                f"and {cls.__name__} keeps values in their place that its "
+                f"but {cls.__name__} keeps values in their place, which its "
                 f"config doesn't hold. Received: {each.name}, with "
                 f"{', '.join(held)}"
             )
 
 
 def _trace(tree, model, paths, called, alike):
-    """Traces the calls of a model; the `paths` of the layers within them.
+    """Traces the calls of a model; returns the `paths` within traced layers.
 
-    Of layers that are alike, such as the blocks of a transformer, one is
-    traced, and the others call what it called, by place.
+    If layers are alike, such as the blocks of a transformer, only the first is
+    traced. The others are taken to call the layers in the same places.
     """
     traced, failed = set(), set()
     for layer, args, kwargs in _keras.graph_calls(model):
@@ -79,17 +79,17 @@ def _trace(tree, model, paths, called, alike):
 
 
 def _kind(layer, args, kwargs):
-    """What two layers have in common that call the same layers in them."""
+    """A key that layers share if they call the same layers within them."""
     try:
         config = layer.get_config()
     except Exception:  # a user's layer, and KerasHub's Llama, have none
         config = id(layer)
-    # Names are numbered.
+    # Names contain numbers, which differ.
     return re.sub(r"_\d+\b", "", repr((type(layer), config, args, kwargs)))
 
 
 def _traces(layer, args, kwargs, size):
-    """Whether a call of a layer can be traced, with open axes of a size."""
+    """Whether a call of a layer can be traced if its open axes have a size."""
     arguments = keras.tree.flatten([args, kwargs])
     tensors = {
         i: _of_size(x, size)
@@ -106,7 +106,7 @@ def _traces(layer, args, kwargs, size):
 
     try:
         _Function(call)(tensors)
-    except Exception:  # not a size that it takes
+    except Exception:  # the layer doesn't take this size
         return False
     return True
 
@@ -132,7 +132,7 @@ class _Function(keras.Layer):
 
 @contextlib.contextmanager
 def _recorded(layers, called):
-    """Within it, the paths of layers that are called go into a set."""
+    """Adds the paths of layers that a `with` block calls to a set."""
 
     def recorder(path, method):
         def call(*args, **kwargs):

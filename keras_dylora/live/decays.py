@@ -8,11 +8,11 @@ from keras_dylora.layers.low_rank import LowRankAdapter
 from keras_dylora.layers.tree import Tree
 from keras_dylora.schedule import ProgressiveDecay
 
-RESTART = 2.0  # of the peak, where few layers are adapted
+RESTART = 2.0  # a multiple of the peak, if few layers are adapted
 
 
 class Decays:
-    """Each `ProgressiveDecay` of a compiled model; false if it has none."""
+    """All `ProgressiveDecay`s of a compiled model; false if there are none."""
 
     def __init__(self, model):
         self._model = model
@@ -28,19 +28,19 @@ class Decays:
         return bool(self._found)
 
     def tell(self, steps, order, done):
-        """Tells them how many steps a `fit` has.
+        """Tells the schedules how many steps a `fit` has.
 
         Args:
-            steps: int. All of them.
+            steps: int. The number of steps of the run.
             order: int or `None`. The step of the order.
-            done: int. Steps that were taken before, of the same run.
+            done: int. The steps of the same run that were taken before.
         """
         height, new = self._height(), False
         for schedule, optimizer in self._found:
             updates = int(ops.convert_to_numpy(optimizer.iterations))
             taken = updates * (optimizer.gradient_accumulation_steps or 1)
             new |= schedule.take(steps, order, taken - done, height)
-        if new:  # what was traced knows the old numbers
+        if new:  # traced functions have the old numbers
             self._model.make_train_function(force=True)
 
     def _height(self):

@@ -1,4 +1,4 @@
-"""enable_dylora and disable_dylora: a live model upgraded, and back."""
+"""enable_dylora and disable_dylora: upgrade a live model, and undo that."""
 
 import dataclasses
 import warnings
@@ -19,7 +19,7 @@ from keras_dylora.live.sizes import announcement
 from keras_dylora.live.spec import Spec
 from keras_dylora.live.targets import find_targets, listing
 
-# What PEFT calls it, and what it is called here.
+# Names of PEFT and Keras, and what they are called here.
 OTHER_NAMES = {
     "r": "rank",
     "lora_rank": "rank",
@@ -53,36 +53,36 @@ def enable_dylora(
 ) -> Model:
     """Upgrades a built Keras or KerasHub model to DyLoRA, in place.
 
-    The target layers get an adapter (no base weight is copied), the backbone
-    is frozen, the task head stays trainable. The model keeps its identity and
-    its class, and becomes a `DyLoRAModel` too.
+    Each target layer gets an adapter, and no base weight is copied. The
+    backbone is frozen, and the task head stays trainable. The model stays the
+    same object and keeps its class, and becomes a `DyLoRAModel` too.
 
     Args:
         model: a built `keras.Model`, such as a
             `keras_hub.models.RobertaTextClassifier`.
-        config: `DyLoRAConfig` or `None`. Defaults to `None`, the defaults.
-        verbose: `0` or `1`. Whether one line says what was adapted, what is
-            trained and what was left out. Defaults to `1`.
-        backbone: `keras.Model`. The pretrained part of a functional model that
-            was built from its inputs and outputs; all layers outside of it are
-            trained in full. Defaults to `None`: `model.backbone`, or the
-            KerasHub backbones within the model.
+        config: `DyLoRAConfig`. Defaults to `None`, a config of default values.
+        verbose: `0` or `1`. Whether to print a line on what was adapted, what
+            is trained and what was left out. Defaults to `1`.
+        backbone: `keras.Model`. The pretrained part, for a functional model
+            that was built from the inputs and outputs of that part. All layers
+            outside of it are trained in full. Defaults to `None`:
+            `model.backbone`, or the KerasHub backbones within the model.
         **overrides: fields of `DyLoRAConfig`, which take precedence.
 
     Returns:
-        `model` itself. Compile it again to choose the optimizer; a model that
-        was compiled keeps its settings, with a new optimizer state.
+        `model` itself. Compile it again to choose the optimizer. A model that
+        was compiled before keeps its settings and gets a new optimizer state.
 
     Raises:
         TypeError: if `model` isn't a `keras.Model` or a field is unknown.
-        ValueError: if the model isn't built or was enabled before, if no
-            layer matches, if a pattern of `rank_pattern` has no layer of its
-            own, or if a matched layer can't be adapted, or none of them is
-            called by the model. The model is unchanged then.
+        ValueError: if the model isn't built or was enabled before, if no layer
+            matches, if a pattern of `rank_pattern` has no layer of its own, if
+            a matched layer can't be adapted, or if the model calls none of the
+            matched layers. The model is unchanged then.
 
     Warns:
-        UserWarning: if a layer that matches is never called, which is left
-            out; or if the last layer of a model stays frozen, as no backbone is
+        UserWarning: if the model never calls a matched layer, which is then
+            left out; or if the last layer stays frozen because no backbone is
             known and `trainable_layers` isn't set.
 
     Example:
@@ -150,7 +150,7 @@ def enable_dylora(
 
 
 def upgrade(tree, config, targets):
-    """Upgrades a model to what the `Targets` say; one line tells of it."""
+    """Upgrades a model as its `Targets` say; returns a line about it."""
     model = tree.model
     _warn_of_quantized(tree, targets.trained)
     arguments = {
@@ -176,23 +176,24 @@ def upgrade(tree, config, targets):
 
 
 def disable_dylora(model: Model, restore_head: bool = False) -> Model:
-    """Takes the adapters off again. The base weights are as they were.
+    """Removes the adapters. The base weights are as they were before.
 
-    What was trained in full, such as a task head, keeps its trained values
-    unless `restore_head` is set. To keep the adapter too, use `merge`.
+    Layers that were trained in full, such as a task head, keep their trained
+    values unless `restore_head` is set. To keep what the adapters learned, use
+    `merge`.
 
     Args:
         model: a model that `enable_dylora` returned.
         restore_head: bool. Whether the layers that were trained in full get
-            the values that they had before enabling, so that the model
-            computes what it did then. Defaults to `False`.
+            back the values that they had before enabling. The model then
+            computes what it did before. Defaults to `False`.
 
     Returns:
-        `model` itself, of its original class.
+        `model` itself, with its original class.
 
     Raises:
-        ValueError: if the model wasn't enabled; or if `restore_head` is set
-            and the model comes from a file, which doesn't hold these values.
+        ValueError: if the model wasn't enabled; or if `restore_head` is set and
+            the model was loaded from a file, which doesn't hold these values.
 
     Example:
 

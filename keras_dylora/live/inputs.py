@@ -1,16 +1,16 @@
-"""The tensors that a model takes: their names and shapes, packed, made up."""
+"""The inputs of a model: their names, shapes, structure and made-up values."""
 
 import dataclasses
 
 import keras
 import numpy as np
 
-LENGTH = 16  # of every free dimension of samples but the batch
+LENGTH = 16  # the size of open dimensions in samples, except the batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """A tensor of a signature; `None` in the shape is a free dimension."""
+    """A tensor of a signature; `None` in its shape is an open dimension."""
 
     name: str
     shape: tuple
@@ -19,7 +19,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The tensors that a model takes, and how it wants them packed.
+    """The tensors that a model takes, and their structure.
 
     Args:
         kind: str. `"tensor"`, `"list"` or `"dict"`.
@@ -31,7 +31,7 @@ class Inputs:
 
     @classmethod
     def of(cls, model, input_signature=None):
-        """The inputs of a built model, or those that the user asks for."""
+        """The inputs of a built model, or those of an `input_signature`."""
         own = _own_inputs(model)
         if input_signature is None:
             if own is None:
@@ -57,16 +57,16 @@ class Inputs:
         return given
 
     def pack(self, tensors):
-        """A dict of tensors by name in the structure that the model takes."""
+        """Puts a dict of tensors by name into the structure of the input."""
         if self.kind == "dict":
             return {spec.name: tensors[spec.name] for spec in self.specs}
         flat = [tensors[spec.name] for spec in self.specs]
         return flat if self.kind == "list" else flat[0]
 
     def samples(self, model, batch):
-        """A dict of random arrays by name, for a model.
+        """A dict of name to a random array, as an input of a model.
 
-        A row of integers is ones up to some length.
+        A row of integers is ones up to a random length, then zeros.
         """
         rng = np.random.default_rng(0)
         backbone = getattr(model, "backbone", None)
@@ -97,7 +97,7 @@ def _names(inputs):
 
 
 def _own_inputs(model):
-    """The inputs as the model itself knows them, if it does."""
+    """The inputs that the model itself declares, or `None`."""
     if isinstance(model, keras.Sequential) and model.inputs:
         return _from_structure(model.inputs[0])
     try:
@@ -114,13 +114,13 @@ def _own_inputs(model):
 
 
 def _label(spec, default):
-    """The name of a tensor that isn't found by it, where it can be used."""
+    """The name of a tensor if it is an identifier, otherwise the default."""
     name = getattr(spec, "name", None) or default
     return name if name.isidentifier() else default
 
 
 def _from_structure(structure, own=None):
-    """The inputs in a structure of specs; `own` has the dtypes they leave."""
+    """The inputs in a structure of specs; `own` has dtypes for missing ones."""
     if isinstance(structure, dict):
         kind, items = "dict", list(structure.items())
     elif isinstance(structure, (list, tuple)):

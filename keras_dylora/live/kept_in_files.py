@@ -1,4 +1,4 @@
-"""KeptInFiles: the methods by which Keras saves and loads a live model."""
+"""KeptInFiles: the methods that save and load a live model."""
 
 import os
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ from keras_dylora.live.saving import (
 )
 
 if TYPE_CHECKING:
-    # What it is mixed into.
+    # The class that this one is mixed into.
     from keras import Model as _Base
 else:
     _Base = object
 
-# That of files with tuned cuts; 2 of those with several adapters, 1 of others.
+# The version of files with tuned cuts. With several adapters it is 2, else 1.
 FORMAT_VERSION = 3
 
 
 class KeptInFiles(_Base):
-    """The part of a `DyLoRAModel` that writes and reads it."""
+    """The part of a `DyLoRAModel` that saves and loads it."""
 
     _adaptation: Any
     _dylora_options: dict[str, Any]
@@ -44,11 +44,17 @@ class KeptInFiles(_Base):
     ) -> None:
         """Saves the model with its adapters, as `keras.Model.save` does.
 
-        A `.keras` file is written beside its place, then renamed.
+        A `.keras` file is written under another name first and then renamed, so
+        it is never half-written.
+
+        Args:
+            filepath: str or path.
+            overwrite: bool, as in `keras.Model.save`. Defaults to `True`.
+            **kwargs: as in `keras.Model.save`.
 
         Raises:
-            ValueError: if the file is HDF5, or the model can't be loaded from
-                a file.
+            ValueError: if the file is HDF5, or if the model couldn't be loaded
+                from the file.
         """
         path = str(filepath)
         if path.endswith((".h5", ".hdf5")):
@@ -62,8 +68,8 @@ class KeptInFiles(_Base):
             super().save(beside, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class of an enabled model can't be imported. The archive names
-        # the one that revives it.
+        # The class of an enabled model can't be imported. The archive names the
+        # class that revives it.
         _, arguments = super().__reduce__()
         return _keras.unpickle, arguments
 
@@ -81,8 +87,8 @@ class KeptInFiles(_Base):
             super().get_compile_config()
         )
         if config and self.optimizer is not None:
-            # Keras couldn't load what an optimizer saved before it was built
-            # into one that is.
+            # Keras can't load the state of an optimizer that wasn't built into
+            # one that is.
             config["optimizer_built"] = self.optimizer.built
         return _keras.stamped_jit(config)
 
@@ -90,7 +96,7 @@ class KeptInFiles(_Base):
         compile_from(self, config)
 
     def get_build_config(self) -> dict[str, Any] | None:
-        # A subclass may have a config of its own, which need hold none of this.
+        # A subclass may have its own config, without any of this.
         config = super().get_build_config()
         if config is None or is_combined(type(self)):
             return config
@@ -108,7 +114,7 @@ class KeptInFiles(_Base):
         super().build_from_config(config)
 
     def get_config(self) -> dict[str, Any]:
-        if _keras.saves_hdf5():  # `keras.saving.save_model` passes by `save`
+        if _keras.saves_hdf5():  # `keras.saving.save_model` doesn't call `save`
             raise ValueError(f"{NO_HDF5}. Received: {self.name}")
         if not is_combined(type(self)):
             return super().get_config()

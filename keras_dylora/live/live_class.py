@@ -1,6 +1,6 @@
-"""How the class of a live model changes to a `DyLoRAModel`'s, and back.
+"""How the class of a live model becomes a `DyLoRAModel`'s, and back.
 
-`docs/live_models.md` says why in place.
+`docs/live_models.md` says why the class is changed in place.
 """
 
 import functools
@@ -12,10 +12,11 @@ from keras_dylora.live.recompile import new_optimizer, reset_compiled
 
 _PLAIN = (
     "A preset, a Transformers export or a file of the backbone alone holds a "
-    "plain model. Use `merge(model, rank)` and save that, or `model.save` or "
-    "`save_adapter` of the whole model, which keep the adapters."
+    "plain model. Save what `merge(model, rank)` returns; or keep the adapters "
+    "by `model.save` or `save_adapter` of the whole model."
 )
-# What would lose the adapters, with the rule: the first of a backbone alone.
+# Methods that would lose the adapters, with the error. `save` is refused only
+# for models within the model.
 REFUSED = {
     "save": _PLAIN,
     "save_to_preset": _PLAIN,
@@ -26,9 +27,9 @@ REFUSED = {
 
 
 def to_dylora_class(model, adaptation, dylora_class):
-    """Makes a live model a `DyLoRAModel` without copying anything.
+    """Turns a live model into a `DyLoRAModel` without copying anything.
 
-    `dylora_class` is that, or a subclass of it.
+    `dylora_class` is `DyLoRAModel` or a subclass of it.
     """
     optimizer = new_optimizer(model)
     combined = combined_class(dylora_class, type(model))
@@ -71,11 +72,11 @@ def _refuse(method, *args, **kwargs):
 
 @functools.cache
 def combined_class(dylora_class, original_class):
-    """The class that is both a `DyLoRAModel` and the original one."""
+    """The class that subclasses both a `DyLoRAModel` and the original class."""
     methods = {}
-    if hasattr(original_class, "call_with_cache"):  # one that generates
+    if hasattr(original_class, "call_with_cache"):  # a model that generates
         methods["make_generate_function"] = _make_generate_function
-    # A subclass of a user's keeps its name.
+    # A user's subclass keeps its name.
     ours = "original_class" in vars(dylora_class)
     cls = type(
         f"DyLoRA{original_class.__name__}" if ours else dylora_class.__name__,
@@ -88,7 +89,7 @@ def combined_class(dylora_class, original_class):
             **methods,
         },
     )
-    # It is saved under the name of the importable class, which revives it.
+    # Files have the name of the importable class, which revives it.
     package, _, name = keras.saving.get_registered_name(
         dylora_class
     ).rpartition(">")
@@ -103,11 +104,11 @@ def _make_generate_function(model):
 
 @functools.cache
 def functional_class():
-    """The class that Keras makes of inputs and outputs."""
+    """The class that Keras gives to a model of inputs and outputs."""
     inputs = keras.Input((1,))
     return type(keras.Model(inputs, inputs))
 
 
 def is_combined(cls):
-    """Whether `combined_class` made a class."""
+    """Whether `combined_class` made this class."""
     return "is_combined" in vars(cls)

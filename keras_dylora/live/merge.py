@@ -16,32 +16,35 @@ from keras_dylora.live.recompile import compile_as
 
 
 def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
-    """A new, plain model with the adapters of one rank in its kernels.
+    """Returns a plain model with the adapters of one rank in its kernels.
 
-    Computes `kernel + scale * down[:, :b] @ up[:b, :]` in float32 and
-    stores it in the kernel's dtype. The model itself is left as it is.
+    A kernel of the new model is `kernel + scale * down[:, :b] @ up[:b, :]`,
+    computed in float32 and stored in the kernel's dtype. The live model doesn't
+    change.
 
-    The kernel of a quantized layer is dequantized first: adapted layers are
+    The kernel of a quantized layer is dequantized first. So adapted layers are
     float layers in the new model, in the dtype that they were quantized from.
-    All other layers stay as they are, quantized ones too. Where Keras also
-    quantizes the inputs of a layer, as it does by default in `"int8"`, the
-    merged model is without that rounding.
+    All other layers stay as they are, including quantized ones. Where Keras
+    also quantizes the inputs of a layer, as it does by default in `"int8"`, the
+    merged model doesn't have that rounding.
 
     Args:
         model: an enabled model, or a functional `DyLoRAModel`.
-        rank: int in `0..config.rank`, or `RankAllocation`. Defaults to
-            `None`, the model's current rank.
+        rank: int in `0..config.rank`, or `RankAllocation`. Defaults to `None`:
+            the model's current rank.
 
     Returns:
-        A model of the original class with no part of keras_dylora in it. It
-        shares the preprocessor, and is compiled as the model is.
+        A model of the original class, without any part of keras_dylora. It
+        shares the preprocessor of the live model and is compiled in the same
+        way.
 
     Raises:
         TypeError: if `rank` isn't an integer.
-        ValueError: if `rank` is out of range, if the model isn't enabled, or
-            is of a class that subclasses `DyLoRAModel`.
-        RuntimeError: if the merged model computes something else, on one
-            made-up example where the model's inputs are known.
+        ValueError: if `rank` is out of range, if the model isn't enabled, or if
+            its class subclasses `DyLoRAModel`.
+        RuntimeError: if the merged model's outputs differ from the live
+            model's. They are compared on one made-up example, if the model's
+            inputs are known.
 
     Example:
 
@@ -67,10 +70,10 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
         config = keras.saving.serialize_keras_object(model)
     if "preprocessor" in config["config"]:
         config["config"]["preprocessor"] = model.preprocessor
-    # Safe: what is revived is the caller's own model, not a file's.
+    # Safe: the config is that of the caller's own model, not of a file.
     merged = keras.saving.deserialize_keras_object(config, safe_mode=False)
     _keras.settle_dtype_policies(merged)
-    # By position: Keras numbers unnamed layers anew.
+    # By position, as Keras numbers unnamed layers anew.
     here, there = (list(x.layers.values()) for x in (tree, Tree(merged)))
     factors = adaptation.factors(chosen)
     by_id = {id(x): factors[path] for path, x in adaptation.layers.items()}
@@ -104,7 +107,7 @@ def merge(model: keras.Model, rank: Rank | None = None) -> keras.Model:
 
 
 def _copy_beside(layer, target):
-    """Copies what a layer has beside its kernel."""
+    """Copies the weights of a layer other than its kernel."""
     for name in ("bias", "reverse_embeddings"):
         weight = getattr(layer, name, None)
         if weight is not None:

@@ -25,12 +25,12 @@ from keras_dylora.live.recompile import reset_functions
 from keras_dylora.live.trains import Trains
 from keras_dylora.live.with_adapters import WithAdapters
 
-# What a function that changes a model in place takes, and gives back.
+# The type of a model that a function changes in place and returns.
 Model = TypeVar("Model", bound=keras.Model)
 
 
 def adaptation_of(model: keras.Model) -> Adaptation:
-    """The `Adaptation` of a model, or a `ValueError`."""
+    """Returns the `Adaptation` of a model, or raises a `ValueError`."""
     if isinstance(model, DyLoRAModel):
         model._prepare()
     adaptation = getattr(model, "_dylora", None)
@@ -48,19 +48,19 @@ def adaptation_of(model: keras.Model) -> Adaptation:
 class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
     """A Keras model that trains its adapters for every rank at once.
 
-    Each training step draws a rank `b`, runs Keras's own step with the first
-    `b` columns and rows of every adapter (Algorithm 1), and logs it as
-    `rank`, or as `drawn_rank` beside a metric called `rank`. In frozen mode
-    nothing but column and row `b` of the adapters, and the layers that are
-    trained in full, may change (Eq. 10).
+    Each training step draws a rank `b` and runs Keras's own step with the first
+    `b` columns and rows of every adapter (Algorithm 1). The step logs the rank
+    as `rank`, or as `drawn_rank` if a metric is called `rank`. In frozen mode,
+    a step changes only column and row `b` of the adapters, and the layers that
+    are trained in full (Eq. 10).
 
-    `enable_dylora` turns an existing model into one. A model that is built
-    from `DyLoRADense` and `DyLoRAEinsumDense` layers, functional or
-    subclassed, is one by construction; its layers must agree in `rank`,
-    `min_rank`, `alpha`, `scaling` and `frozen`.
+    `enable_dylora` turns an existing model into a `DyLoRAModel`. You can also
+    build one from DyLoRA layers such as `DyLoRADense`, functional or
+    subclassed. Its layers must agree in `rank`, `min_rank`, `alpha`, `scaling`
+    and `frozen`.
 
     Args:
-        *args: as in `keras.Model`, so `inputs, outputs` for a functional one.
+        *args: as in `keras.Model`, such as `inputs, outputs`.
         rank_distribution: as in `DyLoRAConfig`. Defaults to `"uniform"`.
         objective: as in `DyLoRAConfig`. Defaults to `"sampled"`.
         seed: int. Seed of the rank sequence. Defaults to `0`.
@@ -70,7 +70,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         **kwargs: as in `keras.Model`.
 
     Raises:
-        ValueError: if the layers disagree or there is none.
+        ValueError: if the layers disagree, or if there are none.
 
     Example:
 
@@ -105,14 +105,14 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         functional = len(args) == 2 or "outputs" in kwargs
         if is_combined(type(self)):
             raise ValueError(
-                "The class of this model makes no other one, as `clone_model` "
-                "would, without its config: use "
-                "`model.from_config(model.get_config())` for a model of fresh "
-                "weights, or `save` and `load_model`. "
+                "The class of this model can't be called without the model's "
+                "config, as `clone_model` does. For a model with fresh "
+                "weights, use `model.from_config(model.get_config())`; for a "
+                "copy, use `save` and `load_model`. "
                 f"Received: {type(self).__name__}{args}"
             )
         if functional:
-            # Left alone, Keras would make `Functional` a base of this very
+            # Otherwise, Keras would make `Functional` a base of this very
             # class, and so of every subclassed model.
             combined = combined_class(
                 type(self),  # type: ignore[arg-type]
@@ -158,9 +158,10 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
     def rank(self) -> Rank:
         """int. The rank that the model computes at outside of training.
 
-        Training and validation keep it; `dylora_config.rank` is the maximum.
-        A `RankAllocation` where layers have different ones, unless those of a
-        lower one are at the maximum that `rank_pattern` gives them.
+        Training and validation don't change it. The maximum rank is
+        `dylora_config.rank`. If layers have different ranks, it is a
+        `RankAllocation`, unless they differ only because `rank_pattern` gives
+        some a lower maximum.
         """
         adaptation = adaptation_of(self)
         training.write_back(self)
@@ -185,23 +186,23 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
         adaptation.settle(tree)
         keras.Model.trainable.fset(self, value)
         if value:
-            # Keras makes all below it trainable, also what was never to be.
+            # Keras makes everything below trainable, even what never should be.
             adaptation.spec.apply(tree)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "trainable":
-            # TensorFlow would skip a value that is so already; what is below
-            # may differ from it.
+            # TensorFlow would skip a value that doesn't change, but the layers
+            # below may differ from it.
             DyLoRAModel.trainable.fset(self, value)  # type: ignore[attr-defined]
         else:
             super().__setattr__(name, value)
 
     def set_rank(self, rank: Rank) -> None:
-        """Sets the rank of `predict`, `evaluate`, `generate` and calls.
+        """Sets the rank for `predict`, `evaluate`, `generate` and calls.
 
-        Compiled functions read the new rank; nothing is traced again. A live
-        model has one rank at a time, which threads share: to serve several at
-        once, use `export_ranks` or a `merge` for each.
+        Compiled functions read the new rank, so nothing is traced again. A live
+        model has one rank at a time, which all threads share. To serve several
+        ranks at once, use `export_ranks`, or one merged model for each rank.
 
         Args:
             rank: int in `0..config.rank`, or `RankAllocation`. At `0` the
@@ -209,13 +210,13 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
                 their trained values.
 
         Raises:
-            ValueError: if `rank` is out of range, or an allocation is of
+            ValueError: if `rank` is out of range, or an allocation is for
                 another model.
             TypeError: if `rank` isn't an integer.
 
         Warns:
-            UserWarning: if the rank was neither trained nor ordered, as with
-                every function that takes a rank.
+            UserWarning: if the adapters were neither trained at this rank nor
+                ordered. All functions that take a rank warn of this.
 
         Example:
 
@@ -231,13 +232,14 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
     def dylora_summary(
         self, print_fn: Callable[[str], object] | None = None
     ) -> None:
-        """Prints the adapted layers, and what is trained for each rank.
+        """Prints the adapted layers, and the parameters at each rank.
 
-        Paths, sizes of the matrices, ranks and parameters; by rank, the
-        number of parameters with those that are trained in full, and bytes.
+        The table of layers has their paths, the sizes of their matrices, their
+        ranks and their parameters. The table of ranks has the number of
+        parameters, including those that are trained in full, and their bytes.
 
         Args:
-            print_fn: callable that takes the text. Defaults to `None`,
+            print_fn: callable that takes the text. Defaults to `None`:
                 `print`.
 
         Raises:
@@ -248,11 +250,11 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
 
     @contextlib.contextmanager
     def rank_scope(self, rank: Rank) -> Iterator[Self]:
-        """Sets the rank for the time of a `with` block.
+        """Sets the rank within a `with` block.
 
-        Takes and raises what `set_rank` does. Within a training step, a loss
-        or a function that JAX differentiates or compiles, it is for calls of
-        the model alone.
+        It takes what `set_rank` takes, and raises the same errors. Within a
+        training step, a loss or a function that JAX differentiates or compiles,
+        the rank applies only to calls of the model.
 
         Example:
 
@@ -266,7 +268,7 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
             with adaptation.overridden(adaptation.gates_at(rank)):
                 yield self
             return
-        # A graph of TensorFlow has no values to look at.
+        # In a TensorFlow graph, there are no values to check.
         with contextlib.suppress(NotImplementedError):
             adaptation.warn_of_cut(rank)
         with adaptation.at(rank):
@@ -284,20 +286,21 @@ class DyLoRAModel(KeptInFiles, WithAdapters, Trains, keras.Model):
     ) -> None:
         """Quantizes the base model; the adapters stay in float32.
 
-        Layers that are trained in full, such as a task head, are left out: no
-        gradient reaches an integer kernel.
+        Layers that are trained in full, such as a task head, are left out, as
+        no gradient reaches an integer kernel.
 
         Args:
-            mode: `"int8"` or `"int4"`. Defaults to `None`, that of `config`.
-            config: as in `keras.Model.quantize`, like what follows. Defaults
-                to `None`, Keras's default for the mode.
+            mode: `"int8"` or `"int4"`. Defaults to `None`: the mode of
+                `config`.
+            config: as in `keras.Model.quantize`. Defaults to `None`: Keras's
+                default for the mode.
             filters: str, list of str, or callable of a layer. Which layers to
-                quantize. Defaults to `None`, all.
-            **kwargs: the further ones.
+                quantize, as in `keras.Model.quantize`. Defaults to `None`: all.
+            **kwargs: as in `keras.Model.quantize`.
 
         Raises:
-            TypeError: if `filters` is something else.
-            ValueError: if the mode is another one, or a layer is quantized
+            TypeError: if `filters` has another type.
+            ValueError: if the mode is another one, or if a layer is quantized
                 already.
 
         Example:

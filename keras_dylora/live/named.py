@@ -1,4 +1,4 @@
-"""NamedAdapters: several adapters on one base, of which one is live."""
+"""NamedAdapters: several adapters on one base, one of which is live."""
 
 import dataclasses
 import json
@@ -12,15 +12,15 @@ from keras_dylora.layers.factors import float32_array
 from keras_dylora.layers.tuned import TunedCut
 
 DEFAULT = "default"
-# What a file of weights has of the adapters that aren't live, and of the tuned
-# cuts of all.
+# Keys in a file of weights: the adapters that aren't live, the tuned cuts of
+# all adapters, and a tuning that was interrupted.
 STORE = "adapters"
 TUNED = "tuned"
 TUNING = "tuning"
 
 
 def check_name(name):
-    """Raises a `TypeError` or `ValueError` for what names no adapter."""
+    """Raises a `TypeError` or `ValueError` if a name isn't valid."""
     if not isinstance(name, str):
         raise TypeError(
             "The name of an adapter must be a string. "
@@ -35,13 +35,13 @@ class _Kept:
     """An adapter that isn't live, and where its training stopped.
 
     Args:
-        values: dict of path to tensor, of all that belongs to the adapter.
-        limit: int. Its maximum rank, or `None`, the model's.
-        ranks: list of int, at which the layers compute.
+        values: dict of path to tensor. Everything that belongs to the adapter.
+        limit: int or `None`. The maximum rank; `None` is that of the model.
+        ranks: list of int. The ranks that the layers compute at.
         cuts: list of `TunedCut`.
-        state: list of tensors, of its place in the rank sequence.
-        optimizer: the one that trained it, or `None`.
-        slots: list of tensors, what that kept.
+        state: list of tensors. The place in the rank sequence.
+        optimizer: the optimizer that trained the adapter, or `None`.
+        slots: list of tensors. The state of that optimizer.
     """
 
     values: dict
@@ -56,18 +56,18 @@ class _Kept:
 class NamedAdapters:
     """The adapters of a model by name: one in its variables, others beside.
 
-    To change it is to assign values, so nothing is traced again, and a step
-    knows of no other. Each has its own head, rank up to the maximum, place in
-    the rank sequence and optimizer state.
+    To make another one live, its values are assigned to the variables. So
+    nothing is traced again, and a step sees only one adapter. Each adapter has
+    its own head, maximum rank, place in the rank sequence and optimizer state.
     """
 
     def __init__(self, adaptation):
         self.adaptation = adaptation
         self.active = DEFAULT
-        self.limit = None  # the live one's maximum rank, if below the model's
-        self.cuts = []  # the `TunedCut`s of the live one
+        self.limit = None  # the live adapter's maximum rank, if it is lower
+        self.cuts = []  # the `TunedCut`s of the live adapter
         self.tuning = ()  # where a `fit` was interrupted that tuned them
-        self._kept = {DEFAULT: None}  # `None` is in the variables
+        self._kept = {DEFAULT: None}  # `None` is the live adapter
 
     @property
     def names(self):
@@ -75,7 +75,7 @@ class NamedAdapters:
 
     @property
     def max_rank(self):
-        """int. The maximum rank of the live one."""
+        """int. The maximum rank of the live adapter."""
         return self.max_rank_of(self.active)
 
     def max_rank_of(self, name):
@@ -97,22 +97,22 @@ class NamedAdapters:
         return dict(zip(self.adaptation.layers, kept.ranks, strict=True))
 
     def values_of(self, name, tree):
-        """Dict of path to the value of all that belongs to an adapter."""
+        """Dict of path to the value of everything that an adapter has."""
         kept = self._kept[name]
         return self._own(tree) if kept is None else kept.values
 
     @property
     def is_plain(self):
-        """Whether there is but one, as before there were names."""
+        """Whether there is one adapter, without a name or a lower maximum."""
         return self.names == [DEFAULT] and self.limit is None
 
     @property
     def are_tuned(self):
-        """Whether one has tuned cuts."""
+        """Whether any adapter has tuned cuts."""
         return any(map(self.cuts_of, self._kept))
 
     def add(self, name, tree):
-        """Makes a fresh one live, with the head of the one that was."""
+        """Adds a fresh adapter with the live one's head, and makes it live."""
         self.check_free(name)
         self.adaptation.settle(tree)
         self.adaptation.open = False
@@ -130,7 +130,7 @@ class NamedAdapters:
         self._change(name, _Kept(values, None, ranks, [], state), tree)
 
     def check_free(self, name):
-        """Raises what `check_name` does, or if there is one of the name."""
+        """Raises what `check_name` raises, and also if the name is taken."""
         check_name(name)
         if name in self._kept:
             raise ValueError(
@@ -139,14 +139,14 @@ class NamedAdapters:
             )
 
     def activate(self, name, tree):
-        """Makes another one live."""
+        """Makes another adapter live."""
         self._check_known(name)
         if name != self.active:
             self.adaptation.settle(tree)
             self._change(name, self._kept[name], tree)
 
     def delete(self, name):
-        """Forgets one that isn't live."""
+        """Deletes an adapter that isn't live."""
         self._check_known(name)
         if name == self.active:
             raise ValueError(
@@ -156,7 +156,7 @@ class NamedAdapters:
         del self._kept[name]
 
     def rename(self, name):
-        """Gives the live one another name."""
+        """Gives the live adapter another name."""
         self._kept = {
             name if old == self.active else old: kept
             for old, kept in self._kept.items()
@@ -164,14 +164,14 @@ class NamedAdapters:
         self.active = name
 
     def join(self, tree):
-        """Gives each of the others its own value of what belongs to one now."""
+        """Gives the other adapters their own copies of what was added."""
         own = self._own(tree)
         for kept in filter(None, self._kept.values()):
             more = {p: _copy(v) for p, v in own.items() if p not in kept.values}
             kept.values |= more
 
     def check_alone(self, change):
-        """Raises a `ValueError` if a change would leave others behind."""
+        """Raises a `ValueError` if a change would leave adapters behind."""
         if len(self._kept) > 1 or self.limit is not None:
             raise ValueError(
                 f"{change} needs a model with one adapter, of its maximum "
@@ -213,7 +213,7 @@ class NamedAdapters:
 
     def _put(self, kept, own):
         _replace([*own.values()], [kept.values[path] for path in own])
-        self.limit = None  # the ranks are within the new one
+        self.limit = None  # the new ranks may be above the old limit
         layers = self.adaptation.layers
         self.adaptation.set_tuned_cuts(kept.cuts)
         self.adaptation.set_ranks(dict(zip(layers, kept.ranks, strict=True)))
@@ -233,11 +233,11 @@ class NamedAdapters:
         optimizer = getattr(self.adaptation.model, "optimizer", None)
         return optimizer if optimizer is not None and optimizer.built else None
 
-    # In a file, with the model's own weights. An optimizer's state is that of
-    # the live one alone.
+    # In a file, the adapters are among the model's own weights. Only the
+    # optimizer state of the live adapter is saved.
 
     def save(self, store, tree):
-        """Puts what isn't in the variables into a store of arrays."""
+        """Puts everything that isn't in variables into a store of arrays."""
         self._save_cuts(store)
         if self.is_plain:
             return
@@ -259,9 +259,10 @@ class NamedAdapters:
                 store[f"{STORE}_{i}_{j}"] = float32_array(value)
 
     def load(self, stored, tree):
-        """Takes what `save` put there out of a dict of arrays.
+        """Takes what `save` stored out of a dict of arrays.
 
-        A file of one adapter is of the live one, at the maximum rank.
+        A file without names has one adapter, at the maximum rank. It becomes
+        the live one.
         """
         self._load_adapters(stored, tree)
         self._load_cuts(stored)

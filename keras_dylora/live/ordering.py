@@ -1,4 +1,4 @@
-"""order_ranks: columns in the order of their weight, so that a cut is good."""
+"""order_ranks: columns sorted by their weight, so that every cut is good."""
 
 import dataclasses
 import warnings
@@ -10,19 +10,19 @@ from keras_dylora.live.model import Model, adaptation_of
 
 
 def order_ranks(model: Model) -> Model:
-    """Puts the columns of every adapter in the order of their weight, in place.
+    """Sorts the columns of every adapter by their weight, in place.
 
-    Of all adapters of a lower rank, the first columns are then the one that is
-    closest to the whole (Eckart and Young). So a LoRA that was trained at one
-    rank can be used at each: `order_ranks`, then `set_rank`, `truncate` or
-    `evaluate_ranks`. What the model computes at the maximum rank stays, and
-    what the optimizer keeps for the columns is turned with them.
+    Then the first `b` columns are the adapter of rank `b` that is closest to
+    the whole (Eckart and Young). So a LoRA that was trained at one rank can be
+    used at every lower rank: call `order_ranks`, then `set_rank`, `truncate` or
+    `evaluate_ranks`. The outputs at the maximum rank stay the same, and so do
+    those at ranks that `tune_ranks` tuned. The state that the optimizer keeps
+    for the columns is transformed with them.
 
-    At a rank that `tune_ranks` tuned, the model computes what it did.
-
-    Lower ranks are at the scale of the maximum then: `scaling` becomes
-    `"constant"`. Within `full_rank_steps` it ends them, and `scaling` stays;
-    `fit` does so by itself, a training loop of your own calls this.
+    Lower ranks then have the scale of the maximum rank: `scaling` becomes
+    `"constant"`. During `full_rank_steps`, the call ends these steps, and
+    `scaling` stays as it is. `fit` makes this call itself; a training loop of
+    your own must make it.
 
     Args:
         model: an enabled model or a `DyLoRAModel`.
@@ -34,8 +34,8 @@ def order_ranks(model: Model) -> Model:
         ValueError: if the model isn't enabled, or an adapter isn't finite.
 
     Warns:
-        UserWarning: if lower ranks of the model, at which it may have been
-            trained, are scaled otherwise. What they compute is lost.
+        UserWarning: if the model may have been trained at lower ranks with
+            another scaling. What it computed at these ranks is lost.
 
     Example:
 
@@ -69,9 +69,9 @@ def order_ranks(model: Model) -> Model:
         warnings.warn(
             "Columns are ordered for one scale at all ranks. What this model "
             f"computed at ranks {config.min_rank}..{config.rank - 1}, if it "
-            "was trained at them, is lost; the maximum is as it was. "
-            "Train with `scaling='constant'`, or at lower ranks after the "
-            f"order only. Received: scaling={config.scaling!r}",
+            "was trained at them, is lost; the maximum rank is unchanged. "
+            "Train with `scaling='constant'`, or train lower ranks only after "
+            f"the order. Received: scaling={config.scaling!r}",
             stacklevel=2,
         )
     config = after

@@ -1,4 +1,4 @@
-"""How Keras sees a live model as a plain one, for a while."""
+"""How Keras sees a live model as a plain one for a while."""
 
 import contextlib
 
@@ -10,17 +10,17 @@ from keras_dylora.live.saving import with_whole_configs
 
 
 def flags(tree):
-    """The model, its layers and its variables, with their `trainable`."""
-    # Layers first: setting theirs sets their variables' too.
+    """The model, its layers and its variables, each with its `trainable`."""
+    # Layers first, as the flag of a layer also sets those of its variables.
     items = [*tree.every.values(), *tree.model.variables]
     return [(x, x.trainable) for x in items]
 
 
 def restore(flags):
-    """Sets what `flags` gave."""
+    """Sets the flags that `flags` returned."""
     for item, trainable in flags:
         if isinstance(item, keras.Model):
-            # Past the setter of a `DyLoRAModel`, which sets what is below.
+            # Not by the setter of a `DyLoRAModel`, which also sets the layers.
             keras.Layer.trainable.fset(item, trainable)
         else:
             item.trainable = trainable
@@ -28,7 +28,7 @@ def restore(flags):
 
 @contextlib.contextmanager
 def as_original(instances):
-    """Within it, upgraded layers and models are of their original classes.
+    """Gives layers and models their original classes within a `with` block.
 
     The variables of the adapters stay where they are.
     """
@@ -44,7 +44,7 @@ def as_original(instances):
 
 @contextlib.contextmanager
 def _as_float(layers):
-    """Within it, configs describe quantized layers as what they were."""
+    """In a `with` block, configs describe quantized layers as float ones."""
     changed = []
     try:
         for layer in layers:
@@ -66,15 +66,15 @@ def _as_float(layers):
 
 @contextlib.contextmanager
 def as_plain(tree, whole=False):
-    """Within it, Keras describes a model as one without DyLoRA.
+    """Makes Keras describe a model without DyLoRA, within a `with` block.
 
-    As it was before `enable_dylora`: the classes, what was trainable,
-    uncompiled.
+    The model is as it was before `enable_dylora`, with its classes and its
+    `trainable` flags, but isn't compiled.
 
     Args:
         tree: `Tree` of the `DyLoRAModel`.
-        whole: bool. Whether what was built by hand is plain too: layers, and
-            models within; and quantized layers are the float ones they were.
+        whole: bool. Whether hand-built layers, and models within the model, are
+            plain too, and quantized layers are the float layers that they were.
             Defaults to `False`.
     """
     model, adaptation = tree.model, tree.model._dylora

@@ -1,4 +1,4 @@
-"""Probes: what two models make of the same few inputs, compared."""
+"""Probes: the outputs of two models for the same few inputs, compared."""
 
 import keras
 import numpy as np
@@ -7,8 +7,9 @@ from keras import ops
 from keras_dylora.layers.tree import Tree
 from keras_dylora.live.inputs import Inputs
 
-# The largest difference for outputs up to 1, by the coarsest number format
-# on the way: parameters, computation, or the matrix units of a GPU or TPU.
+# The largest difference for outputs up to 1, by the coarsest number format in
+# use: of parameters, of the computation, or of the matrix units of a GPU or
+# TPU.
 TOLERANCES = {
     "float32": 1e-5,
     "accelerator": 1e-2,
@@ -19,13 +20,16 @@ TOLERANCES = {
 
 
 def tolerance(model, dtype=None):
-    """The largest of a model's, whose parameters another stores in a dtype."""
+    """The largest difference that is allowed for a copy of a model.
+
+    `dtype` is that of the copy's parameters.
+    """
     layers = Tree(model).every.values()
     found = {"float32", dtype or "float32"}
     found |= {x.compute_dtype for x in layers} & set(TOLERANCES)
     if any(getattr(x, "quantization_mode", None) for x in layers):
         found.add("quantized")
-    # GPUs and TPUs may multiply in a shorter format; an artifact is run on
+    # GPUs and TPUs may multiply in a shorter format, but an artifact is run on
     # the CPU.
     device = model.weights[0].value.device
     if "cpu" not in str(device).lower():
@@ -42,20 +46,20 @@ def compare(expected, received, tolerance):
     expected = np.asarray(expected, "float64")
     with np.errstate(invalid="ignore"):
         difference = np.abs(expected - np.asarray(received, "float64"))
-    # Infinite ones too.
+    # Equal infinities don't differ.
     difference = np.where(expected == received, 0.0, difference)
     scale = max(1.0, np.abs(expected).max(initial=0.0))
     return float(difference.max(initial=0.0)), tolerance * scale
 
 
 def outputs(model, inputs, tensors):
-    """Outputs of a model as a dict of arrays, from a dict of arrays."""
+    """The outputs of a model as a dict of arrays, for a dict of arrays."""
     tensors = {k: ops.convert_to_tensor(v) for k, v in tensors.items()}
     return arrays(model(inputs.pack(tensors), training=False))
 
 
 def arrays(outputs):
-    """A dict of arrays, from one of tensors or a structure without names."""
+    """A dict of arrays, from a dict or another structure of tensors."""
     if not isinstance(outputs, dict):
         flat = keras.tree.flatten(outputs)
         outputs = {f"output_{i}": x for i, x in enumerate(flat)}
@@ -71,17 +75,18 @@ def _array(tensor):
 def check_merged(model, merged, ranks):
     """Raises a `RuntimeError` if a merged model differs from the live one.
 
-    On one made-up example, which changes no state of either. What can't be
-    called so, or is random, passes.
+    The models are compared on one made-up example, which changes no state of
+    either. A model passes if it can't be called on it, or if its outputs are
+    random.
     """
     with model._dylora.at(ranks), keras.StatelessScope():
         try:
             inputs = Inputs.of(model)
             tensors = inputs.samples(model, 1)
             live = outputs(model, inputs, tensors)
-        except Exception:  # not inputs that it takes
+        except Exception:  # the model doesn't take these inputs
             return
-        # A kernel is rounded once more, or isn't quantized any more.
+        # A merged kernel is rounded once more, or isn't quantized any more.
         most = max(1e-4, 2 * tolerance(model))
         found = outputs(merged, inputs, tensors)
         for name, expected in live.items():
@@ -92,8 +97,8 @@ def check_merged(model, merged, ranks):
             if np.array_equal(again, expected):
                 raise RuntimeError(
                     "A merged model must compute what the live one does. If "
-                    "another layer reads the kernel of an adapted one (tied "
-                    "weights), leave that out of `target_layers`. Received: a "
+                    "another layer reads an adapted kernel (tied weights), "
+                    "leave its layer out of `target_layers`. Received: a "
                     f"difference of {difference:.3g} in {name!r} of "
                     f"{model.name}, above {limit:.3g}"
                 )

@@ -1,4 +1,4 @@
-"""Quantized bases: quantizing under the adapters, and back to float."""
+"""Quantized bases: quantization below the adapters, and back to float."""
 
 import re
 
@@ -12,12 +12,12 @@ MODES = ("int8", "int4")
 
 
 def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
-    """Lets Keras quantize a model, whose adapters stay as they are.
+    """Lets Keras quantize the base of a model; its adapters stay as they are.
 
     Args:
-        tree: `Tree` of the model. What is trained in full is left out.
-        keras_quantize: the `quantize` method that Keras has for the model.
-        mode: as in `DyLoRAModel.quantize`, like what follows.
+        tree: `Tree` of the model. Layers that are trained in full are left out.
+        keras_quantize: Keras's own `quantize` method of the model.
+        mode: as in `DyLoRAModel.quantize`. So are the arguments below.
     """
     wanted = getattr(config, "mode", None) if mode is None else mode
     if wanted not in MODES:
@@ -28,18 +28,18 @@ def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
     chosen = _as_predicate(filters)
     layers = tree.adapted.values()
     adapted = {id(layer): layer.takes_quantized for layer in layers}
-    # Also those that a flag freezes for a while.
+    # Including those that a flag freezes for a while.
     in_full = {id(tree.every[path]) for path in tree.model._dylora.spec.trained}
 
     def frozen_and_chosen(layer):
-        # Keras refuses a tokenizer that hasn't run, and warns of each layer
-        # that it has no quantized form for.
+        # Keras raises an error for a tokenizer that hasn't run, and warns of
+        # each layer without a quantized form.
         if type(layer).quantize is keras.Layer.quantize:
             return False
         trained = id(layer) in in_full or layer.trainable_variables
         return adapted.get(id(layer), not trained) and chosen(layer)
 
-    # Keras quantizes layers that are exactly its own.
+    # Keras quantizes only layers of exactly its own classes.
     with as_original(layers):
         quantized = [
             layer.name
@@ -47,7 +47,7 @@ def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
             if getattr(layer, "quantization_mode", None) is not None
             and frozen_and_chosen(layer)
         ]
-        if quantized:  # Keras would stop there, half-way.
+        if quantized:  # Keras would stop half-way.
             raise ValueError(
                 "A layer can be quantized once. Received: quantized layers "
                 f"{quantized}"
@@ -56,7 +56,7 @@ def quantize_base(tree, keras_quantize, mode, config, filters, **kwargs):
 
 
 def _as_predicate(filters):
-    """The filters that Keras takes, as a function of a layer."""
+    """Turns the filters that Keras takes into a function of a layer."""
     if filters is None:
         return lambda layer: True
     if callable(filters):
@@ -79,7 +79,7 @@ def float_kernel(layer):
         return kernel
     scale = float32_array(layer.kernel_scale)
     if layer.quantization_mode == "int8":
-        # The scale is laid out as the layer's output is.
+        # The scale has the axes of the layer's output.
         geometry = layer.geometry_of(layer)
         return kernel / geometry.kernel(np.reshape(scale, (1, -1)))
     rows = np.reshape(kernel, (-1, scale.shape[-1]))

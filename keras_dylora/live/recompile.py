@@ -1,4 +1,4 @@
-"""Compiling a model as another one, and anew after a change."""
+"""Compiling a model like another one, or again after a change."""
 
 import contextlib
 import inspect
@@ -11,7 +11,7 @@ from keras_dylora import _keras
 def compile_as(model, other):
     """Compiles a model as a live one is, with an optimizer of its own.
 
-    Nothing is serialized, so that a loss function needn't be registered.
+    Nothing is serialized, so a loss function needn't be registered.
     """
     arguments = _keras.compile_arguments(other)
     optimizer = other.optimizer
@@ -25,7 +25,7 @@ def compile_as(model, other):
         )
     if not _compile(model, arguments, optimizer and optimizer.built):
         keras.Model.compile_from_config(model, other.get_compile_config())
-    if hasattr(other, "sampler"):  # of a KerasHub `CausalLM`
+    if hasattr(other, "sampler"):  # a KerasHub `CausalLM`
         model.sampler = _fresh(other.sampler)
 
 
@@ -34,10 +34,11 @@ def _fresh(stateful):
 
 
 def compile_from(model, config):
-    """Compiles a model as the one whose `get_compile_config` this is.
+    """Compiles a model with the `get_compile_config` of another one.
 
-    Keras leaves a model with a `compile` of its own uncompiled, and so every
-    KerasHub task; its `fit` would go on with another optimizer.
+    Keras doesn't compile a model whose class has its own `compile`, which
+    includes every KerasHub task. Its `fit` would continue with another
+    optimizer.
     """
     config = _keras.settled_jit(config)
     build_optimizer = config.pop("optimizer_built", True)
@@ -53,10 +54,10 @@ def compile_from(model, config):
 
 
 def _compile(model, arguments, build_optimizer):
-    """Returns whether the `compile` of the model takes the arguments.
+    """Compiles a model; returns whether its `compile` takes the arguments.
 
-    One of a class's own may take others, or hand them on with its own. Keras
-    leaves such a model uncompiled then, and warns.
+    A class's own `compile` may take other arguments, or pass them on with its
+    own. Keras then leaves the model uncompiled, and warns.
     """
     try:
         inspect.signature(model.compile).bind(**arguments)
@@ -76,10 +77,10 @@ def _compiles_itself(model):
 
 @contextlib.contextmanager
 def uncompiled(model):
-    """Within it, a model, and each in it, is described without what it was
-    compiled with.
+    """Describes a model and the models in it as uncompiled, in a `with` block.
 
-    That may hold functions and schedules that can't be serialized.
+    What they were compiled with may hold functions and schedules that can't be
+    serialized.
     """
     compiled = [each for each in _keras.submodels(model) if each.compiled]
     try:
@@ -92,8 +93,7 @@ def uncompiled(model):
 
 
 def reset_functions(model):
-    """Drops the compiled functions of the model, and of those in it, as they
-    were."""
+    """Drops the compiled functions of a model and of the models in it."""
     for each in _keras.submodels(model):
         for name in ("train", "test", "predict", "generate"):
             if getattr(each, f"{name}_function", None) is not None:
@@ -103,7 +103,7 @@ def reset_functions(model):
 def new_optimizer(model):
     """The model's optimizer without its state, or `None` if it has none.
 
-    Made before a change of the model: an optimizer may not be able to.
+    It is made before a change of the model, as making it may fail.
     """
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or not optimizer.built:
@@ -112,7 +112,7 @@ def new_optimizer(model):
 
 
 def reset_compiled(model, optimizer):
-    """Drops functions and optimizer state of the model as it was.
+    """Drops the compiled functions of a model, and replaces its optimizer.
 
     `optimizer` is what `new_optimizer` returned before the change.
     """

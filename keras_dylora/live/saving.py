@@ -1,4 +1,4 @@
-"""What a file of an enabled model has beside Keras's own."""
+"""The parts of an enabled model's file that Keras doesn't write."""
 
 import contextlib
 import functools
@@ -19,7 +19,8 @@ NO_HDF5 = (
 def check_savable(tree):
     """Raises a `ValueError` if a file of an enabled model couldn't be loaded.
 
-    With Keras's own LoRA beside, or with values in the place of weights.
+    Such a model has Keras's own LoRA in it, or a graph that holds the values of
+    weights.
     """
     check_constants(tree.model)
     lora = [
@@ -35,9 +36,9 @@ def check_savable(tree):
 def check_quantized(tree):
     """Raises a `ValueError` if no config tells that a layer is quantized.
 
-    A model of a class of its own makes the layers anew as floats, and can't
-    take the integers of the file (Keras 3.15). To be called where configs are
-    those of the plain model.
+    A model of a custom class makes its layers anew, as float layers, which
+    can't take the integers of the file (Keras 3.15). Call this while the
+    configs are those of the plain model.
     """
     configs = {}
 
@@ -50,7 +51,7 @@ def check_quantized(tree):
             if id(layer) not in configs:
                 configs[id(layer)] = layer.get_config()
             config = configs[id(layer)]
-            # Keras's own containers hold the configs of the layers within.
+            # Keras's own containers have the configs of their layers.
             if "layers" not in config:
                 return "source_name" in str(config)
         return True
@@ -70,10 +71,10 @@ def check_quantized(tree):
 
 @contextlib.contextmanager
 def with_whole_configs(model):
-    """Within it, the config of a KerasHub model names all its arguments.
+    """Makes the configs of KerasHub models complete, within a `with` block.
 
-    Some classes forget one (0.32: Llama's `tie_word_embeddings`, the
-    `head_dtype` of image classifiers), so that a copy would have other weights.
+    Some classes forget an argument (0.32: Llama's `tie_word_embeddings`, the
+    `head_dtype` of image classifiers), so a copy would have other weights.
     """
     named = [x for x in _keras.submodels(model) if hasattr(x, "save_to_preset")]
     for each in named:
@@ -98,13 +99,13 @@ def _whole_config(model, get_config):
     return config
 
 
-# In a file, a model's own weights have numbers. The next are of the place in
-# the rank sequence and of the open columns, in frozen mode, or of whether steps
-# are at the maximum rank, with `full_rank_steps`.
+# In a file, a model's own weights have numbers. The next number is the place in
+# the rank sequence. One more follows in frozen mode, for the open columns, and
+# with `full_rank_steps`, for whether steps are at the maximum rank.
 
 
 def save_state(tree, store):
-    """Puts what Keras doesn't save into the store of a model's own weights."""
+    """Stores what Keras doesn't save with a model's own weights."""
     model = tree.model
     own = len(_keras.own_weights(model))
     for i, variable in enumerate(model._dylora.state.values()):
@@ -116,9 +117,9 @@ def save_state(tree, store):
 
 
 def load_state(tree, store):
-    """Takes what `save_state` put there; returns the rest, for Keras.
+    """Takes out what `save_state` stored; returns the rest, for Keras.
 
-    Raises a `ValueError` if the store is of a model that wasn't enabled.
+    Raises a `ValueError` if the store is that of a model that wasn't enabled.
     """
     model, stored = tree.model, {k: store[k] for k in store.keys()}
     own, states = len(_keras.own_weights(model)), _seed_states(model)
@@ -139,14 +140,15 @@ def load_state(tree, store):
     if seeds.keys() == states.keys():
         for name, variable in states.items():
             variable.assign(seeds[name])
-    # Else with another dropout: its random numbers start anew, as Keras's.
+    # Otherwise the dropout differs, and its random numbers start anew, as in
+    # Keras.
     return stored
 
 
 def _seed_states(model):
-    """States of the layers' seed generators, which Keras doesn't save.
+    """The states of the layers' seed generators, which Keras doesn't save.
 
-    Without them, a run with dropout can't resume where it stopped.
+    Without them, a run with dropout couldn't resume where it stopped.
     """
     adaptation = model._dylora
     skip = [*model.weights, *adaptation.state.values()]

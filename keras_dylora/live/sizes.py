@@ -1,4 +1,4 @@
-"""What was done to a model, in a line and in tables; its sizes by rank."""
+"""Summaries of an adapted model: a line, tables, and its sizes by rank."""
 
 import math
 
@@ -10,13 +10,14 @@ from keras_dylora.layers.kinds import LINEAR, matrix_shape
 from keras_dylora.ranks import by_layer
 from keras_dylora.tables import text
 
-BYTES = 4  # of a float32; all that is trained is of those
+BYTES = 4  # of a float32, which everything that is trained is
 
 
 def parameters(model, rank):
-    """The number of trained parameters at a rank, or one for each layer.
+    """The number of trained parameters at a rank, or at a rank for each layer.
 
-    Columns and rows of the adapters up to it, and all that is trained in full.
+    It counts the columns and rows of the adapters up to the rank, and all that
+    is trained in full.
     """
     layers = model._dylora.layers
     ranks = by_layer(rank, {path: x.rank for path, x in layers.items()})
@@ -28,7 +29,7 @@ def parameters(model, rank):
 
 
 def announcement(tree, targets):
-    """A line on what `enable_dylora` did to a model, by its `Targets`."""
+    """A line on what `enable_dylora` did to a model, with its `Targets`."""
     model, adapted = tree.model, targets.adapted
     config, spec = model.dylora_config, model._dylora.spec
     linear = [
@@ -36,7 +37,7 @@ def announcement(tree, targets):
         for path, layer in tree.layers.items()
         if path in adapted or isinstance(layer, LINEAR)
     ]
-    # Custom weights count: experts, for one, are no `Dense` layers.
+    # Custom weights count too: experts, for example, aren't `Dense` layers.
     adapters = {id(v) for x in adapted.values() for v in (x.down, x.up)}
     body = sum(
         math.prod(v.shape)
@@ -70,7 +71,7 @@ def announcement(tree, targets):
 
 
 def tables(model):
-    """The adapted layers of a model, and its sizes by rank, as text."""
+    """Tables of the adapted layers and of the sizes by rank, as text."""
     layers = Table(box=box.SIMPLE_HEAD)
     layers.add_column("adapted layer", overflow="fold")
     for name in ("matrix", "rank", "parameters"):

@@ -1,4 +1,4 @@
-"""Spec: what of a model is trained, by path; the one place that says so."""
+"""Spec: what is trained in a model, by path; the one place that decides it."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,21 +13,20 @@ from keras_dylora.layers.tree import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What of a model is trained, by path. What it doesn't name is frozen.
+    """The parts of a model that are trained, by path. All others are frozen.
 
-    A layer that is trained in full brings its statistics, such as moving
-    averages: training changes them, so they belong to the adapter. A layer
-    that is adapted too doesn't.
+    A layer that is trained in full includes its statistics, such as moving
+    averages: training changes them, so they belong to the adapter. A layer that
+    is adapted doesn't include them.
 
-    A flag of the user's doesn't change a spec: a layer that is frozen for a
-    while still belongs to the adapter. `joined` takes in what the user made
-    trainable besides.
+    The user's flags don't change a spec: a layer that is frozen for a while
+    still belongs to the adapter. `joined` adds what the user made trainable.
 
     Args:
         adapted: dict of layer path to `AdapterArguments`, in forward order.
-        trained: dict of layer path to the names of the layer's own weights
-            that are trained in full. It has none of a layer that has
-            statistics alone.
+        trained: dict of layer path to the names of the layer's own weights that
+            are trained in full. There are no names if only the statistics of
+            the layer belong to the adapter.
     """
 
     adapted: dict[str, AdapterArguments]
@@ -37,14 +36,14 @@ class Spec:
     def of(
         cls, tree: Tree, adapted: dict, weights: Iterable, whole: Iterable = ()
     ) -> Self:
-        """The spec of what is chosen.
+        """The spec of chosen layers and weights.
 
         Args:
             tree: `Tree` of the model.
             adapted: dict of layer path to `AdapterArguments`.
             weights: the variables that are trained in full.
-            whole: paths of layers whose statistics are chosen, and those of
-                the layers in them, whatever else is trained there.
+            whole: paths of layers. Their statistics, and those of the layers in
+                them, are included whatever else is trained there.
         """
         ids = {id(v) for v in weights}
         inside = {id(x) for p in whole for x in tree.below(tree.every[p])}
@@ -58,10 +57,10 @@ class Spec:
 
     @classmethod
     def of_flags(cls, tree: Tree) -> Self:
-        """The spec of a hand-built model, which its flags say.
+        """The spec that the flags of a hand-built model describe.
 
-        A layer is trainable also for the sake of what is in it, so statistics
-        alone count where a layer has none in it.
+        A layer is also trainable if only layers in it are. So statistics alone
+        count only in a layer without others in it.
         """
         adapted = tree.adapted
         arguments = {p: AdapterArguments.of(x) for p, x in adapted.items()}
@@ -78,7 +77,7 @@ class Spec:
         return cls(arguments, trained)
 
     def joined(self, tree: Tree) -> Self:
-        """The spec with what the flags of the model say besides."""
+        """The spec, with everything else that the model's flags let train."""
         trained = dict(self.trained)
         for path, names in self.of_flags(tree).trained.items():
             known = trained.get(path, ())
@@ -86,7 +85,7 @@ class Spec:
         return dataclasses.replace(self, trained=trained)
 
     def with_weight(self, path: str, name: str) -> Self:
-        """The spec with a weight of a layer that is trained in full too."""
+        """The spec, with one more weight of a layer trained in full."""
         names = (*self.trained.get(path, ()), name)
         trained = {**self.trained, path: tuple(dict.fromkeys(names))}
         return dataclasses.replace(self, trained=trained)
@@ -94,7 +93,7 @@ class Spec:
     def with_config(self, config: Any) -> Self:
         """The spec after a model got another `DyLoRAConfig`.
 
-        Each layer keeps its own dropout, and a lower maximum rank.
+        Each layer keeps its own dropout, and its maximum rank if it is lower.
         """
         arguments = AdapterArguments.of(config)
         adapted = {
@@ -110,11 +109,11 @@ class Spec:
         return self._trained_and_statistics(tree)[0]
 
     def statistics(self, tree: Tree) -> dict[str, keras.Variable]:
-        """What training changes beside them without a gradient, by path."""
+        """The variables that training changes without a gradient, by path."""
         return self._trained_and_statistics(tree)[1]
 
     def head(self, tree: Tree) -> dict[str, keras.Variable]:
-        """All that an adapter has besides its factors, by path."""
+        """Everything that an adapter has besides its factors, by path."""
         full, statistics = self._trained_and_statistics(tree)
         return full | statistics
 
@@ -133,7 +132,7 @@ class Spec:
         )
 
     def own(self, tree: Tree) -> dict[str, keras.Variable]:
-        """All that belongs to an adapter, by path, in the order of a file."""
+        """Everything that belongs to an adapter, by path, in a file's order."""
         factors = {
             f"{path}/{side}": getattr(tree.layers[path], side)
             for path in self.adapted
@@ -142,14 +141,14 @@ class Spec:
         return factors | self.head(tree)
 
     def apply(self, tree: Tree) -> None:
-        """Leaves trainable what the spec names, and nothing else."""
+        """Makes trainable what the spec names, and nothing else."""
         layers = [tree.layers[path] for path in self.adapted]
         keep = {id(v) for x in layers for v in (x.down, x.up)}
         keep |= {id(v) for v in self.full(tree).values()}
         named = {id(tree.every[p]) for p in [*self.adapted, *self.trained]}
-        # Past the setter of a `DyLoRAModel`, which calls this.
+        # Not by the setter of a `DyLoRAModel`, which calls this.
         keras.Layer.trainable.fset(tree.model, True)
-        for layer in tree.layers.values():  # parents first: they set theirs
+        for layer in tree.layers.values():  # parents first: they set the rest
             layer.trainable = any(id(x) in named for x in tree.below(layer))
         for weight in tree.model.weights:
             weight.trainable = id(weight) in keep
@@ -157,7 +156,7 @@ class Spec:
     def get_config(self, tree: Tree) -> dict[str, Any]:
         """The spec for a file, with the places of the layers.
 
-        Keras numbers layers without a name anew in each process.
+        Places are needed, as Keras numbers unnamed layers anew in each process.
         """
         place = {path: i for i, path in enumerate(tree.every)}
         return {
@@ -173,7 +172,7 @@ class Spec:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], tree: Tree) -> Self:
-        """Undoes `get_config`, by the paths that the layers have now."""
+        """Undoes `get_config`, with the current paths of the layers."""
         paths = list(tree.every)
         adapted = {}
         for entry in config["adapted"].values():

@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted, and which are trained in full."""
+"""The layers of a model that are adapted, and those trained in full."""
 
 import dataclasses
 import re
@@ -19,13 +19,13 @@ from keras_dylora.live.calls import never_called
 from keras_dylora.live.tokens import TokenRows, find_tokens
 
 ALL_LINEAR, ALL_CONV = "all-linear", "all-conv"
-# In KerasHub's families; fused projections too.
+# The names in KerasHub's families, including fused projections.
 QUERY_AND_VALUE = (
     r"(query|value|receptance)(_dense|_projection|_proj|_projector)?"
     r"|[qv]_proj(_dense|_projection)?|[qv]_dense_layer"
     r"|(attention_|in_proj_)?qkv(_proj)?|query_key_value"
 )
-# Which expert takes a token isn't an adapter's to change.
+# An adapter shouldn't change which expert takes a token.
 ROUTER = (
     r"(.*_)?router(_.*)?|sparse_feedforward_gate_dense"
     r"|shared_expert_gate(_dense)?"
@@ -34,14 +34,14 @@ ROUTER = (
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What `enable_dylora` adapts and trains; layers by their paths."""
+    """The layers that `enable_dylora` adapts and trains, by path."""
 
     adapted: dict
-    # Trained in full: each layer with its variables that are.
+    # Layers that are trained in full, each with its variables that are trained.
     trained: dict
-    # Linear layers that aren't adapted although they were meant, with why.
+    # Linear layers that were meant but can't be adapted, with the reason.
     left_out: dict
-    # The maximum rank of each layer that is adapted.
+    # The maximum rank of each adapted layer.
     max_ranks: dict
     tokens: TokenRows | None = None
 
@@ -49,7 +49,7 @@ class Targets:
 def find_targets(tree, config, backbone=None):
     """The `Targets` that a config names in a built model, all checked.
 
-    Raises a `ValueError` if there is none or one can't be adapted.
+    Raises a `ValueError` if there are none, or if one can't be adapted.
     """
     model, paths = tree.model, tree.layers
     backbones = _backbones(tree, backbone)
@@ -59,8 +59,8 @@ def find_targets(tree, config, backbone=None):
         for path, layer in paths.items()
         if isinstance(layer, tuple(ADAPTED_CLASSES))
     }
-    # Other layers, and what is trained in full, are adapted only if asked for
-    # by name.
+    # Layers of other kinds, and layers that are trained in full, are adapted
+    # only if they are named.
     body = {p: x for p, x in known.items() if p not in trained}
     linear = {p: x for p, x in body.items() if isinstance(x, LINEAR)}
     left_out = {}
@@ -87,8 +87,8 @@ def find_targets(tree, config, backbone=None):
     check_targets({p: x for p, x in chosen.items() if p not in unused})
     if unused:
         message = (
-            "An adapter needs a layer that the model calls; this one reads "
-            "the kernel alone, or doesn't use it. "
+            "An adapter needs a layer that the model calls; the model reads "
+            "only the kernels of these layers, or doesn't use them. "
             f"Received: {listing(unused)}"
         )
         if len(unused) == len(chosen):
@@ -105,14 +105,14 @@ def find_targets(tree, config, backbone=None):
 
 
 def _max_ranks(chosen, config):
-    """Dict of path to maximum rank, by the first pattern that matches."""
+    """Dict of path to maximum rank, from the first pattern that matches."""
     found = {}
     for pattern, rank in (config.rank_pattern or {}).items():
         named = _select(chosen, pattern, "rank_pattern")
         if named.keys() <= found.keys():
             raise ValueError(
                 "The first pattern of `rank_pattern` that matches a layer "
-                "counts, so a narrow one comes before a wide one. Received: "
+                "counts, so put narrow patterns before wide ones. Received: "
                 f"{pattern!r} after others that match its {len(named)} layers"
             )
         found = dict.fromkeys(named, rank) | found
@@ -170,7 +170,7 @@ def check_targets(chosen):
 
 
 def _select(paths, patterns, argument):
-    """The entries of `paths` that the user's patterns name, in order."""
+    """The entries of `paths` that match the user's patterns, in order."""
     if callable(patterns):
         return {p: x for p, x in paths.items() if patterns(p, x)}
     if isinstance(patterns, str):
@@ -213,7 +213,7 @@ def _matches(pattern, path, layer):
 
 
 def listing(paths):
-    """Paths for a message, the first of many."""
+    """Formats paths for a message; shows the first of many."""
     names = list(paths)
     shown = ", ".join(repr(name) for name in names[:24])
     more = len(names) - 24
@@ -221,14 +221,14 @@ def listing(paths):
 
 
 def trained_by_default(tree, backbone=None):
-    """The `Targets.trained` of a config that names no layers."""
+    """The `Targets.trained` of a config that names no trained layers."""
     return _trained_outside(tree, _backbones(tree, backbone))
 
 
 def _trained_layers(tree, backbones, config):
-    """The layers that are trained in full, each with the variables that are.
+    """The layers that are trained in full, each with its trained variables.
 
-    By default those outside of the backbones.
+    By default, these are the layers outside of the backbones.
     """
     if config.trainable_layers is None:
         return _trained_outside(tree, backbones)
@@ -240,7 +240,7 @@ def _trained_layers(tree, backbones, config):
 
 
 def _trained_outside(tree, backbones):
-    """The layers outside of backbones that aren't frozen, with variables.
+    """The unfrozen layers outside of backbones, each with its variables.
 
     Weights that a task head shares with a backbone (tied embeddings) stay
     frozen.
@@ -267,11 +267,11 @@ def _layers_of(backbone, tree):
 
 
 def _backbones(tree, backbone):
-    """The pretrained bodies within a model; what is outside is its head.
+    """The pretrained parts of a model; the rest is its head.
 
-    What the user says, a task's, or those of KerasHub that a model is built
-    around. None of a backbone itself, whose own attribute `backbone` would be
-    a part of it.
+    They are the user's `backbone`, the backbone of a task, or the KerasHub
+    backbones that a model is built around. A model that is a backbone itself
+    has none, as its own attribute `backbone` would be a part of it.
     """
     if backbone is not None:
         ids = {id(x) for x in getattr(backbone, "layers", ())}
@@ -290,7 +290,7 @@ def _backbones(tree, backbone):
 
 
 def _is_backbone(layer):
-    """Whether a layer is one of KerasHub's pretrained bodies."""
+    """Whether a layer is one of KerasHub's backbones."""
     return any(
         x.__name__ == "Backbone" and x.__module__.startswith("keras_hub.")
         for x in type(layer).__mro__
@@ -298,14 +298,14 @@ def _is_backbone(layer):
 
 
 def _warn_of_frozen_output(model, paths, adapted):
-    """Says that the last layer of a model stays frozen, which may be new."""
+    """Warns that the last layer of a model stays frozen, as it may be new."""
     *_, last = (path for path, layer in paths.items() if layer.weights)
     if last not in adapted:
         warnings.warn(
-            "Nothing but the adapters is trained: the model doesn't tell a "
-            "new head from its pretrained part. Give that part as `backbone`, "
-            f"or name the new layers in `trainable_layers`, such as [{last!r}]"
-            "; `()` says that none is new. "
+            "Nothing but the adapters is trained: the model doesn't show which "
+            "part is pretrained and which layers are new. Give the pretrained "
+            "part as `backbone`, or name the new layers in `trainable_layers`, "
+            f"such as [{last!r}]; `()` says that none is new. "
             f"Received: {model.name} with trainable_layers=None",
             stacklevel=4,
         )

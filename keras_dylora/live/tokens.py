@@ -1,4 +1,4 @@
-"""Tokens whose rows of the table are trained in full, also new ones."""
+"""Tokens whose rows of the table are trained in full, including new ones."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from keras_dylora.layers.tokens import NAME, tokens_class
 from keras_dylora.layers.tree import Tree
 
 NEW = "new"
-TABLE = "token_embedding"  # as KerasHub calls it
+TABLE = "token_embedding"  # KerasHub's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class TokenRows:
 
     Args:
         path: str. The path of the embedding.
-        tokens: tuple of int, their ids.
-        rows: int. How many rows the table has then; more than before where
-            the tokenizer has grown.
-        rows_before: int. How many it has now.
+        tokens: tuple of int. The ids of the tokens.
+        rows: int. The number of rows after enabling, which is higher than
+            before if the tokenizer has grown.
+        rows_before: int. The number of rows before enabling.
         width: int. The size of a row.
     """
 
@@ -35,35 +35,35 @@ class TokenRows:
 
     @classmethod
     def of(cls, path, layer, tokens, rows):
-        """The rows of an embedding as it is now."""
+        """The `TokenRows` of an embedding as it is now."""
         return cls(path, tokens, rows, layer.input_dim, layer.output_dim)
 
     @property
     def shape(self):
-        """The shape of what is trained."""
+        """The shape of the trained weight."""
         return len(self.tokens), self.width
 
     @property
     def weight(self):
-        """The path of what is trained."""
+        """The path of the trained weight."""
         return f"{self.path}/{NAME}"
 
     def apply(self, tree):
-        """Gives the embedding the rows; the table grows where it must."""
+        """Makes the rows of the embedding trainable; the table may grow."""
         layer = tree.layers[self.path]
         if self.rows != self.rows_before:
             _resize(tree.model, layer, self.rows)
         tokens_class(type(layer)).upgrade(layer, self.tokens)
 
     def undo(self, model, layer):
-        """Gives the embedding of a model back as it was."""
+        """Restores the embedding of a model as it was."""
         layer.downgrade()
         if self.rows != self.rows_before:
             _resize(model, layer, self.rows_before)
 
 
 def find_tokens(tree, wanted, adapted):
-    """The `TokenRows` that a config's `trainable_tokens` name, checked.
+    """The `TokenRows` of a config's `trainable_tokens`, checked.
 
     Args:
         tree: `Tree` of a model that isn't enabled.
@@ -71,8 +71,10 @@ def find_tokens(tree, wanted, adapted):
         adapted: dict whose keys are the paths of layers that get an adapter.
 
     Returns:
-        `TokenRows`, or `None` if no token is wanted. Raises a `ValueError` if
-        the model has no table for them.
+        `TokenRows`, or `None` if no token is wanted.
+
+    Raises:
+        ValueError: if the model has no table for the tokens.
     """
     if wanted is None:
         return None
@@ -102,8 +104,8 @@ def find_tokens(tree, wanted, adapted):
     if wanted == NEW:
         if rows == layer.input_dim:
             raise ValueError(
-                "`trainable_tokens='new'` are those of a tokenizer that has "
-                "more tokens than the table has rows; name the ids otherwise. "
+                "`trainable_tokens='new'` needs a tokenizer with more tokens "
+                "than the table has rows; otherwise, name the ids. "
                 f"Received: a tokenizer of {known} tokens and a table of "
                 f"{layer.input_dim} rows"
             )
@@ -138,21 +140,22 @@ def _tokens_known(model):
 
 
 def _check_growth(model, layer):
-    """Raises a `ValueError` if the size of the table is in other weights."""
+    """Raises a `ValueError` if other weights have the size of the table."""
     size, own = layer.input_dim, {id(v) for v in layer.weights}
     others = [
         v.path for v in model.weights if size in v.shape and id(v) not in own
     ]
     if others or not _sized(model, layer):
         raise ValueError(
-            "A table of tokens can grow in a model of KerasHub that has its "
-            "size as `vocabulary_size`, and in no other weight. Received: "
+            "A table of tokens can grow only in a KerasHub model with a "
+            "`vocabulary_size`, and only if no other weight has its size. "
+            "Received: "
             f"{model.name} with a table of {size} rows, and {others[:4]}"
         )
 
 
 def _sized(model, layer):
-    """What has the size of the table in its config, beside the layer."""
+    """The layers and models whose `vocabulary_size` is that of the table."""
     return [
         x
         for x in Tree(model).every.values()

@@ -16,7 +16,7 @@ from keras_dylora.live.tuning import TuningInFit
 from keras_dylora.live.untrained import warn_of_frozen, warn_of_idle
 
 if TYPE_CHECKING:
-    # What it is mixed into.
+    # The class that this one is mixed into.
     from keras import Model as _Base
 else:
     _Base = object
@@ -34,27 +34,28 @@ class Trains(_Base):
     def draw_ranks(
         self, x: Any, non_trainable_variables: Sequence[Any] | None = None
     ) -> Iterator[list[Any] | None]:
-        """For a training loop of your own: calls are at drawn ranks.
+        """Draws ranks for calls of the model in a training loop of your own.
 
         Within a `with` block, calls of the model compute what a step of `fit`
-        does: at one drawn rank, or at one for each example. The next block
-        draws the next ranks of the same sequence. `full_rank_steps` end when
-        `order_ranks` is called.
+        computes: at one drawn rank, or at one for each example. The next block
+        draws the next ranks of the same sequence. `full_rank_steps` last until
+        you call `order_ranks`.
 
         Args:
-            x: the inputs of the batch, array or structure of arrays with the
-                examples along the first axis.
-            non_trainable_variables: list of tensors, on JAX: the state that
-                `stateless_call` takes. Defaults to `None`, the variables.
+            x: the inputs of the batch: an array, or a structure of arrays, with
+                the examples along the first axis.
+            non_trainable_variables: list of tensors. The state that
+                `stateless_call` takes, for functions that JAX traces. Defaults
+                to `None`: the state is in the model's variables.
 
         Returns:
-            A context manager. It yields the state to call the model with, in
-            which the place in the rank sequence has moved on, or `None` where
-            there are variables.
+            A context manager. It yields the state to call the model with, where
+            the position in the rank sequence has advanced. It yields `None` if
+            the state is in the model's variables.
 
         Raises:
             ValueError: if the model is `frozen` or has `objective="summed"`,
-                which take more than a call, or JAX traces without a state.
+                which need more than a call; or if JAX traces without a state.
 
         Example:
 
@@ -98,7 +99,7 @@ class Trains(_Base):
             tuning.end()
         if phases is not None:
             phases.order_what_came_back()
-        # On TensorFlow, a subclassed model is built in its first step only.
+        # On TensorFlow, a subclassed model is built only in its first step.
         if hasattr(self, "_dylora"):
             warn_of_idle(self._dylora)
         return history
@@ -109,9 +110,9 @@ class Trains(_Base):
 
     @contextlib.contextmanager
     def _dropping_tuned_cuts(self):
-        """Within it, layers read no tuned cut; they are dropped if one moves.
+        """In a `with` block, layers ignore tuned cuts; stale ones are dropped.
 
-        Training moves the columns that the cuts are of.
+        Cuts are stale once a step has moved the columns that they mix.
         """
         adaptation = getattr(self, "_dylora", None)
         if adaptation is None or not adaptation.has_stale_cuts():
@@ -145,7 +146,7 @@ class Trains(_Base):
         return self._dylora_options[name]
 
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
-        # On TensorFlow, a subclassed model is built in its first step only.
+        # On TensorFlow, a subclassed model is built only in its first step.
         layers = Tree(self).adapted.values()
         if layers and all(layer.built for layer in layers):
             self.start_training()
@@ -159,7 +160,7 @@ class Trains(_Base):
         return training.make(self, "predict", make, force)
 
     def start_training(self) -> None:
-        """Makes what a step needs beside the layers, once they are built."""
+        """Makes what a step needs besides the layers, once they are built."""
         self._prepare()
         self._dylora.settle(Tree(self))
         self._dylora.open = False

@@ -12,17 +12,17 @@ from keras_dylora.live.recompile import new_optimizer
 def truncate(model: Model, rank: Rank) -> Model:
     """Cuts the adapters of a live model to a lower maximum rank, in place.
 
-    Outputs at ranks up to the new maximum stay the same. Training goes on at
-    the same position of the rank sequence, with ranks up to the new maximum
-    and a new optimizer state.
+    Outputs at ranks up to the new maximum stay the same. Training continues at
+    the same position of the rank sequence, with ranks up to the new maximum and
+    a new optimizer state.
 
-    If the new maximum is a rank that `tune_ranks` tuned, the model keeps what
-    it computes there. Tuned cuts of lower ranks are dropped, as they mix
-    columns that are gone.
+    If `tune_ranks` tuned the new maximum rank, the outputs at that rank stay
+    the same. Tuned cuts of lower ranks are dropped, as they mix columns that
+    are gone.
 
-    With a `RankAllocation`, the model computes at it, the highest of its ranks
-    is the new maximum, and what is above the rank of a layer is zero and stays
-    so.
+    A `RankAllocation` becomes the current rank of the model, and its highest
+    rank becomes the maximum. In each layer, the columns above the layer's rank
+    are zero and stay zero.
 
     Args:
         model: an enabled model or a `DyLoRAModel`.
@@ -63,7 +63,7 @@ def truncate(model: Model, rank: Rank) -> Model:
     if lost and not cuts:
         warnings.warn(
             "A tuned cut mixes all columns of an adapter, so `truncate` keeps "
-            "that of the new maximum alone. Call `tune_ranks` again for lower "
+            "only that of the new maximum. Call `tune_ranks` again for lower "
             f"ranks. Received: rank={rank!r} for a model with "
             f"{len(lost)} other tuned cuts",
             stacklevel=2,

@@ -1,4 +1,4 @@
-"""Warnings of adapters that a `fit` doesn't train."""
+"""Warnings about adapters that a `fit` doesn't train."""
 
 import warnings
 
@@ -6,7 +6,7 @@ from keras_dylora.cuts import users_line
 
 
 def warn_of_frozen(adaptation):
-    """Warns of adapters that are frozen in a model that trains."""
+    """Warns if a model trains while some of its adapters are frozen."""
     frozen = [
         path
         for path, layer in adaptation.layers.items()
@@ -14,9 +14,9 @@ def warn_of_frozen(adaptation):
     ]
     if frozen and adaptation.model.trainable_variables:
         warnings.warn(
-            "Adapters that are frozen aren't trained: a layer's "
-            "`trainable` is its adapter's too, and the base is frozen "
-            "anyway. Set `model.trainable` to False and to True, and "
+            "Adapters that are frozen aren't trained: the `trainable` of a "
+            "layer is also that of its adapter, and the base is frozen "
+            "anyway. Set `model.trainable` to False and then to True, and "
             f"compile again. Received: frozen adapters {frozen}",
             stacklevel=users_line(),
         )
@@ -25,8 +25,8 @@ def warn_of_frozen(adaptation):
 def warn_of_idle(adaptation):
     """Warns once of layers that training never called.
 
-    `enable_dylora` leaves out those of a functional model; what it can't trace
-    shows after training.
+    `enable_dylora` leaves out such layers of a functional model. Those that it
+    couldn't trace show only after training.
     """
     idle = {
         path: layer._gate
@@ -36,8 +36,8 @@ def warn_of_idle(adaptation):
     if idle and len(idle) < len(adaptation.layers):
         warnings.warn(
             "Adapted layers that the model never calls aren't trained, "
-            "and their updates would count in `merge` alone: leave them "
-            f"out of `target_layers`. Received: {list(idle)}",
+            "and their updates would have an effect only in `merge`: leave "
+            f"them out of `target_layers`. Received: {list(idle)}",
             stacklevel=users_line(),
         )
         for row in idle.values():

@@ -1,4 +1,4 @@
-"""WithAdapters: the methods of a live model that tell of several adapters."""
+"""WithAdapters: the methods of a live model for several adapters."""
 
 from typing import Any
 
@@ -7,37 +7,37 @@ from keras_dylora.layers.tree import Tree
 
 
 class WithAdapters:
-    """The part of a `DyLoRAModel` that names, adds and changes adapters."""
+    """The part of a `DyLoRAModel` that adds, switches and deletes adapters."""
 
     _adaptation: Any
 
     @property
     def adapter_names(self) -> list[str]:
-        """list of str. The adapters on the base, in the order they came."""
+        """list of str. The names of the adapters, in their order of adding."""
         return self._adaptation.named.names
 
     @property
     def active_adapter(self) -> str:
         """str. The adapter that the model computes with and trains.
 
-        `"default"` is the name of the first, unless `load_adapter` gave it
-        another.
+        The first adapter is called `"default"`, unless `load_adapter` gave it
+        another name.
         """
         return self._adaptation.named.active
 
     def add_adapter(self, name: str) -> None:
         """Adds an adapter to the same base and makes it the active one.
 
-        Its columns are fresh, and its head starts as that of the one that was
-        active. Each adapter has a head, a rank, a place in the rank sequence
-        and an optimizer state of its own; the learning rate is shared. Those
-        that aren't active wait beside the model, as tensors.
+        The new adapter has fresh columns, and its head starts as a copy of the
+        active adapter's head. Each adapter has its own head, rank, place in the
+        rank sequence and optimizer state. The learning rate is shared. Adapters
+        that aren't active are kept beside the model, as tensors.
 
         Args:
-            name: str.
+            name: str. The name of the new adapter.
 
         Raises:
-            TypeError: if it isn't a string.
+            TypeError: if `name` isn't a string.
             ValueError: if the name is empty or taken, or a hand-built model
                 isn't built yet.
 
@@ -55,14 +55,14 @@ class WithAdapters:
     def set_adapter(self, name: str) -> None:
         """Makes another adapter the active one; nothing is traced again.
 
-        Everything is of the active adapter: `predict`, `fit`, `rank`,
-        `save_adapter`, `merge`. `.keras` files keep all.
+        `predict`, `fit`, `rank`, `save_adapter` and `merge` all use the active
+        adapter. `.keras` files keep all adapters.
 
         Args:
             name: str, one of `adapter_names`.
 
         Raises:
-            ValueError: if there is no adapter of the name.
+            ValueError: if no adapter has this name.
         """
         self._named().activate(name, Tree(self))
 
@@ -73,7 +73,7 @@ class WithAdapters:
             name: str, one of `adapter_names`.
 
         Raises:
-            ValueError: if there is no adapter of the name, or it is active.
+            ValueError: if no adapter has this name, or if it is active.
         """
         self._named().delete(name)
 

@@ -1,1 +1,1 @@
-"""Reports: ranks compared, and chosen for each layer."""
+"""Reports: ranks compared, and ranks chosen for each layer."""

@@ -1,10 +1,10 @@
-"""allocate_ranks: the best ranks of the layers under a budget of parameters.
+"""allocate_ranks: the best rank of each layer within a number of parameters.
 
-Ranks are searched as real numbers: at `2.25`, the gate of a layer is three
+The search treats ranks as real numbers: at `2.25`, the gate of a layer is three
 quarters of that of rank 2 and a quarter of that of rank 3. So the loss has a
-gradient by the ranks, and one pass tells of every layer what more rank would
-bring there. The ranks go along it, per parameter, for as many parameters up as
-down; at the end they are rounded.
+gradient with respect to the ranks, and one pass says for every layer how much
+more rank would help there. The ranks move along the gradient per parameter,
+with as many parameters up as down. At the end, they are rounded.
 """
 
 import numbers
@@ -21,8 +21,8 @@ from keras_dylora.live.model import adaptation_of
 from keras_dylora.reports.evaluation import check_compiled
 from keras_dylora.reports.evaluation_data import cycled
 
-STEPS = 24  # of a search for one budget, each with a batch
-FIRST, LAST = 0.1, 0.0125  # the largest change in a step, over the maximum
+STEPS = 24  # of a search for one budget, each with one batch
+FIRST, LAST = 0.1, 0.0125  # largest change in a step, as a share of the maximum
 MOMENTUM = 0.5
 
 
@@ -61,38 +61,38 @@ def allocate_ranks(
 ) -> RankAllocation | list[RankAllocation]:
     """Finds a rank for each layer under a budget of adapter parameters.
 
-    Layers gain from ranks unequally. A model that was trained for every rank
-    can be cut at another one in each layer without being trained again; this
-    goes along the gradient of the loss by the ranks, on data that may be some
-    hundred examples of the training data. The model is left as it was, and
-    the result is the same each time.
+    Layers gain from rank by different amounts. A model that was trained for
+    every rank can have another rank in each layer, without more training. The
+    search follows the gradient of the loss with respect to the ranks. A few
+    hundred examples of the training data are enough for it. The model doesn't
+    change, and the result is the same each time.
 
     Args:
         model: an enabled, compiled model that was trained for every rank, or
-            whose columns are in order.
+            whose columns are ordered.
         x: inputs, as for `model.evaluate`.
         y: targets, as for `model.evaluate`.
         budget: float in `(0, 1]`, a share of the adapters' parameters at the
-            maximum rank; or int, a number of them; or an ascending list of
-            such. Of a list, an allocation is within the next larger one, so
-            that one adapter at the largest serves all. Defaults to `0.5`.
+            maximum rank; or int, a number of parameters; or an ascending list
+            of these. In a list, each allocation is within the next one, so one
+            adapter at the last allocation serves all. Defaults to `0.5`.
         sample_weight: as for `model.evaluate`. Defaults to `None`.
-        batch_size: int. Examples of a step, of which there are 24 for each
-            budget; a dataset has its own. Defaults to `32`.
-        verbose: whether to show a progress bar. Defaults to `"auto"`, yes.
+        batch_size: int. The number of examples in a step; there are 24 steps
+            for each budget. A dataset has its own batches. Defaults to `32`.
+        verbose: whether to show a progress bar. Defaults to `"auto"`: yes.
 
     Returns:
-        A `RankAllocation`, or a list of them for a list.
+        A `RankAllocation`, or a list of them for a list of budgets.
 
     Raises:
         TypeError: if a budget isn't a number.
-        ValueError: if a budget is out of range, less than one column, or the
+        ValueError: if a budget is out of range or less than one column; if the
             list isn't ascending; if the data is empty or lacks targets; or if
             the model isn't enabled or compiled.
 
     Warns:
-        UserWarning: if the model wasn't trained at the lower ranks, and isn't
-            in order.
+        UserWarning: if the model was neither trained at the lower ranks nor
+            ordered.
 
     Example:
 
@@ -121,7 +121,7 @@ def allocate_ranks(
 
 
 class _Search:
-    """Ranks of the layers of a model, as real numbers under a budget."""
+    """Ranks of the layers as real numbers, within a number of parameters."""
 
     def __init__(self, model):
         self.model = model
@@ -150,8 +150,8 @@ class _Search:
             if not least <= size < whole + 1:
                 raise ValueError(
                     f"`budget` must be from {least} parameters, which is one "
-                    f"column of the smallest layer, to {whole}, or the share "
-                    f"of those. Received: budget={budget!r}"
+                    f"column of the smallest layer, to {whole}, or a share "
+                    f"of the latter. Received: budget={budget!r}"
                 )
             found.append(int(size))
         if not found or sorted(set(found)) != found:
@@ -162,7 +162,7 @@ class _Search:
         return found
 
     def run(self, sizes, batches, bar):
-        """Integer ranks for each size, ascending, each within the next."""
+        """Integer ranks for each ascending size; each is within the next."""
         layers = self.model._dylora.layers
         gradient = training.loss_gradient(
             self.model,
@@ -179,7 +179,7 @@ class _Search:
         return found
 
     def anneal(self, ranks, size, lowest, gradient, batches, bar):
-        """Moves the ranks for `STEPS` steps; the mean over the last quarter."""
+        """Moves the ranks for `STEPS` steps; the mean of the last quarter."""
         gain, last = 0.0, []
         for step, batch in zip(range(STEPS), batches, strict=False):
             new = self.gain(ranks, gradient, batch)
@@ -193,7 +193,7 @@ class _Search:
         return np.mean(last, axis=0)
 
     def gain(self, ranks, gradient, batch):
-        """By how much more rank lowers the loss, for each parameter."""
+        """How much more rank lowers the loss, per parameter."""
         below, above = np.floor(ranks), np.ceil(ranks)
         share = (ranks - below)[:, None]
         gates = self.gates[below.astype(int)] * (1 - share)
@@ -206,10 +206,10 @@ class _Search:
         return -np.sum(found * slope, axis=1) / self.costs
 
     def moved(self, ranks, gain, change, size, lowest):
-        """The ranks after a step of at most `change`, at a size.
+        """The ranks after a step of at most `change`, at a given size.
 
-        A layer gets more where its gain is above a price, and less below; the
-        price is that at which the size comes out.
+        A layer gains rank if its gain is above a price, and loses rank if it is
+        below. The price is the one that gives the size.
         """
         gain = gain / (np.median(np.abs(gain)) or 1.0)
 
@@ -226,7 +226,7 @@ class _Search:
         return at(high)
 
     def rounded(self, ranks, size):
-        """Integers: down, then up where most was lost, as long as one fits."""
+        """Rounds down, then up where most was lost, as long as one fits."""
         whole = np.floor(ranks + 1e-6).astype(int)
         while True:
             fits = whole @ self.costs + self.costs <= size

@@ -1,10 +1,10 @@
-"""Whether a metric is better high or low: as it says, or by a known name."""
+"""Whether a high or a low metric is better, by the metric or its name."""
 
 import re
 
 from keras_dylora import _keras
 
-# Words in the names of metrics and losses.
+# Words in the names of metrics and losses, by what is better.
 LOW = {
     "cosh", "crossentropy", "divergence", "entropy", "error", "false", "hinge",
     "logcosh", "loss", "mae", "mape", "mse", "msle", "perplexity", "poisson",
@@ -18,7 +18,7 @@ HIGH = {
 
 
 def direction_of(name):
-    """`"max"` or `"min"`, or `None` of a name that says neither, or both."""
+    """`"max"`, `"min"`, or `None` if the name says neither or both."""
     name = re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name).lower()
     words = set(re.split(r"[\W_]+", name))
     low, high = bool(words & LOW), bool(words & HIGH)
@@ -26,9 +26,10 @@ def direction_of(name):
 
 
 def directions_of(model, names):
-    """Dict of those of these metrics of `evaluate` whose direction is known.
+    """Dict of metric name to direction, for metrics with a known direction.
 
-    A metric of several values has a number behind its name.
+    The names are those in `evaluate`, where a metric with several values has a
+    number at the end of its name.
     """
     known = {
         name: direction or direction_of(kind)

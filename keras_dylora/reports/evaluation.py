@@ -1,4 +1,4 @@
-"""Ranks compared: evaluate_ranks and the RankEvaluation callback."""
+"""Comparison of ranks: evaluate_ranks and the RankEvaluation callback."""
 
 import collections.abc
 from typing import Any
@@ -24,32 +24,32 @@ def evaluate_ranks(
 ) -> RankReport:
     """Evaluates a model at every rank, with one compiled function.
 
-    Inputs that the model preprocesses (raw strings) are preprocessed once,
-    not once a rank, and as its `fit` does. A metric with several values, such
+    Raw strings and other inputs that the model preprocesses are preprocessed
+    only once, in the same way as in `fit`. A metric with several values, such
     as one F1 score for each class, is reported as `f1_score_0`, ….
 
     Args:
         model: an enabled, compiled model.
-        x: inputs, as for `model.evaluate`. An iterator that can be read only
-            once isn't enough.
+        x: inputs, as for `model.evaluate`. It can't be an iterator, which can
+            be read only once.
         y: targets, as for `model.evaluate`.
-        ranks: ints in `0..config.rank`, and `RankAllocation`s. Ranks below
-            `min_rank`, and within `full_rank_steps` those below the maximum,
-            are reported as untrained; or as cuts, where the columns are in
-            order (`order_ranks`, `from_peft`). Defaults to `None`, all from 1
-            to the maximum.
-        **evaluate_kwargs: further arguments of `model.evaluate`. `verbose`
-            shows a progress bar over the ranks; `steps` is needed for data
-            without an end.
+        ranks: list of int in `0..config.rank` and `RankAllocation`s. Ranks
+            below `min_rank` are reported as untrained. So are those below the
+            maximum during `full_rank_steps`. If the columns are ordered
+            (`order_ranks`, `from_peft`), they are reported as cuts instead.
+            Defaults to `None`: all ranks from 1 to the maximum.
+        **evaluate_kwargs: other arguments of `model.evaluate`. `verbose` shows
+            a progress bar over the ranks. `steps` is needed for data without an
+            end.
 
     Returns:
-        A `RankReport`. The model's rank is what it was.
+        A `RankReport`. The model's rank doesn't change.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if a rank is out of range, an allocation is of another
-            model, the data is empty, has no end or can be read only once,
-            targets are missing, or the model isn't enabled or compiled.
+        ValueError: if a rank is out of range; if an allocation is for another
+            model; if the data is empty, has no end or can be read only once; if
+            targets are missing; or if the model isn't enabled or compiled.
 
     Example:
 
@@ -80,16 +80,16 @@ def evaluate_ranks(
 
 
 def check_compiled(model):
-    """Raises a `ValueError` where `evaluate` has nothing to tell ranks by."""
+    """Raises a `ValueError` if a model has no loss to compare its ranks by."""
     if not model.compiled:
         raise ValueError(
-            "The model must be compiled, as its loss is what ranks are chosen "
-            f"by. Received: {model.name}, which isn't"
+            "The model must be compiled, as its ranks are compared by its "
+            f"loss. Received: {model.name}, which isn't"
         )
 
 
 def _chosen(model, ranks):
-    """Checked ranks, and allocations of the model, as a report has them."""
+    """The checked ranks and allocations, in the order of a report."""
     adaptation = adaptation_of(model)
     high = adaptation.max_rank
     if ranks is None:
@@ -109,25 +109,26 @@ def _chosen(model, ranks):
 class RankEvaluation(keras.callbacks.Callback):
     """Logs the validation metrics of every rank at the end of an epoch.
 
-    They go into the logs as `val_rank4_accuracy`, …, and so into `History`
-    and every callback that comes later in the list, such as `CSVLogger`,
-    `TensorBoard` or `EarlyStopping`. Callbacks that monitor such a name need
-    `mode`, as Keras knows no metric by it. `CSVLogger` has the columns of the
-    first epoch, so it needs `every=1`; so does `EarlyStopping`.
+    The metrics go into the logs as `val_rank4_accuracy`, …. So they are in
+    `History`, and in every callback that comes later in the list, such as
+    `CSVLogger`, `TensorBoard` or `EarlyStopping`. A callback that monitors such
+    a name needs `mode`, as Keras knows no metric of this name. `CSVLogger` has
+    the columns of the first epoch, so it needs `every=1`. `EarlyStopping` needs
+    it too.
 
     Args:
-        data: `(x, y)`, `(x, y, sample_weight)` or a dataset, as
+        data: `(x, y)`, `(x, y, sample_weight)` or a dataset, like
             `validation_data` of `fit`.
-        ranks: ints in `0..config.rank`. Defaults to `None`, all from 1 to
-            the maximum.
+        ranks: list of int in `0..config.rank`. Defaults to `None`: all ranks
+            from 1 to the maximum.
         every: int. Epochs from one evaluation to the next. Defaults to `1`.
-        **evaluate_kwargs: further arguments of `model.evaluate`, such as
+        **evaluate_kwargs: other arguments of `model.evaluate`, such as
             `steps` for data without an end, or `batch_size`.
 
     Raises:
-        ValueError: if `every` isn't positive; when training starts, if a
-            rank is out of range, the data is empty, or it has no end and
-            there are no `steps`.
+        ValueError: if `every` isn't positive; or when training starts, if a
+            rank is out of range, the data is empty, or it has no end and there
+            are no `steps`.
         TypeError: if `every` or a rank isn't an integer, or the data isn't
             one argument.
 
@@ -166,8 +167,8 @@ class RankEvaluation(keras.callbacks.Callback):
             )
         if any(isinstance(b, RankAllocation) for b in ranks or ()):
             raise TypeError(
-                "What is logged is named after a rank that is one for all "
-                f"layers. Received: ranks={ranks!r}"
+                "A logged name has one rank for all layers, so `ranks` can't "
+                f"have a `RankAllocation`. Received: ranks={ranks!r}"
             )
         self.data = data
         self.ranks = ranks
@@ -177,7 +178,7 @@ class RankEvaluation(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         model = self.model
-        # On TensorFlow, a subclassed model is built in its first step only.
+        # On TensorFlow, a subclassed model is built only in its first step.
         if model.built:
             _chosen(model, self.ranks)
         prepared_for = model, getattr(model, "preprocessor", None)

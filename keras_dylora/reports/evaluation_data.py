@@ -1,4 +1,4 @@
-"""EvaluationData: any data that `evaluate` takes, read again and again."""
+"""EvaluationData: the data of `evaluate`, which can be read many times."""
 
 import collections.abc
 import functools
@@ -14,7 +14,7 @@ from keras_dylora.live.model import adaptation_of
 
 
 class EvaluationData:
-    """Evaluation data that is ready for any number of passes."""
+    """Evaluation data that is ready to be read any number of times."""
 
     def __init__(self, model, x, y, evaluate_kwargs):
         self.kwargs = dict(evaluate_kwargs)
@@ -48,9 +48,10 @@ class EvaluationData:
         self.x, self.y = x, y
 
     def batches(self, batch_size):
-        """Yields the data once, as `(x, y, sample_weight)` in NumPy.
+        """Yields the data once, as batches `(x, y, sample_weight)` in NumPy.
 
-        Arrays are shuffled, always alike: they may be sorted by class.
+        Arrays are shuffled, as they may be sorted by class; the order is the
+        same each time.
         """
         sample_weight = self.kwargs.get("sample_weight")
         if not _is_array(self.x):
@@ -78,7 +79,7 @@ class EvaluationData:
             len(ranks), verbose=int(verbose != 0), unit_name="rank"
         )
         metrics = {}
-        # KerasHub's own `evaluate` would preprocess once more.
+        # KerasHub's own `evaluate` would preprocess the data again.
         cls = keras.Model if self.preprocessed else type(model)
         for done, b in enumerate(ranks, start=1):
             with adaptation_of(model).at(b):
@@ -95,9 +96,9 @@ class EvaluationData:
 
 
 def cycled(model, x, y, sample_weight, batch_size, steps):
-    """Yields `steps` batches of `EvaluationData` in NumPy, over and over.
+    """Yields the first `steps` batches in NumPy, over and over.
 
-    Raises what `EvaluationData` does, at once.
+    Raises what `EvaluationData` raises, at once.
     """
     kwargs = {"steps": steps}
     if sample_weight is not None:
@@ -107,14 +108,15 @@ def cycled(model, x, y, sample_weight, batch_size, steps):
 
 
 def _needs_targets(model, x):
-    """Whether `x` is inputs alone, and the model is compiled for more."""
+    """Whether `x` has no targets, and the model is compiled for some."""
     return model.compiled and model.loss is not None and _is_array(x)
 
 
 def _is_array(x):
-    """Whether `x` is arrays of examples, and no dataset.
+    """Whether `x` is arrays of examples, not a dataset.
 
-    NumPy's, tensors of any backend, those of pandas, SciPy's sparse ones.
+    The arrays can be those of NumPy, pandas or SciPy (sparse), or tensors of
+    any backend.
     """
     kinds = ("__array__", "tocoo")
     return all(any(hasattr(v, k) for k in kinds) for v in keras.tree.flatten(x))
@@ -140,11 +142,10 @@ def _is_endless(x):
 def _preprocessed(model, x, y, sample_weight):
     """`x, y, sample_weight` as arrays, as KerasHub feeds them to its models.
 
-    That is in a `tf.data` pipeline, or on Python strings where Grain is
-    installed. Its tokenizers split some strings otherwise in one than in the
-    other.
+    KerasHub uses a `tf.data` pipeline, or Python strings if Grain is installed.
+    Its tokenizers split some strings differently in the two.
     """
-    # A list is one array, as in `fit`, and not a structure of many.
+    # As in `fit`, a list is one array, not a structure of many.
     y, sample_weight = (
         np.asarray(v) if isinstance(v, list) else v for v in (y, sample_weight)
     )
@@ -183,7 +184,7 @@ def _numpy(x):
 
 
 def _scalars(metrics):
-    """The metrics, with one entry for each value of those that have many."""
+    """The metrics, with one entry for each value of a metric with several."""
     found = {}
     for name, value in metrics.items():
         values = np.ravel(value)

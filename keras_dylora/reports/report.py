@@ -25,20 +25,19 @@ class RankReport:
     Args:
         metrics: dict of rank to dict of metric name to value. A rank is an
             int or a `RankAllocation`.
-        min_rank: int. The lowest rank that was trained; ranks below it are
+        min_rank: int. The lowest rank that was trained. Ranks below it are
             marked as untrained, or as cuts. Defaults to `1`.
-        parameters: dict of rank to the number of parameters that it has, with
-            those that are trained in full. Defaults to `None`, not known.
-        ordered: bool. Whether the columns are in order, so that a rank below
+        parameters: dict of rank to its number of parameters, including those
+            that are trained in full. Defaults to `None`: not known.
+        ordered: bool. Whether the columns are ordered, so that a rank below
             `min_rank` is a good cut. Defaults to `False`.
-        directions: dict of metric name to `"max"` or `"min"`, what is best.
-            Defaults to `None`: well-known names tell.
-        tuned: list of the ranks whose cut `tune_ranks` tuned. Defaults to
-            `()`.
+        directions: dict of metric name to `"max"` or `"min"`, whichever is
+            better. Defaults to `None`: well-known names decide.
+        tuned: list of the ranks whose cut `tune_ranks` tuned. Defaults to `()`.
 
     Raises:
-        ValueError: if there is a `RankAllocation` and `parameters` lack that
-            of a rank.
+        ValueError: if there is a `RankAllocation`, and `parameters` lacks a
+            rank.
 
     Example:
 
@@ -52,7 +51,7 @@ class RankReport:
 
     def __init__(
         self,
-        # `Any` is a `Rank`: no `Mapping[int, …]` is a `Mapping[Rank, …]`.
+        # `Any` is a `Rank`, as no `Mapping[int, …]` is a `Mapping[Rank, …]`.
         metrics: Mapping[Any, Mapping[str, float]],
         min_rank: int = 1,
         parameters: Mapping[Any, int] | None = None,
@@ -85,22 +84,22 @@ class RankReport:
 
     @property
     def ranks(self) -> list[Rank]:
-        """The evaluated ranks, ascending, with allocations by their size."""
+        """list. The evaluated ranks, ascending, with allocations by size."""
         return list(self.metrics)
 
     @property
     def metric_names(self) -> list[str]:
-        """Names of the metrics, `loss` last."""
+        """list of str. The names of the metrics, `loss` last."""
         names = list(next(iter(self.metrics.values())))
         return sorted(names, key=lambda name: name == "loss")
 
     def state(self, rank: Rank) -> str:
-        """What was done for a rank, as the table names it.
+        """Returns how a rank came about, as the table says.
 
-        One of `"trained"`, `"tuned"`, `"cut"`, `"untrained"` and
-        `"base model"`. Of an allocation that isn't tuned, it is that of the
-        lowest rank above 0. A cut was not trained, but the columns are in
-        order.
+        Returns:
+            `"trained"`, `"tuned"`, `"cut"`, `"untrained"` or `"base model"`. A
+            cut wasn't trained, but the columns are ordered. An allocation that
+            isn't tuned has the state of its lowest rank above 0.
         """
         if rank in self.tuned:
             return "tuned"
@@ -117,12 +116,12 @@ class RankReport:
     def is_trained(self, rank: Rank) -> bool:
         """Whether a rank was trained or tuned.
 
-        That isn't so of the base model, nor below `min_rank`.
+        The base model wasn't, nor was a rank below `min_rank` that isn't tuned.
         """
         return self.state(rank) in ("trained", "tuned")
 
     def values(self, metric: str) -> list[float]:
-        """The values of one metric, in the order of `ranks`.
+        """Returns the values of one metric, in the order of `ranks`.
 
         Raises:
             ValueError: if there is no such metric.
@@ -142,27 +141,29 @@ class RankReport:
         mode: Literal["auto", "max", "min"] = "auto",
         max_parameters: int | None = None,
     ) -> Rank:
-        """The smallest rank within a tolerance of the best one.
+        """Returns the smallest rank within a tolerance of the best one.
 
-        Of those that were trained or tuned, or are cuts of columns in order.
+        It considers ranks that were trained or tuned, and cuts of ordered
+        columns.
 
         Args:
             metric: str. Name of the metric. Defaults to `"loss"`.
             tolerance: float. How much worse than the best a rank may be, in
                 the units of the metric. Defaults to `0`.
-            mode: `"max"`, `"min"` or `"auto"`. Defaults to `"auto"`, what the
-                metric itself says, or a well-known name.
+            mode: `"max"`, `"min"` or `"auto"`. Whether a high or a low value is
+                better. Defaults to `"auto"`: the metric itself decides, or a
+                well-known name.
             max_parameters: int. Ranks with more `parameters` are left out.
-                Defaults to `None`, none is.
+                Defaults to `None`: none is left out.
 
         Returns:
-            int, or the `RankAllocation`, if that is the smallest.
+            int, or a `RankAllocation` if that is the smallest.
 
         Raises:
-            ValueError: if the metric or the mode is unknown, the metric needs
-                a mode, the tolerance is negative or above all values and 1, or
-                no trained rank or cut has a finite value and few enough
-                parameters.
+            ValueError: if the metric or the mode is unknown; if the metric
+                needs a mode; if the tolerance is negative, or above both 1 and
+                all values; or if no trained rank or cut has a finite value and
+                few enough parameters.
 
         Example:
 
@@ -230,10 +231,10 @@ class RankReport:
         return few
 
     def area(self, metric: str) -> float:
-        """Area under the metric over the ranks from 1, divided by its width.
+        """Returns the mean height of a metric's curve over the ranks.
 
-        Without allocations. So it is in the units of the metric: the mean
-        height of the curve.
+        It is the area under the curve from rank 1 on, divided by its width, so
+        it has the units of the metric. Allocations and rank 0 are left out.
 
         Raises:
             ValueError: if the metric is unknown or only rank 0 was evaluated.
@@ -278,7 +279,7 @@ class RankReport:
         return tables.html(*self._rows())
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """The report as a `pandas.DataFrame`, a row for each rank.
+        """Returns the report as a `pandas.DataFrame`, with a row for each rank.
 
         Raises:
             ImportError: if pandas isn't installed.
@@ -305,13 +306,13 @@ class RankReport:
         return f"RankReport(ranks={self.ranks}, metrics={self.metric_names})"
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as JSON, also written to `path` if one is given.
+        """Returns the report as JSON, and writes it to `path` if one is given.
 
         Returns:
             str: `{"min_rank": 1, "ordered": false, "directions": {"accuracy":
             "max", …}, "tuned": [1], "metrics": {"1": {"accuracy": …}, …},
-            "parameters": {"1": …}}`. A value that isn't finite is `null`. The
-            allocations are in a list, `{"allocations": [{"ranks": {path: 2,
+            "parameters": {"1": …}}`. A value that isn't finite is `null`.
+            Allocations are in a list, `{"allocations": [{"ranks": {path: 2,
             …}, "metrics": {…}, "parameters": …, "tuned": false}, …]}`.
         """
         metrics = {
@@ -354,18 +355,18 @@ class RankReport:
     ) -> "Figure":
         """Draws a metric over the ranks and marks the chosen rank.
 
-        Untrained ranks are drawn hollow, cuts half. With allocations, over the
-        parameters and they beside the ranks that are one for all.
+        Untrained ranks are hollow, and cuts half hollow. With allocations, the
+        curve is over the parameters, and the allocations have their own curve.
 
         Args:
-            path: str or path of the picture, whose ending gives the format.
+            path: str or path of the picture. Its ending gives the format.
                 Defaults to `None`: nothing is written.
-            metric: str. Defaults to `None`, the first one.
-            rank: int or `RankAllocation`. The chosen rank. Defaults to
-                `None`, `best(metric)`, or none where that raises.
-            others: dict of label to `RankReport` to draw beside, such as a
-                fixed-rank LoRA. Defaults to `None`.
-            label: str. What this report is called. Defaults to `"DyLoRA"`.
+            metric: str. Defaults to `None`: the first metric.
+            rank: int or `RankAllocation`. The chosen rank. Defaults to `None`:
+                `best(metric)`, or none if that raises an error.
+            others: dict of label to another `RankReport` to draw, such as that
+                of a fixed-rank LoRA. Defaults to `None`.
+            label: str. The name of this report. Defaults to `"DyLoRA"`.
 
         Returns:
             The `matplotlib.figure.Figure`.

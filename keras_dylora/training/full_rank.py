@@ -1,7 +1,7 @@
-"""Steps at the full rank first, and the order of the columns at their end.
+"""Steps at the full rank, and the order of the columns at their end.
 
-The columns `down @ turn` and rows `inverse(turn) @ up` have the same product.
-What an optimizer keeps for them turns too (`slots.py`).
+The columns `down @ turn` and the rows `inverse(turn) @ up` have the same
+product. The optimizer's state for them turns too (`slots.py`).
 """
 
 import dataclasses
@@ -13,20 +13,21 @@ from keras_dylora.training import slots
 
 
 def at_full_rank(adaptation):
-    """Whether the steps of a model are at the full rank still."""
+    """Whether the steps of a model are still at the full rank."""
     if not adaptation.config.full_rank_steps:
         return False
     return bool(ops.convert_to_numpy(adaptation.full_rank))
 
 
 def order_columns(model, optimizer, scale=None):
-    """Orders the columns of the adapters of a model, and ends its full rank.
+    """Orders the columns of a model's adapters, and ends its full-rank steps.
 
-    The variables must be up to date. What the optimizer keeps turns with them,
-    unless it is `None`. For another `Scale`, the rows are scaled so that the
-    product at the maximum rank of each layer stays. Returns whether an adapter
-    has columns to order: one that was never trained has none. Raises a
-    `ValueError` if training has diverged.
+    The variables must be up to date. The optimizer's state turns with the
+    columns, unless the optimizer is `None`. With another `Scale`, the rows are
+    scaled so that the product at the maximum rank of each layer stays the same.
+
+    Returns whether any adapter has columns to order; an adapter that was never
+    trained has none. Raises a `ValueError` if training has diverged.
     """
     adaptation = model._dylora
     layers = adaptation.layers.values()
@@ -59,18 +60,18 @@ def order_columns(model, optimizer, scale=None):
 
 
 def _rescaled(factors, turn, back, scale):
-    """What `Factors.ordered` gave, for a `Scale`, with the ratio of both."""
+    """The result of `Factors.ordered` for a `Scale`, and the scales' ratio."""
     ratio = factors.scale / scale.at(factors.rank) if scale else 1.0
     up = factors.up * np.float32(ratio)
     return dataclasses.replace(factors, up=up), turn, back, ratio
 
 
 def _turned(cut, before, after):
-    """A `TunedCut` of the same mixtures, of columns in another order.
+    """A `TunedCut` of the same mixtures, for columns in another order.
 
-    Of what is before and after, a dict of path to `Factors`. A column of
-    `down` may be of use to a cut though its row of `up` is zero, so columns
-    and rows are matched apart.
+    `before` and `after` are dicts of path to `Factors`. A cut may use a column
+    of `down` even if its row of `up` is zero. So columns and rows are matched
+    separately.
     """
 
     def left(path, x):

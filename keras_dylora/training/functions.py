@@ -1,4 +1,4 @@
-"""The functions of a batch that `fit`, `evaluate` and `predict` call."""
+"""The functions of one batch that `fit`, `evaluate` and `predict` call."""
 
 import itertools
 
@@ -8,23 +8,24 @@ from keras_dylora import _keras
 
 
 def make(model, kind, keras_make, restoring, force):
-    """A function that Keras makes, or one that leaves no trace of failure.
+    """Makes Keras's function of a batch, which leaves no trace if it fails.
 
-    On torch, `jit_compile` traces it whole.
+    On torch, `jit_compile` traces the function whole.
 
     Args:
         model: a `DyLoRAModel`.
-        kind: str. What the function does, `"train"`, `"test"` or `"predict"`.
+        kind: str. The purpose of the function: `"train"`, `"test"` or
+            `"predict"`.
         keras_make: Keras's method that makes it.
-        restoring: function of the model, the kind and the function, see
+        restoring: function of the model, the kind and the function; see
             `stateful.restore_on_error`.
-        force: bool. Whether it is made anew if there is one.
+        force: bool. Whether to make it again if there is one.
     """
     name = f"{kind}_function"
     before = getattr(model, name)
     on_torch = keras.backend.backend() == "torch"
     traced = on_torch and model.jit_compile
-    # To compile a model again keeps its functions.
+    # A model that is compiled again keeps its functions.
     force = force or getattr(before, "traced", traced) != traced
     with _keras.jit_compile(model, False if traced else model.jit_compile):
         keras_make(force)
@@ -50,8 +51,8 @@ def last(step, batches, count):
 def make_generate(model, original_class):
     """The function of a batch that `generate` of a causal model calls.
 
-    On torch, `jit_compile` traces the call for one more token, which the loop
-    of KerasHub's sampler makes.
+    On torch, `jit_compile` traces the call for one more token, which KerasHub's
+    sampler makes in a loop.
     """
     before = model.generate_function
     made = original_class.make_generate_function(model)
@@ -79,7 +80,7 @@ def make_generate(model, original_class):
 
 
 class _Traced:
-    """A function of Keras's, traced whole for what a model is compiled with."""
+    """A function of Keras, traced whole for a model's compile settings."""
 
     def __init__(self, model, kind, function):
         self.model, self.kind, self.function = model, kind, function
@@ -96,7 +97,7 @@ class _Traced:
 
 
 def traced_step(model, function, slots=()):
-    """A function of `[batch]` as a `TracedStep` of what a model has now."""
+    """A `TracedStep` of a function of `[batch]`, with a model's variables."""
     from keras_dylora.training.traced import TracedStep
 
     variables = [*model.variables, *model.metrics_variables, *slots]

@@ -1,4 +1,4 @@
-"""Callbacks beside the user's own, and an interruption that loses nothing."""
+"""Callbacks added to the user's, and interruptions that lose nothing."""
 
 import contextlib
 import inspect
@@ -9,10 +9,10 @@ import keras
 
 
 class Interruption(keras.callbacks.Callback):
-    """Raises a `KeyboardInterrupt` that came within a batch, at its end."""
+    """Raises a `KeyboardInterrupt` at the end of the batch that it came in."""
 
     came = False
-    # Keras needn't wait for the device after every batch: the next will do.
+    # Keras needn't wait for the device after every batch; the next one will do.
     async_safe = True
 
     def raise_what_came(self):
@@ -28,10 +28,10 @@ class Interruption(keras.callbacks.Callback):
 def interruptible(model, method, args, kwargs):
     """Calls `fit`, `evaluate` or `predict`, which Ctrl-C ends after a batch.
 
-    On JAX, Keras takes the values out of the variables meanwhile, and gives
-    their memory to the compiled function: an interruption in the middle would
-    lose the model. A second one doesn't wait. After any error the variables
-    have the values again, which Keras sees to in `fit` alone.
+    On JAX, Keras takes the values out of the variables for this time, and gives
+    their memory to the compiled function. So an interruption in the middle
+    would lose the model. A second interruption doesn't wait. After any error,
+    the variables have their values again; Keras does that only in `fit`.
     """
     try:
         with _whole_batches(method) as callback:
@@ -52,7 +52,7 @@ def _whole_batches(method):
     main = threading.current_thread() is threading.main_thread()
     if (
         keras.backend.backend() != "jax"
-        or not main  # whose alone signals are
+        or not main  # signals come only to the main thread
         or _holder(method) is None
         or signal.getsignal(signal.SIGINT) is not usual
     ):
@@ -73,9 +73,9 @@ def _whole_batches(method):
 
 
 def with_callback(method, args, kwargs, callback, last=False):
-    """The arguments of a `fit`, with a callback before those that it has.
+    """The arguments of a `fit`, with a callback before or after its own.
 
-    Or behind them. Raises a `TypeError` if the method takes none.
+    Raises a `TypeError` if the method takes no callbacks.
     """
     signature = inspect.signature(method)
     bound = signature.bind(*args, **kwargs)
@@ -92,7 +92,7 @@ def with_callback(method, args, kwargs, callback, last=False):
     found = keras.tree.flatten(callbacks or [])
     found.insert(len(found) if last else 0, callback)
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        # In one around it: the user's may run its own in other threads.
+        # In a new list around it, as the user's may run its own in threads.
         found = keras.callbacks.CallbackList(
             found, model=callbacks.model, **callbacks.params
         )
@@ -101,9 +101,9 @@ def with_callback(method, args, kwargs, callback, last=False):
 
 
 def _holder(method):
-    """The parameter that takes `callbacks`: that, `**kwargs` or none.
+    """The parameter that takes `callbacks`: itself, `**kwargs` or `None`.
 
-    A KerasHub task hands Keras's arguments on as `**kwargs`.
+    A KerasHub task passes Keras's arguments on as `**kwargs`.
     """
     parameters = inspect.signature(method).parameters
     if "callbacks" in parameters:

@@ -1,7 +1,7 @@
-"""What optimizers keep for an adapter, as its columns turn.
+"""The state that optimizers keep for an adapter, when its columns turn.
 
-`columns @ own` are the new columns, and `gradients @ dual` their gradients. A
-mean of squares turns by the squares of the entries.
+`columns @ own` are the new columns, and `gradients @ dual` are their gradients.
+A mean of squares turns by the squares of the entries.
 """
 
 import warnings
@@ -38,8 +38,8 @@ def _anew(x, own, dual):
     return np.zeros_like(x)
 
 
-# How the slots of each optimizer turn. A momentum of steps, whose lengths
-# don't follow the gradients', begins anew.
+# How the slots of each optimizer turn. A momentum of steps starts anew, as the
+# lengths of steps don't follow those of gradients.
 _EVERY = {"average": _weights, _keras.optimizers.ACCUMULATOR: _gradients}
 _ADAM = {"momentum": _gradients, "velocity": _squares, "velocity_hat": _squares}
 _KINDS = {
@@ -67,10 +67,10 @@ _KINDS = {
 
 
 def unknown(optimizer):
-    """The optimizers in one whose slots of adapters aren't known to turn.
+    """The parts of an optimizer whose slots can't be turned.
 
-    Warns of each. Returns a dict of them to the same without its state, which
-    an optimizer may not be able to make.
+    Warns about each part. Returns a dict of each to a fresh copy without state.
+    The copy is made now, as an optimizer may be unable to make one.
     """
     found = {}
     for part in _keras.optimizers.optimizer_parts(optimizer):
@@ -78,9 +78,9 @@ def unknown(optimizer):
         if not kinds <= _kinds_of(part).keys():
             found[part] = _keras.optimizers.fresh_optimizer(part)
             warnings.warn(
-                "What an optimizer keeps turns with the columns that are put "
-                "in order. How is known of Keras's own; any other begins "
-                f"anew. Received: {part!r}, which keeps {sorted(kinds)}",
+                "The optimizer's state must turn with the columns that are "
+                "put in order. For optimizers that aren't Keras's own, it "
+                f"starts anew. Received: {part!r}, which keeps {sorted(kinds)}",
                 stacklevel=4,
             )
     return found
@@ -89,8 +89,8 @@ def unknown(optimizer):
 def turn(optimizer, fresh, turns):
     """Turns the slots of adapters that have turned.
 
-    Takes what `unknown` returned before, and a dict of the ids of adapters to
-    `own`, `dual`, and the axis of the columns.
+    `fresh` is what `unknown` returned before. `turns` is a dict of the id of an
+    adapter to `own`, `dual` and the axis of its columns.
     """
     for part in _keras.optimizers.optimizer_parts(optimizer):
         if part in fresh:
@@ -123,9 +123,9 @@ def turn(optimizer, fresh, turns):
 
 
 def _slots(optimizer):
-    """The slots of an optimizer, each with its owner and what Keras calls it.
+    """The slots of an optimizer, each with its owner and its kind in Keras.
 
-    Those in the shape of their owners.
+    Only slots in the shape of their owner count.
     """
     for slot, owner in _keras.optimizers.optimizer_slots(optimizer, True):
         if slot.shape == owner.shape:
@@ -145,7 +145,7 @@ def _columns(variable, axis):
 
 
 def _linear(optimizer, weights, accumulator):
-    """The slot from which `Ftrl` computes these weights."""
+    """The `Ftrl` slot from which these weights are computed."""
     rate = float(ops.convert_to_numpy(optimizer.learning_rate))
     l1 = optimizer.l1_regularization_strength
     l2 = optimizer.l2_regularization_strength + optimizer.beta / (2 * rate)

@@ -1,14 +1,14 @@
-"""A step around Keras's own: a rank is drawn, frozen columns are masked.
+"""A step around Keras's own: it draws a rank and masks frozen columns.
 
-1. The gates of inference are kept, and in frozen mode what is `masked`.
+1. The gates for inference are kept, and in frozen mode also what is `masked`.
 2. `begin`: the objective draws a rank, or one for each example.
-3. Keras's own step, at the gates and with the loss of the objective.
-4. The gates of inference are put back.
-5. `hold`, in frozen mode: all columns but those of the drawn rank are put back.
+3. Keras's own step runs with these gates and the objective's loss.
+4. The gates for inference are restored.
+5. `hold`, in frozen mode: all columns but those of the drawn rank are restored.
 
-In frozen mode (Eq. 10) a zero gradient isn't enough: momentum and weight decay
-still move a column. So the update itself is masked, the weights' and that of
-whatever the optimizer keeps for them.
+In frozen mode (Eq. 10), a zero gradient isn't enough, as momentum and weight
+decay still move a column. So the update itself is masked, for the weights and
+for the optimizer's state.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ def begin(model, data):
 
     Returns:
         The gates `(batch, rank)` or cores `(batch, rank, rank)` of the examples
-        by path, to be read within `training`, or `None` where one gate is for
-        all; and a dict of what the
-        step logs: its `rank`, an int32 scalar tensor, where one is drawn.
+        by path, for `training`, or `None` if one gate is for all; and a dict of
+        what the step logs. The dict has `rank`, an int32 scalar tensor, if one
+        rank is drawn.
     """
     adaptation = model._dylora
     x, *_ = keras.utils.unpack_x_y_sample_weight(data)
@@ -46,14 +46,14 @@ def begin(model, data):
 def drawn(model, x, state=None):
     """The gates of a training step that is one call, and the state after it.
 
-    The state is that of `stateless_call`, or `None` where there are variables.
-    Raises a `ValueError` if a step of the model is more than a call.
+    `state` is that of `stateless_call`, or `None` if the variables have it.
+    Raises a `ValueError` if a step of the model is more than one call.
     """
     adaptation = model._dylora
     config, objective = adaptation.config, adaptation.objective
     if config.frozen or objective.own_loss:
         raise ValueError(
-            "`frozen` and `objective='summed'` take more than a call of "
+            "`frozen` and `objective='summed'` need more than one call of "
             "the model: train with `fit` or `train_on_batch`. Received: "
             f"frozen={config.frozen}, objective={config.objective!r}"
         )
@@ -67,10 +67,10 @@ def drawn(model, x, state=None):
 
 
 def logged(logs, drawn):
-    """Logs of Keras's step with those of `begin`, none of which is lost.
+    """The logs of Keras's step together with those of `begin`.
 
-    A metric of the user's may be called `rank`; the drawn one is `drawn_rank`
-    then.
+    If the user has a metric called `rank`, the drawn rank is logged as
+    `drawn_rank`.
     """
     free = {f"drawn_{k}" if k in logs else k: v for k, v in drawn.items()}
     return {**logs, **free}
@@ -78,9 +78,9 @@ def logged(logs, drawn):
 
 @contextlib.contextmanager
 def training(model, gates):
-    """Within it, `model.compute_loss` is the objective's.
+    """In a `with` block, `model.compute_loss` is that of the objective.
 
-    And layers read what `begin` returned, if it isn't `None`.
+    The layers read the `gates` that `begin` returned, unless these are `None`.
     """
     adaptation = model._dylora
     adaptation.training = True
@@ -96,18 +96,19 @@ def training(model, gates):
 
 
 def call_argument(model, training):
-    """Arguments of a call beside the inputs, as in Keras's own steps."""
+    """The arguments of a call besides the inputs, as in Keras's own steps."""
     takes = "training" in model.call_signature_parameters
     return {"training": training} if takes else {}
 
 
 def check_frozen(optimizer):
-    """Raises a `ValueError` for an optimizer that frozen mode can't hold."""
+    """Raises a `ValueError` if frozen mode can't work with an optimizer."""
     parts = _keras.optimizers.optimizer_parts(optimizer)
     if any(part.use_ema for part in parts):
         raise ValueError(
-            "Frozen mode holds columns, of which moving averages would move. "
-            "Use `frozen=False` or an optimizer without `use_ema`. "
+            "Frozen mode keeps columns as they are, but moving averages would "
+            "change them. Use `frozen=False` or an optimizer without "
+            "`use_ema`. "
             f"Received: {optimizer!r} with use_ema=True"
         )
     if len(parts) > 1 and any(map(_accumulates, parts)):
@@ -119,13 +120,14 @@ def check_frozen(optimizer):
 
 
 def masked(model):
-    """What a frozen step changes in the open columns alone.
+    """The variables that a frozen step changes only in the open columns.
 
-    Found once for an optimizer: there are thousands of names to compare.
+    They are found once for an optimizer, as there are thousands of names to
+    compare.
 
     Returns:
-        A list of adapters and their optimizer slots, each with whether a
-        column (rather than a row) of it belongs to one rank.
+        A list of adapters and their optimizer slots, each with a bool: whether
+        a column of it, rather than a row, belongs to one rank.
 
     Raises:
         ValueError: if the slots of the adapters can't be found.
@@ -148,7 +150,7 @@ def masked(model):
 
 
 def _check_none(model):
-    """Raises a `ValueError` if an optimizer may have slots of adapters."""
+    """Raises a `ValueError` if an optimizer may have unknown slots."""
     optimizer = model.optimizer
     shapes = {v.shape for v, _ in _adapters(model) if v.trainable}
     owned = {
@@ -162,19 +164,20 @@ def _check_none(model):
     ]
     if nobodys:
         raise ValueError(
-            "Frozen mode must find what the optimizer keeps for an adapter, "
-            "which Keras names after the adapter's path. Make it with "
+            "Frozen mode must find what the optimizer keeps for an adapter, by "
+            "the adapter's path in the name. Make these variables with "
             "`add_variable_from_reference`. "
             f"Received: {optimizer!r} with variables {nobodys[:8]}"
         )
 
 
 def hold(model, masked, values, iterations):
-    """Puts back what the step may not have changed.
+    """Restores everything that the step may not have changed.
 
-    Takes `masked(model)`, and the values of it and of the optimizer's
-    iterations before the step. With gradient accumulation, an update may
-    change the columns of all ranks drawn since the update before.
+    `masked` is that of the model. `values` and `iterations` are the values of
+    `masked` and of the optimizer's iterations before the step. With gradient
+    accumulation, an update may change the columns of all ranks that were drawn
+    since the last update.
     """
     opened = ops.convert_to_tensor(model._dylora.open_columns)
     for (variable, by_column), value in zip(masked, values, strict=True):
@@ -187,7 +190,7 @@ def hold(model, masked, values, iterations):
 
 
 def _open(opened, columns):
-    """A mask of the open columns of a layer, whose last may be a lower one."""
+    """A mask of the open columns of a layer, whose maximum may be lower."""
     mask = ops.greater(opened, 0)
     if columns == mask.shape[0]:
         return mask
@@ -196,13 +199,13 @@ def _open(opened, columns):
 
 
 def _adapters(model):
-    """The adapters, each with whether its columns are of one rank."""
+    """The factors of the adapters, each with whether its columns are ranks."""
     for layer in model._dylora.layers.values():
         yield layer.down, True
         yield layer.up, False
 
 
 def _accumulates(optimizer):
-    """Whether an optimizer updates the weights in some of its steps only."""
+    """Whether an optimizer updates the weights only in some of its steps."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     return inner.gradient_accumulation_steps is not None

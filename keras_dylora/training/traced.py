@@ -1,8 +1,8 @@
-"""A step on torch traced whole: a graph without Python, replayed.
+"""A step on torch that is traced whole: a graph without Python, replayed.
 
-Nothing here knows of ranks: a model's own `train_step`, with its `backward` and
-optimizer, is traced as JAX would, all variables being inputs and outputs.
-`docs/traced.md` says how.
+Nothing here knows about ranks. A model's own `train_step`, with its `backward`
+and its optimizer, is traced as JAX would do it: all variables are inputs and
+outputs. `docs/traced.md` explains how.
 """
 
 import linecache
@@ -17,23 +17,23 @@ from torch.utils import _pytree
 
 from keras_dylora._keras.tracing import changed_besides, storage, traceable
 
-SHAPES = 8  # of batches; from the next on, steps are eager
+SHAPES = 8  # the number of shapes of batches; steps on others are eager
 
 
 class TracedStep:
     """A function of a batch that changes variables, as a replayed graph.
 
-    Traced anew for a batch of other shapes, dtypes or structure, and when
+    It is traced again for a batch of other shapes, dtypes or structure, and if
     other variables are trained. A value that changes, such as a rank or a
-    learning rate, is no new trace.
+    learning rate, needs no new trace.
 
     Args:
         step: function of `[batch]` that returns logs or predictions.
         variables: list of all variables that the step may read or change.
-        name: str. Of the model, in warnings.
+        name: str. The name of the model, for warnings.
         compiled: bool. Whether the graph goes to `torch.compile`, which takes
-            minutes and makes it faster. Defaults to `False`: the operations
-            of the eager step, one after another.
+            minutes and makes it faster. Defaults to `False`: it runs the
+            operations of the eager step, one after another.
     """
 
     def __init__(self, step, variables, name, compiled=False):
@@ -41,10 +41,10 @@ class TracedStep:
         self.variables = variables
         self.name = name
         self.compiled = compiled
-        self.traces = {}  # by what a trace depends on; `None` is eager
+        self.traces = {}  # by all that a trace depends on; `None` is eager
 
     def __call__(self, data):
-        # Without what is `None`, as sample weights may be.
+        # Leaves that are `None`, such as sample weights, are left out.
         leaves, structure = _pytree.tree_flatten(data[0])
         places = tuple(i for i, x in enumerate(leaves) if x is not None)
         batch, structure = [leaves[i] for i in places], (structure, places)
@@ -66,7 +66,7 @@ class TracedStep:
         if len(self.traces) >= SHAPES:
             if len(self.traces) == SHAPES:
                 warnings.warn(
-                    "Steps of further shapes of batches are eager: pad "
+                    "Steps on further shapes of batches run eagerly: pad "
                     "batches, or sort them into a few lengths. Received: "
                     f"{[tuple(x.shape) for x in batch]} after {SHAPES} others",
                     stacklevel=2,
@@ -99,7 +99,7 @@ class _Trace:
             ]
             pairs = list(zip(state, leaves, strict=True))
             with keras.StatelessScope(
-                # Such as those of activity regularization.
+                # Such as losses of activity regularization.
                 collect_losses=True,
                 state_mapping=pairs,
             ) as scope:
@@ -113,7 +113,7 @@ class _Trace:
             for x in logs:
                 if not isinstance(x, torch.Tensor):
                     raise TypeError(f"a result that is no tensor: {x!r}")
-            # What is changed in place is the leaf still.
+            # A variable that is changed in place is still the leaf.
             new = [
                 (value, x)
                 for value, x, leaf in zip(
@@ -134,7 +134,7 @@ class _Trace:
         self.call = self._compile if compiled else graph
 
     def _compile(self, values, batch):
-        """The first call, which compiles the graph for those that follow."""
+        """The first call, which compiles the graph for later calls."""
         call = torch.compile(self.graph, fullgraph=True, dynamic=False)
         try:
             found = call(values, batch)
@@ -183,15 +183,15 @@ def _place(error):
 
 
 def _apart(x, taken):
-    """A result that shares no memory with the state, which changes."""
+    """A result that shares no memory with the state, which will change."""
     x = x.detach()
     return x.clone() if storage(x) in taken else x
 
 
 def _check_constants(graph, state):
-    """Raises a `ValueError` if a constant of a graph is of a variable.
+    """Raises a `ValueError` if a constant of a graph is a variable's value.
 
-    Its value of now would be that of all steps.
+    All steps would use the value of now.
     """
     own = {v.value.untyped_storage().data_ptr(): v.path for v in state}
     for node in graph.graph.nodes:
@@ -208,7 +208,7 @@ def _check_constants(graph, state):
 
 
 def _drop_detach(graph):
-    """Drops nodes that only say that no gradient is wanted: none is."""
+    """Drops nodes that only say that no gradient is wanted, as none is."""
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])

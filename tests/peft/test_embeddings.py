@@ -77,7 +77,7 @@ def test_a_tied_output(pair, tmp_path):
     kd.from_peft(again, tmp_path / "adapter")
     assert_same_adapters(model, again, 2)
     assert_same_logits(again, adapted)
-    with pytest.raises(ValueError, match="is written for servers"):
+    with pytest.raises(ValueError, match="can't be written for servers"):
         kd.to_peft(model, tmp_path / "server", layout="server")
     assert not (tmp_path / "server").exists()
 
@@ -137,5 +137,5 @@ def test_a_table_that_is_trained_in_full(name, pair, tmp_path):
     _, again = pair(name)
     kd.from_peft(again, tmp_path / "adapter")
     assert_same_logits(again, adapted)
-    with pytest.raises(ValueError, match="but for servers.*token_embedding"):
+    with pytest.raises(ValueError, match="except for servers.*token_embedding"):
         kd.to_peft(model, tmp_path / "server", layout="server")

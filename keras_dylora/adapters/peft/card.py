@@ -4,7 +4,7 @@ import json
 
 from keras_dylora.version import __version__
 
-# PEFT's class for a task, which loads the base and the adapter.
+# PEFT's class for a task; it loads both the base and the adapter.
 _AUTO = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -15,7 +15,7 @@ _MAKER = "written by keras_dylora"
 
 
 def is_ours(content):
-    """Whether the bytes of a file are those of a `model_card`."""
+    """Whether the content of a file is a `model_card`."""
     return _MAKER.encode() in content
 
 
@@ -61,14 +61,14 @@ def _origin(config):
     if config.min_rank == config.rank:
         return f"from a LoRA of rank {config.rank}"
     return (
-        "of one training run for every rank "
+        "from one training run for every rank "
         f"from {config.min_rank} to {config.rank} "
         "([DyLoRA](https://arxiv.org/abs/2210.07558))"
     )
 
 
 def _table(report, weights):
-    """Metrics by rank; the rank of this adapter is the bold one."""
+    """The metrics at each rank; the rank of this adapter is in bold."""
     names = list(next(iter(report.metrics.values())))
     yield "| rank | " + " | ".join(names) + " |"
     yield "|---" * (len(names) + 1) + "|"

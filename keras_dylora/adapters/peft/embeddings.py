@@ -1,4 +1,4 @@
-"""The embeddings of tokens in a PEFT adapter: adapted, in full, or tied."""
+"""The embeddings of tokens in a PEFT adapter: adapted, trained or tied."""
 
 import dataclasses
 
@@ -8,15 +8,17 @@ from keras_dylora.adapters.peft import files as peft_files
 from keras_dylora.adapters.peft.layout import OUTPUT
 from keras_dylora.layers.factors import float32_array
 
-# What transformers calls the embeddings of tokens, and those of the output.
+# The names of transformers for embeddings of tokens, and for those of the
+# output.
 EMBEDDINGS = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
 OUTPUT_EMBEDDINGS = f"{OUTPUT}.weight"
 
 
 def without_output(tree, layout, adapter):
-    """An adapter less that of an output that is tied to the embedding.
+    """The adapter without that of an output that is tied to the embedding.
 
-    Raises a `ValueError` if it isn't tied too, since ours reaches both.
+    Raises a `ValueError` if only one side has it, or if the two differ, as our
+    adapter is that of both.
     """
     tied = layout.tied(tree)
     if tied is None:
@@ -53,9 +55,9 @@ def without_output(tree, layout, adapter):
 
 
 def without_tables(tree, layout, adapter):
-    """An adapter without the tables that PEFT saves beside one of an embedding.
+    """The adapter without the tables that PEFT saves with an adapted embedding.
 
-    Raises a `ValueError` if a table isn't that of the model.
+    Raises a `ValueError` if such a table isn't that of the model.
     """
     modules = {f"{layout.prefix}{layout.embedding}"}
     if layout.tied(tree):
@@ -75,17 +77,17 @@ def _without_base(tree, layout, adapter, module):
     own = float32_array(layout.token_embedding(tree).embeddings)
     if table.shape != own.shape or not np.allclose(table, own, atol=1e-2):
         raise ValueError(
-            "The embedding of an adapted one must be the model's own, since "
-            "only the adapter is trained. Received: another "
+            "The table of an adapted embedding must be the model's own, as "
+            "only its adapter is trained. Received: another "
             f"{name} of shape {table.shape}"
         )
     return dataclasses.replace(adapter, tensors=tensors)
 
 
 def trained(model, adapter, every):
-    """The embeddings that PEFT saves where tokens were added.
+    """The embeddings that PEFT saves if tokens were added.
 
-    A dict of the tensor's name to what our weight is, and the path of that.
+    Returns a dict of the tensor's name to the value and the path of our weight.
     Raises a `ValueError` if the vocabulary is another one.
     """
     layer = getattr(getattr(model, "backbone", model), "token_embedding", None)
@@ -129,8 +131,8 @@ def trained(model, adapter, every):
 def in_full(tree, layout):
     """The tables of tokens that a PEFT adapter may hold in full.
 
-    A dict of the tensor's name to its path; one that is tied to the output has
-    two names.
+    Returns a dict of the tensor's name to our path. A table that is tied to the
+    output has two names.
     """
     if not layout.embedding:
         return {}

@@ -1,4 +1,4 @@
-"""The families that PEFT adapters fit: a row for each."""
+"""The model families that PEFT adapters fit: one row each."""
 
 from keras_dylora.adapters.peft.images import IMAGES
 from keras_dylora.adapters.peft.layout import (
@@ -15,17 +15,18 @@ from keras_dylora.adapters.peft.layout import (
 
 
 def layout_of(model):
-    """The `Layout` of a KerasHub model, or a `ValueError`."""
+    """Returns the `Layout` of a KerasHub model, or raises a `ValueError`."""
     names = _class_names(model)
     body = getattr(model, "backbone", model)
     backbone = _class_names(body)
     for name, layout in LAYOUTS.items():
-        # Both, since another model may reuse the class of a task.
+        # Both must match, as another model may reuse the class of a task.
         if name in names and layout.backbone in backbone:
             if getattr(body, "vision_encoder", None) is not None:
                 raise ValueError(
                     "PEFT adapters can be exchanged for models of one kind of "
-                    f"input. Received: a {type(body).__name__} of images too"
+                    f"input. Received: a {type(body).__name__}, which also "
+                    "takes images"
                 )
             layout.check_variant(model)
             return layout
@@ -48,13 +49,13 @@ _BERT = attention(
 ) | feedforward("intermediate.dense", "output.dense")
 
 
-# The embedding of tokens.
+# Arguments for the embedding of tokens.
 _WORDS = {"embedding": "embeddings.word_embeddings"}
 _TOKENS = {"embedding": "embed_tokens"}
 
 
 def _opt(keras):
-    """The layers of OPT's and BART's blocks."""
+    """The layers of the blocks of OPT and BART."""
     names = "q_proj k_proj v_proj out_proj"
     names = " ".join(f"self_attn.{x}" for x in names.split())
     return attention(keras, names) | feedforward("fc1", "fc2")
@@ -86,7 +87,7 @@ def _t5(keras, number, name):
 
 
 def _t5_blocks(half, attention, number):
-    """Blocks with the feed-forward layers of T5 1.1 and Flan, or of T5."""
+    """Blocks of T5: with the gated layers of 1.1 and Flan, or without."""
     name = f"layer.{number}.DenseReluDense"
     gated = {
         f"{name}.wi_0": ("input_projector",),
@@ -106,7 +107,7 @@ def _t5_blocks(half, attention, number):
 
 
 def _decoder(family, linear, keras=LAYER, **task):
-    """Rows of a decoder as Llama's are, by the name of its classes."""
+    """The rows of a decoder like Llama, by the name of its family."""
     backbone = f"{family}Backbone"
     bare = stack(backbone, linear, keras, "layers.{}", **_TOKENS)
     return rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM", **task)

@@ -1,19 +1,19 @@
-"""The fields of PEFT's `LoraConfig`: left alone, read here, or refused."""
+"""The fields of PEFT's `LoraConfig`: ignored, read or refused."""
 
 import re
 
-# Of no effect on what a trained adapter computes.
+# Fields that don't change what a trained adapter computes.
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
     "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config",
     "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "task_type", "velora_config",
 }  # fmt: skip
-# What is saved of them for the training alone.
+# The ending of tensors that such fields save only for training.
 OF_TRAINING = ".lora_velora_embed"
 
-# Read here, with the types that PEFT writes; others are checked where they
-# are used.
+# Fields that are read here, with the types that PEFT writes. Fields with
+# `object` are checked where they are used.
 READ = {
     "alpha_pattern": dict,
     "ensure_weight_tying": bool,
@@ -31,8 +31,8 @@ READ = {
 }
 
 _MERGE = (
-    "`merge_and_unload` of PEFT puts this into the base, which `from_preset` "
-    "of KerasHub reads once it is saved"
+    "PEFT's `merge_and_unload` puts this into the base; save that, and "
+    "KerasHub's `from_preset` reads it"
 )
 _CONVERT = (
     "`save_pretrained(…, path_initial_model_for_weight_conversion=…)` of PEFT "
@@ -40,7 +40,7 @@ _CONVERT = (
 )
 _ANEW = "Train one without this"
 
-# What else changes the arithmetic, and the way out.
+# Other fields that change the arithmetic, and what to do about them.
 REFUSED = {
     "alora_invocation_tokens": _ANEW,
     "arrow_config": _ANEW,
@@ -50,17 +50,15 @@ REFUSED = {
     "layer_replication": _ANEW,
     "lora_bias": _MERGE,
     "monteclora_config": _MERGE,
-    "peft_type": (
-        "`peft.save_as_lora` writes a LoRA of what many other kinds compute"
-    ),
+    "peft_type": "`peft.save_as_lora` turns many other kinds into a LoRA",
     "target_parameters": _MERGE,
     "use_bdlora": _MERGE,
     "use_dora": _MERGE,
     "use_qalora": _ANEW,
 }
 
-# What leaves an adapter a plain one. Other values of `init_lora_weights`
-# change the base weights too.
+# Values that leave an adapter a plain one. Other values of `init_lora_weights`
+# also change the base weights.
 _PLAIN = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
@@ -71,10 +69,10 @@ _PLAIN = {
 
 
 def check(config, file):
-    """Raises a `ValueError` if a configuration asks for what isn't here.
+    """Raises a `ValueError` if a configuration asks for an unknown feature.
 
-    PEFT switches on what it adds to LoRA by a bool or by a list or dict that
-    isn't empty, so a field that isn't known is refused if it is one of these.
+    PEFT switches on its additions to LoRA by a bool, or by a list or dict that
+    isn't empty. So a field that isn't known is refused if it has such a value.
     """
     wrong = {
         key: value
@@ -109,7 +107,7 @@ def check(config, file):
 
 
 def _expressions(key, value):
-    """What is read as a regular expression in the value of a field."""
+    """The parts of a field's value that are read as regular expressions."""
     if key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         return value or ()
     if key == "layers_pattern" and isinstance(value, list):
@@ -121,9 +119,10 @@ def _expressions(key, value):
 
 
 def pattern(config, field, module, default):
-    """The value of a layer in `rank_pattern` or `alpha_pattern`.
+    """The value for a layer in `rank_pattern` or `alpha_pattern`.
 
-    That of the first regular expression for the end of its name.
+    It is that of the first regular expression that matches the end of the
+    layer's name.
     """
     for key, value in (config.get(field) or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -132,7 +131,7 @@ def pattern(config, field, module, default):
 
 
 def left_out_by(config, module):
-    """The field that leaves a layer out, whatever the targets, or `None`."""
+    """The field that leaves a layer out, even if it is a target, or `None`."""
     if _names(config.get("exclude_modules"), module):
         return "exclude_modules"
     for name in config.get("modules_to_save") or ():
@@ -153,7 +152,7 @@ def targets(config, module):
 
 
 def saves(config, module):
-    """Whether `modules_to_save` names a layer, or one that it is in."""
+    """Whether `modules_to_save` names a layer or a parent of it."""
     path = module.split(".")
     around = [".".join(path[: i + 1]) for i in range(len(path))]
     names = tuple(config.get("modules_to_save") or ())
@@ -161,16 +160,16 @@ def saves(config, module):
 
 
 def _names(names, module):
-    """A regular expression, or a list of endings."""
+    """Whether a regular expression or a list of endings names a layer."""
     if isinstance(names, str):
         return bool(names and re.fullmatch(names, module))
     return any(f".{module}".endswith(f".{name}") for name in names or ())
 
 
 def _by_ending(config, module):
-    """Whether targets leave it to `layers_to_transform` to choose a layer.
+    """Whether `layers_to_transform` may leave out a layer.
 
-    They don't if they name it in full, or are an expression.
+    It may not if the targets are an expression, or name the layer in full.
     """
     names = config.get("target_modules")
     return not isinstance(names, str) and module not in (names or ())

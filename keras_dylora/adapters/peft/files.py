@@ -1,4 +1,4 @@
-"""The files of a PEFT adapter: read, checked, and their rules applied."""
+"""The files of a PEFT adapter: read, checked, understood and written."""
 
 import collections
 import dataclasses
@@ -22,23 +22,23 @@ from keras_dylora.config import DyLoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# Beside PEFT's own files: PEFT warns of unknown keys in its config.
+# A file beside PEFT's own, as PEFT warns of unknown keys in its config.
 DYLORA_NAME = "keras_dylora.json"
 CARD_NAME = "README.md"
-# Ours first: where it is, the others are ours.
+# Ours first: if it is there, we wrote the others too.
 NAMES = (DYLORA_NAME, CONFIG_NAME, WEIGHTS_NAME)
 PREFIX = "base_model.model."
-# What is in it, so that it can be told as ours, where no rank is kept.
+# Its content if it keeps no ranks, to show that the files are ours.
 SERVER = {"layout": "server"}
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter:
-    """What an adapter directory holds.
+    """The content of an adapter directory.
 
-    If `to_peft` wrote it, the config and the identity of a model, and the
-    ranks of its layers where they differ. Of two `prefixes`, layers have the
-    first in the configuration and the second in the model.
+    If `to_peft` wrote it, there are the config and the identity of a model, and
+    the ranks of its layers if they differ. `prefixes` are the prefix of layers
+    in the configuration, and that in the model.
     """
 
     config: dict
@@ -50,7 +50,7 @@ class PeftAdapter:
 
     @property
     def layer_ranks(self):
-        """Dict of path to rank of what `to_peft` wrote, else `None`."""
+        """Dict of path to rank, or `None` if `to_peft` didn't write this."""
         if self.dylora is None:
             return None
         high = self.dylora.rank
@@ -65,7 +65,7 @@ class PeftAdapter:
         return ranks.as_rank(rank, 1, name="r")
 
     def alpha(self, module):
-        """float. Its scale, times its rank."""
+        """float. The scale of the adapter of a layer, times its rank."""
         alpha = self._of(module, "alpha_pattern", "lora_alpha")
         if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
             raise TypeError(
@@ -76,17 +76,17 @@ class PeftAdapter:
         return alpha
 
     def tensor(self, name):
-        """A tensor by its name less PEFT's prefix."""
+        """A tensor, by its name without PEFT's prefix."""
         return self.tensors[f"{PREFIX}{name}"]
 
     def without_head(self):
-        """A copy with the tensors of LoRA alone."""
+        """A copy with only the tensors of LoRA."""
         tensors = {k: x for k, x in self.tensors.items() if ".lora_" in k}
         config = self.config | {"modules_to_save": None}
         return dataclasses.replace(self, config=config, tensors=tensors)
 
     def moved(self, old, new):
-        """A copy with another prefix of the layers, such as `"roberta."`."""
+        """A copy whose layers have another prefix, such as `"roberta."`."""
 
         tensors = {
             f"{PREFIX}{_renamed(k.removeprefix(PREFIX), old, new)}": x
@@ -99,7 +99,7 @@ class PeftAdapter:
         return _renamed(module, *self.prefixes[::-1])
 
     def factors(self, module, names):
-        """The adapter of a layer, as `Factors`, by the names of its tensors."""
+        """The adapter of a layer as `Factors`, by the names of its tensors."""
         scale = self.alpha(module) / self.rank(module)
         return to_factors(*map(self.tensor, names), scale)
 
@@ -111,16 +111,16 @@ class PeftAdapter:
     def adapts(self, module, names):
         """Whether the adapter is for a layer, by its tensors or its name.
 
-        Raises a `ValueError` if its tensors are those of a layer that the
-        configuration leaves out, which PEFT wouldn't adapt.
+        Raises a `ValueError` if there are tensors of a layer that the
+        configuration leaves out, as PEFT wouldn't adapt it.
         """
         if not any(f"{PREFIX}{name}" in self.tensors for name in names):
             return fields.targets(self.config, self.in_config(module))
         field = fields.left_out_by(self.config, self.in_config(module))
         if field is not None:
             raise ValueError(
-                f"An adapter must have tensors of the layers that `{field}` "
-                f"in {CONFIG_NAME} leaves in, and no others. "
+                f"An adapter must have tensors only of layers that `{field}` "
+                f"in {CONFIG_NAME} allows. "
                 f"Received: {field}={self.config[field]!r} and tensors of "
                 f"{module}"
             )
@@ -134,17 +134,17 @@ def _renamed(name, old, new):
 def read(directory):
     """The `PeftAdapter` in a directory.
 
-    Raises a `ValueError` if a file is missing or damaged, or if the adapter is
-    of another kind than plain LoRA.
+    Raises a `ValueError` if a file is missing or damaged, or if the adapter
+    isn't a plain LoRA.
     """
     folder = pathlib.Path(directory)
     pickled = folder / "adapter_model.bin"
     if pickled.is_file() and not (folder / WEIGHTS_NAME).exists():
         raise ValueError(
-            f"A PEFT adapter must hold {WEIGHTS_NAME}: to read a `.bin` runs "
-            "code. Where you trust it, `peft.PeftModel.from_pretrained` and "
-            "its `save_pretrained` write one. "
-            f"Received: {str(pickled)!r}"
+            f"A PEFT adapter must hold {WEIGHTS_NAME}, as reading a `.bin` "
+            "file runs code. If you trust the file, load it by "
+            "`peft.PeftModel.from_pretrained` and write it by its "
+            f"`save_pretrained`. Received: {str(pickled)!r}"
         )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
@@ -163,7 +163,7 @@ def read(directory):
 
 
 def _load(path):
-    """Float32 arrays; NumPy's own loader knows no bfloat16."""
+    """Reads float32 arrays, as NumPy's own loader doesn't know bfloat16."""
     tensors = {}
     try:
         stored = safetensors.deserialize(path.read_bytes())
@@ -190,7 +190,7 @@ def _load(path):
 
 
 def _dylora_config(folder):
-    """What `metadata.read` gives of what `to_peft` left, or `None` for each."""
+    """The result of `metadata.read` for `to_peft`'s own file, or `None`s."""
     path = folder / DYLORA_NAME
     if not path.is_file() or files.read_json(path) == SERVER:
         return None, None, None
@@ -209,10 +209,12 @@ def _dylora_config(folder):
 
 
 def write(folder, tensors, config, adapter, dtype, card):
-    """Writes tensors, less PEFT's prefix, and PEFT's own configuration.
+    """Writes the files of a PEFT adapter.
 
-    And the text of a model `card`, and what PEFT has no place for of
-    `AdapterWeights`. Those that are for servers are `None`.
+    The names of `tensors` are without PEFT's prefix. `config` is PEFT's
+    configuration, and `card` the text of the model card. `adapter` is the
+    `AdapterWeights`, whose config and identity PEFT's files can't hold, or
+    `None` for servers.
     """
     _save(folder / WEIGHTS_NAME, tensors, dtype)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
@@ -224,7 +226,7 @@ def write(folder, tensors, config, adapter, dtype, card):
 
 
 def _save(path, tensors, dtype):
-    """Writes tensors in a dtype that they are within."""
+    """Writes tensors in a dtype, if their values are in its range."""
     stored = {}
     for name, value in tensors.items():
         with np.errstate(over="ignore"):
@@ -239,9 +241,9 @@ def _save(path, tensors, dtype):
 
 
 def peft_config(layout, fused, tables, dylora, base):
-    """PEFT's configuration, of all layers with `Factors` or `None`.
+    """PEFT's configuration, for a dict of module to `Factors` or `None`.
 
-    And of the names of `tables` that were trained in full.
+    `tables` has the names of embeddings that were trained in full.
     """
     rslora = dylora.scaling == "sqrt"
     sizes = {
@@ -249,11 +251,11 @@ def peft_config(layout, fused, tables, dylora, base):
         for module, x in fused.items()
         if x is not None
     }
-    # PEFT ties what has this name.
+    # PEFT ties embeddings of this name.
     tying = _last(layout.embedding) == "embed_tokens" and (
         OUTPUT in fused or len(tables) > len(set(tables.values()))
     )
-    # Patterns for as few layers as possible: not every program reads them.
+    # Few layers in the patterns, as not every program reads them.
     (rank, alpha), _ = collections.Counter(sizes.values()).most_common(1)[0]
     other = {k: size for k, size in sizes.items() if size != (rank, alpha)}
     return {
@@ -280,9 +282,9 @@ def peft_config(layout, fused, tables, dylora, base):
 
 
 def _lora_alpha(x, rslora=False):
-    """What PEFT divides by r, in as few digits as give the scale of `x`.
+    """The `lora_alpha` for the scale of `x`, in as few digits as possible.
 
-    By the root of r, if `rslora`.
+    PEFT divides it by r, or by the root of r if `rslora`.
     """
     divisor = math.sqrt(x.rank) if rslora else x.rank
     alpha = x.scale * divisor
@@ -292,7 +294,7 @@ def _lora_alpha(x, rslora=False):
 
 
 def _target_modules(layout, fused):
-    """The adapted layers, by a short name where it means no other layer."""
+    """The adapted layers, by a short name if no other layer has it."""
     in_block = collections.Counter(_last(name) for name in layout.linear)
     plain = {_last(module) for module, x in fused.items() if x is None}
     targets = set()

@@ -1,4 +1,4 @@
-"""The families of images that PEFT adapters fit."""
+"""The families of image models that PEFT adapters fit."""
 
 from keras_dylora.adapters.peft.layout import (
     Blocks,
@@ -36,7 +36,7 @@ _VIT = Layout(
 
 
 def _resnet_stage(number):
-    """A basic block has no third convolution, and few have a shortcut."""
+    """The blocks of a stage; basic blocks have no third convolution."""
     return Blocks(
         f"encoder.stages.{number}.layers.{{}}",
         f"stack{number}_block{{}}",

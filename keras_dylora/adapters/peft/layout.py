@@ -16,21 +16,22 @@ from keras_dylora.layers.kinds import geometry
 class Blocks:
     """Layers of a model that are alike, one after another.
 
-    A linear layer of transformers stands for one Keras layer, or for several
-    whose outputs it holds side by side, such as GPT-2's `c_attn`.
+    A linear layer of transformers stands for one Keras layer, or for several,
+    whose outputs it has side by side, such as GPT-2's `c_attn`.
 
     Args:
-        name: str. Path of one in transformers, with its number left open.
-        keras: str. Its path in KerasHub, with its number left open.
-        linear: dict of the linear layers in it to tuples of the paths that
-            their Keras layers have in theirs. One that begins with a slash is
-            at the top, where Keras numbers it.
-        first: int. The number of the first one in KerasHub. Defaults to `0`.
-        ungated: dict that counts in place of `linear` where the model has no
-            gates and so lacks some of its layers. Defaults to `None`, none.
-        optional: tuple of names of layers that not every block has. Defaults
-            to none.
-        separator: str. What Keras has between the names of a block and of a
+        name: str. The path of a block in transformers, with `{}` for its
+            number.
+        keras: str. The path of a block in KerasHub, with `{}` for its number.
+        linear: dict of the name of each linear layer in the block to a tuple of
+            the paths of its Keras layers within theirs. A path that begins with
+            a slash is that of a layer at the top, which Keras numbers.
+        first: int. The number of the first block in KerasHub. Defaults to `0`.
+        ungated: dict to use instead of `linear` for a model without gates,
+            which lacks some layers. Defaults to `None`: there is no such model.
+        optional: tuple of the names of layers that not every block has.
+            Defaults to none.
+        separator: str. The text in Keras between the names of a block and of a
             layer in it. Defaults to a slash.
     """
 
@@ -43,7 +44,7 @@ class Blocks:
     separator: str = "/"
 
     def modules(self, paths):
-        """The linear layers of all blocks of a model, with Keras's paths."""
+        """The linear layers of a model's blocks, with their Keras paths."""
         found = {}
         for i in itertools.count():
             block = self.keras.format(i + self.first) + self.separator
@@ -65,7 +66,7 @@ class Blocks:
                     found[f"{self.name.format(i)}.{name}"] = ours
 
 
-# What transformers calls the output of a language model.
+# The name in transformers of a language model's output.
 OUTPUT = "lm_head"
 
 
@@ -76,25 +77,25 @@ class Layout:
     Args:
         backbone: str. The class of the KerasHub backbone.
         blocks: tuple of `Blocks`.
-        outside: dict like `Blocks.linear`, for the layers outside of them.
-        embedding: str. The embedding of tokens. Defaults to `""`, none that
-            can have an adapter.
-        transposed: bool. Whether transformers stores these weights as
+        outside: dict like `Blocks.linear`, for layers outside of the blocks.
+        embedding: str. The embedding of tokens. Defaults to `""`: none that can
+            have an adapter.
+        transposed: bool. Whether transformers stores the weights as
             `(inputs, outputs)`, in `Conv1D` layers.
         interleaved: bool. Whether a linear layer that stands for several has
             their outputs side by side within each head, not as a whole.
-        prefix: str. Where the transformers model keeps its base model.
-        task_type: str. PEFT's name of the task, `None` where it has none.
+        prefix: str. The attribute of the transformers model that is its base.
+        task_type: str. PEFT's name of the task, or `None` if it has none.
         head: dict of the weights of the head to the paths of their Keras
             variables.
-        only: dict of attributes of the KerasHub model or its backbone to
-            tuples of the values that transformers has a twin for. Defaults to
-            every value.
+        only: dict of an attribute of the KerasHub model or its backbone to a
+            tuple of the values that transformers supports. Defaults to every
+            value.
         architectures: dict of the classes of transformers that may hold the
-            model to the prefix in each. Defaults to none but its own.
-        held_from: int. The width of the backbone from which the published
-            models are of the last of them. Defaults to `None`, none is.
-        alone: bool. Whether the class of transformers has nothing beside the
+            model to the prefix in each. Defaults to none but the model's own.
+        held_from: int. The width of the backbone from which published models
+            have the last of `architectures`. Defaults to `None`: none has.
+        alone: bool. Whether the class of transformers holds nothing but the
             model. Defaults to `True`.
     """
 
@@ -113,10 +114,10 @@ class Layout:
     alone: bool = True
 
     def of_architecture(self, model, architecture):
-        """The layout in a class of transformers, by its name.
+        """The layout in a class of transformers, by the name of the class.
 
-        Raises a `ValueError` if that isn't known; warns where none is named
-        and the published models of this size are of another class.
+        Raises a `ValueError` if the class isn't known. Warns if none is named
+        and the published models of this size have another class.
         """
         if architecture is None:
             body = getattr(model, "backbone", model)
@@ -125,9 +126,9 @@ class Layout:
                 warnings.warn(
                     "transformers and vLLM load the published models of this "
                     f"size as a {holder}, whose layers are called "
-                    f"`{self.architectures[holder]}…`. There an adapter by "
+                    f"`{self.architectures[holder]}…`. There, an adapter with "
                     "other names has no effect, and no error says so. Name "
-                    "the class that `config.json` of the base does: "
+                    "the class that is in `config.json` of the base: "
                     f"architecture={holder!r} or {own!r}. Received: none, so "
                     f"the adapter is for a {own}",
                     stacklevel=users_line(),
@@ -137,7 +138,7 @@ class Layout:
             raise ValueError(
                 "`architecture` must be a class of transformers whose names "
                 "are known here, one of "
-                f"{list(self.architectures)}; where there is none, leave it "
+                f"{list(self.architectures)}; if there is none, leave it "
                 f"out. Received: architecture={architecture!r} for a "
                 f"{type(model).__name__}"
             )
@@ -147,7 +148,7 @@ class Layout:
         )
 
     def check_variant(self, model):
-        """Raises a `ValueError` if transformers has no twin of a model."""
+        """Raises a `ValueError` if transformers has no such model."""
         for owner in (model, getattr(model, "backbone", model)):
             for name, values in self.only.items():
                 value = getattr(owner, name, values[0])
@@ -161,12 +162,14 @@ class Layout:
 
     @property
     def linear(self):
-        """The names of the linear layers within one block of each kind."""
+        """The names of the linear layers within a block, for all kinds."""
         return [name for blocks in self.blocks for name in blocks.linear]
 
     def modules(self, tree):
-        """The linear layers of a model's twin, with the paths of their Keras
-        layers; raises a `ValueError` if the model has no such layer."""
+        """The linear layers in transformers, with the paths of Keras layers.
+
+        Raises a `ValueError` if the model has no such layer.
+        """
         paths, found = tree.layers, {}
         for blocks in self.blocks:
             found |= blocks.modules(paths)
@@ -186,11 +189,11 @@ class Layout:
         return {f"{self.prefix}{name}": x for name, x in found.items()}
 
     def token_embedding(self, tree):
-        """The embedding of tokens of a KerasHub model."""
+        """The embedding layer for the tokens of a KerasHub model."""
         return getattr(tree.model, "backbone", tree.model).token_embedding
 
     def tied(self, tree):
-        """The module of an embedding that the output is tied to, or `None`."""
+        """The name of an embedding that is tied to the output, or `None`."""
         if not self.embedding or not hasattr(tree.model, "generate"):
             return None
         tied = getattr(self.token_embedding(tree), "tie_weights", False)
@@ -203,7 +206,7 @@ class Layout:
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
     def prefix_of(self, name):
-        """What a tensor's name has before that of its block, or `None`."""
+        """The part of a tensor's name before that of its block, or `None`."""
         blocks = "|".join(
             re.escape(x.name).replace(r"\{\}", r"\d+") for x in self.blocks
         )
@@ -211,10 +214,10 @@ class Layout:
         return found and name[: found.start(1)]
 
     def columns(self, layers):
-        """Where a linear layer of transformers has the outputs of ours.
+        """The places of our outputs in a linear layer of transformers.
 
         `layers` are the Keras layers that it stands for. Returns an array of
-        places for each.
+        places for each of them.
         """
         shapes = [geometry(layer).outputs for layer in layers]
         if self.interleaved and len(layers) > 1:
@@ -226,18 +229,18 @@ class Layout:
         return np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
 
     def columns_by_module(self, tree, modules):
-        """The `columns` of each of the `modules`, by its name."""
+        """Dict of the name of each of the `modules` to its `columns`."""
         return {
             module: self.columns([tree.layers[path] for path in paths])
             for module, paths in modules.items()
         }
 
 
-# What the rows of families are made of.
+# The parts of the rows of families.
 
 
 def attention(keras, names, ours="query key value attention_output"):
-    """Names of the four projections, ours in the Keras layer `keras`."""
+    """The four projections by name; ours are in the Keras layer `keras`."""
     pairs = zip(names.split(), ours.split(), strict=True)
     return {name: (f"{keras}/{x}",) for name, x in pairs}
 
@@ -250,12 +253,12 @@ def feedforward(up, down):
 
 
 def fused(keras, query, key, value):
-    """The three projections that are one layer, ours in the layer `keras`."""
+    """Three projections that are one layer; ours are in the layer `keras`."""
     return tuple(f"{keras}/{x}" for x in (query, key, value))
 
 
 def head(names, ours):
-    """The weights of a head, by the names of its layers and of ours."""
+    """The weights of a head, by the names of its layers and of our layers."""
     return {
         f"{name}.{theirs}": f"{layer}/{weight}"
         for name, layer in zip(names.split(), ours.split(), strict=True)
@@ -272,6 +275,6 @@ def stack(backbone, linear, keras=LAYER, name="encoder.layer.{}", **rest):
 
 
 def rows(bare, task, prefix, task_type, head=None, **changes):
-    """The rows of a backbone and of a task on it."""
+    """The rows of a backbone and of a task with it."""
     changes |= {"prefix": prefix, "task_type": task_type, "head": head or {}}
     return {bare.backbone: bare, task: dataclasses.replace(bare, **changes)}

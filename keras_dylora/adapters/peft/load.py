@@ -1,4 +1,4 @@
-"""from_peft: an adapter in the Hugging Face PEFT format, loaded."""
+"""from_peft: loads an adapter in the Hugging Face PEFT format."""
 
 import dataclasses
 import os
@@ -30,41 +30,42 @@ def from_peft(
 ) -> Model:
     """Loads a Hugging Face PEFT adapter of plain LoRA kind, in place.
 
-    A model that isn't enabled yet is enabled for the layers of the adapter.
-    What `to_peft` saved comes back as the DyLoRA adapter that it was. Any
-    other adapter was trained at one rank, so `min_rank` is `rank`; its columns
-    are put in order, as `order_ranks` does, and `scaling` is `"constant"`, so
-    that it can be cut. Its scale is kept at every `alpha` of the model, and
-    the adapter of a layer that is several in KerasHub, such as GPT-2's
-    `c_attn`, becomes one for each. PEFT's `rank_pattern` becomes that of the
-    config. Embeddings that PEFT saved, since tokens
-    were added, go into a model of an equal vocabulary, and are trained in full
-    from then on.
+    A model that isn't enabled is enabled for the layers of the adapter. An
+    adapter that `to_peft` saved comes back as the DyLoRA adapter that it was.
+    Any other adapter was trained at one rank, so `min_rank` becomes `rank`. Its
+    columns are put in order, as `order_ranks` does, and `scaling` becomes
+    `"constant"`, so that it can be cut.
+
+    The adapter keeps its scale at every `alpha` of the model. If several
+    KerasHub layers are one in transformers, such as GPT-2's `c_attn`, its
+    adapter becomes one for each of them. PEFT's `rank_pattern` becomes that of
+    the config. Embeddings that PEFT saved because tokens were added need a
+    model with the same vocabulary, and are trained in full from then on.
 
     Args:
-        model: a KerasHub model as `to_peft` takes it, enabled or not, with the
+        model: a KerasHub model that `to_peft` takes, enabled or not, with the
             base weights that the adapter is for.
         directory: str or path, with `adapter_config.json` and
             `adapter_model.safetensors`.
-        name: str. What the adapter is called, as in `load_adapter`. Defaults
-            to `"default"`.
+        name: str. The name of the adapter, as in `load_adapter`. Defaults to
+            `"default"`.
         strict: bool. Whether the model must have the layers and the base
-            weights of the one that `to_peft` saved the adapter of; any other
-            adapter doesn't tell. Defaults to `True`.
-        head: bool. Whether to load the head that an adapter may have. If not,
-            the model keeps its own, which may have other classes. Defaults to
-            `True`.
-        rank: int. Cuts the adapter to its first columns, such as for a model
-            of a lower rank. Defaults to `None`, as it is.
+            weights of the one that `to_peft` saved. It means nothing for other
+            adapters, which don't describe their model. Defaults to `True`.
+        head: bool. Whether to load the head of the adapter, if it has one. If
+            not, the model keeps its own, which may have other classes. Defaults
+            to `True`.
+        rank: int. The rank to cut the adapter to, such as for a model of a
+            lower rank. Defaults to `None`: the adapter isn't cut.
 
     Returns:
         `model` itself.
 
     Raises:
         TypeError: if a number in the configuration has the wrong type.
-        ValueError: if a file is missing or damaged, if the adapter isn't a
-            plain LoRA or is for other layers, shapes or another rank, or if
-            the model is of another class or its head is quantized. The model
+        ValueError: if a file is missing or damaged; if the adapter isn't a
+            plain LoRA, or is for other layers, shapes or another rank; or if
+            the model is of another class, or its head is quantized. The model
             is unchanged then.
 
     Example:
@@ -91,7 +92,7 @@ def from_peft(
 
 
 def read(tree, directory, strict, head):
-    """The adapter for a model, as `AdapterWeights`; with its head, or not."""
+    """Reads the `AdapterWeights` for a model, with a head if `head` is set."""
     layout = layout_of(tree.model)
     adapter = peft_files.read(directory)
     if not head:
@@ -109,7 +110,7 @@ def read(tree, directory, strict, head):
     shapes = {n: tuple(every[p].shape)[::-1] for n, p in head.items()}
     tables = embeddings.trained(tree.model, adapter, every)
     shapes |= {n: adapter.tensor(n).shape for n in tables}
-    absent = {}  # a layer of ours at rank 0 isn't in the file
+    absent = {}  # layers at rank 0, which aren't in the file
     for module, paths in modules.items():
         layer = layers[next(filter(None, paths))]
         outputs = sum(map(len, columns[module]))
@@ -133,7 +134,7 @@ def read(tree, directory, strict, head):
         factors = absent.get(module)
         if factors is None:
             factors = adapter.factors(module, layout.tensor_names(module))
-        if ranks:  # PEFT's own file may be changed, which ours isn't
+        if ranks:  # PEFT's own file may have been changed; ours wasn't
             first = next(filter(None, (ranks.get(p) for p in paths)), 1)
             scale = config.scale.at(first)
             factors = dataclasses.replace(factors, scale=scale)
@@ -150,8 +151,8 @@ def read(tree, directory, strict, head):
 def _head(layout, adapter):
     """The weights of the head that a file must have, by name.
 
-    Those of the layers that `modules_to_save` names. The head may be left out,
-    but where nothing names a part of it, as a whole.
+    They are those of the layers that `modules_to_save` names. If it names no
+    part of the head, the file may leave the head out as a whole.
     """
     if adapter.config.get("modules_to_save"):
         return {
@@ -164,9 +165,9 @@ def _head(layout, adapter):
 
 
 def _check_places(layout, adapter, shapes):
-    """Raises a `ValueError` by the field that asks for tensors without place.
+    """Raises a `ValueError` if a field asks for tensors that have no place.
 
-    What else doesn't fit is told tensor by tensor.
+    The message names the field. `check_shapes` reports all other misfits.
     """
     heads = {name.rpartition(".")[0] for name in layout.head}
     outside = heads | {OUTPUT}
@@ -176,8 +177,8 @@ def _check_places(layout, adapter, shapes):
     if adapted & outside:
         raise ValueError(
             "An adapter must leave the head and the output to "
-            "`modules_to_save`, as PEFT does for a `task_type`, or "
-            "`merge_and_unload` of PEFT puts it into the base. Received: "
+            "`modules_to_save`, as PEFT does for a `task_type`. Otherwise, "
+            "PEFT's `merge_and_unload` puts it into the base. Received: "
             f"target_modules={adapter.config.get('target_modules')!r} "
             f"with adapters of {sorted(adapted & outside)}"
         )
@@ -191,19 +192,19 @@ def _check_places(layout, adapter, shapes):
     ]
     if full:
         raise ValueError(
-            "`modules_to_save` must name the task head of the model and its "
-            "embeddings of tokens alone. `head=False` loads the adapters "
-            "without it, and `merge_and_unload` of PEFT puts it into the base. "
+            "`modules_to_save` must name only the task head of the model and "
+            "its embeddings of tokens. `head=False` loads the adapters "
+            "without it, and PEFT's `merge_and_unload` puts it into the base. "
             f"Received: modules_to_save={adapter.config['modules_to_save']!r} "
             f"with tensors {full}"
         )
 
 
 def _placed(tree, layout, adapter, strict):
-    """An adapter by the names that the layers of a model have.
+    """The adapter, with the names that the layers of a model have.
 
-    transformers has a prefix for those of a task that a bare model is without,
-    and some versions have others.
+    In transformers, the layers of a task have a prefix that a bare model
+    doesn't have, and some versions have other prefixes.
     """
     names = [x.removeprefix(peft_files.PREFIX) for x in adapter.tensors]
     found = {layout.prefix_of(x) for x in names if ".lora_" in x} - {None}
@@ -216,10 +217,9 @@ def _placed(tree, layout, adapter, strict):
 
 
 def _adapted(modules, adapter, layout):
-    """The layers that an adapter is for.
+    """Dict of the name of each adapted module to the paths of Keras layers.
 
-    A dict of module name to the paths of its Keras layers, `None` for those
-    without an adapter.
+    A path is `None` for a Keras layer without an adapter.
     """
     if adapter.dylora is None:
         return {
@@ -236,7 +236,7 @@ def _adapted(modules, adapter, layout):
 
 
 def _config(modules, adapter):
-    """The `DyLoRAConfig` that an adapter asks for."""
+    """The `DyLoRAConfig` of an adapter."""
     if not modules:
         raise ValueError(
             "The adapter must adapt layers of the model. "
@@ -263,15 +263,15 @@ def _config(modules, adapter):
 
 
 def _own_rank(paths, ranks):
-    """The rank of a layer that `_fuse` made of those of Keras."""
+    """The rank of a layer that `_fuse` made of several Keras layers."""
     return sum(ranks[path] for path in filter(None, paths))
 
 
 def _split(fused, paths, columns, ranks):
     """Undoes `_fuse`; a dict of path to `Factors`.
 
-    Where no `_fuse` wrote blocks of these `ranks`, every part needs the whole
-    `down`.
+    Without `ranks`, the adapter isn't one of `_fuse`, so every part needs all
+    columns of `down`.
     """
     parts, start = {}, 0
     for path, places in zip(paths, columns, strict=True):

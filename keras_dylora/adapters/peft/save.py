@@ -1,4 +1,4 @@
-"""to_peft: adapters saved in the Hugging Face PEFT format."""
+"""to_peft: saves adapters in the Hugging Face PEFT format."""
 
 import dataclasses
 import os
@@ -44,21 +44,21 @@ def to_peft(
     """Saves the adapters, cut to a rank, as a Hugging Face PEFT adapter.
 
     PEFT loads the directory onto the transformers model with the same base
-    weights, and computes what `model` computes at that rank: `lora_alpha / r`
-    is `alpha / rank`. The head of a classifier and an embedding of tokens
-    that was trained in full are in `modules_to_save`. A file of our own,
-    `keras_dylora.json`, tells `from_peft` that the ranks have an order. At a
-    `RankAllocation`, `rank_pattern` and `alpha_pattern` tell the ranks of the
-    layers, and those at rank 0 are left out.
+    weights. It then computes what `model` computes at that rank, as
+    `lora_alpha / r` is the scale `alpha / rank`. `modules_to_save` has the head
+    of a classifier, and an embedding of tokens that was trained in full. Our
+    own file, `keras_dylora.json`, tells `from_peft` that the ranks have an
+    order. At a `RankAllocation`, `rank_pattern` and `alpha_pattern` have the
+    ranks of the layers, and layers at rank 0 are left out.
 
     Programs that serve adapters, such as vLLM, read one rank and one scale for
-    all layers. `layout="server"` gives them that: lower ranks are padded with
-    zeros, and the scale is in `lora_B`, so that `lora_alpha` is `r`.
+    all layers. `layout="server"` writes that: lower ranks are padded with
+    zeros, and `lora_B` includes the scale, so `lora_alpha` is `r`.
 
-    Where transformers has one layer for several, such as GPT-2's `c_attn` for
-    query, key and value, the adapter has the rank of all of theirs together
-    and zeros outside of their blocks. KerasHub's BERT, ALBERT, ELECTRA and
-    GPT-NeoX have GELU in its tanh form, so the transformers one needs
+    Several KerasHub layers may be one in transformers: query, key and value are
+    GPT-2's `c_attn`. The adapter of such a layer has the sum of their ranks,
+    with zeros outside of their blocks. KerasHub's BERT, ALBERT, ELECTRA and
+    GPT-NeoX use the tanh form of GELU, so the transformers model needs
     `hidden_act="gelu_pytorch_tanh"` to agree to the last digits.
 
     Args:
@@ -68,40 +68,40 @@ def to_peft(
             3, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or T5,
             an image classifier of ViT or ResNet, or the backbone of one, or
             of ELECTRA.
-        directory: str or path. Written beside, then renamed.
-        rank: int in `1..config.rank`, or `RankAllocation`. Defaults to
-            `None`, the maximum.
-        overwrite: bool. Whether an adapter that is there may be replaced.
+        directory: str or path. It is written under another name, then renamed.
+        rank: int in `1..config.rank`, or `RankAllocation`. Defaults to `None`:
+            the maximum rank.
+        overwrite: bool. Whether an adapter in the directory may be replaced.
             Defaults to `True`.
         layout: str. `"peft"` or `"server"`. Defaults to `"peft"`.
-        ranks: list of ints in `1..config.rank`, in place of `rank`: a
-            directory for each, `rank_1` and so on, within `directory`.
+        ranks: list of int in `1..config.rank`, instead of `rank`. Each rank
+            gets its own directory within `directory`, `rank_1` and so on.
             Defaults to `None`.
-        base_model_name_or_path: str. Where transformers finds the base model,
-            for PEFT's `AutoPeftModelFor…`, which then need nothing but the
-            directory. Defaults to `None`.
-        dtype: str. What the tensors are stored in, `"float32"`, `"float16"`
-            or `"bfloat16"`. Defaults to `None`, float32.
-        server_rank: int, with the layout `"server"`: the rank to pad to, such
-            as 8, 16, 32, 64, 128 or 256, where a server takes no other.
-            Defaults to `None`, the highest of a layer.
-        report: `RankReport`, whose metrics go into the model card,
-            `README.md`. Defaults to `None`.
+        base_model_name_or_path: str. Where transformers finds the base model.
+            With it, PEFT's `AutoPeftModelFor…` needs only the directory.
+            Defaults to `None`.
+        dtype: str. The dtype of the stored tensors: `"float32"`, `"float16"` or
+            `"bfloat16"`. Defaults to `None`: float32.
+        server_rank: int. The rank to pad to with `layout="server"`, for servers
+            that take only some ranks, such as 8, 16, 32, 64, 128 or 256.
+            Defaults to `None`: the highest rank of a layer.
+        report: `RankReport`. Its metrics go into the model card, `README.md`.
+            Defaults to `None`.
         architecture: str. The class of transformers that holds the base, as
-            `config.json` of the base names it, since the layers have other
-            names in some: `"Gemma3ForConditionalGeneration"`, as which Gemma 3
-            is published from 4B on, or `"Gemma3ForCausalLM"`. Defaults to
-            `None`, that of text alone, with a warning where the published
-            ones of its size are of another class.
+            `config.json` of the base names it. Some classes have other names
+            for the layers: from 4B on, Gemma 3 is published as
+            `"Gemma3ForConditionalGeneration"`, not as `"Gemma3ForCausalLM"`.
+            Defaults to `None`: the class for text alone, with a warning if the
+            published models of this size have another class.
 
     Raises:
         TypeError: if a rank isn't an integer.
-        ValueError: if a rank, `layout`, `dtype` or `architecture` is none of
-            its values, if `rank` and `ranks` are given, if `server_rank` is
-            below that of a layer, if the model isn't enabled or of another
-            class, if adapters or trained weights have no place in a PEFT
-            adapter or are beyond `dtype`, or if the directory holds something
-            else.
+        ValueError: if a rank, `layout`, `dtype` or `architecture` isn't one
+            that is allowed; if both `rank` and `ranks` are given; if
+            `server_rank` is below the rank of a layer; if the model isn't
+            enabled or is of another class; if adapters or trained weights have
+            no place in a PEFT adapter, or are too large for `dtype`; or if the
+            directory holds something else.
 
     Example:
 
@@ -162,7 +162,7 @@ def to_peft(
     token_config, token_rows = tokens.of_model(tree, family)
     if token_rows and layout == "server":
         raise ValueError(
-            "Servers read the factors of an adapter alone, and no trained "
+            "Servers read only the factors of an adapter, and no trained "
             "tokens. Use `layout='peft'`, or `merge`. Received: "
             f"layout={layout!r} of a model with {token_config}"
         )
@@ -171,9 +171,9 @@ def to_peft(
     tied = family.tied(tree)
     if layout == "server" and set(modules.get(tied, ())) & set(whole.layers):
         raise ValueError(
-            "No adapter of an embedding that the output is tied to is written "
-            "for servers. Use `layout='peft'` or `merge`, or adapt other "
-            "layers. "
+            "An adapter of an embedding that the output is tied to can't be "
+            "written for servers. Use `layout='peft'` or `merge`, or adapt "
+            "other layers. "
             f"Received: layout={layout!r} with an adapter of {tied}"
         )
     trained = {
@@ -200,7 +200,7 @@ def to_peft(
                 folder / name,
                 _tensors(fused, family, sizes) | trained | token_rows,
                 config,
-                # A server's is padded, and none of ours when it is loaded.
+                # A server's adapter is padded, so it isn't loaded as ours.
                 described if layout == "peft" else None,
                 dtype or "float32",
                 model_card(config, weights, whole.config, report),
@@ -208,7 +208,7 @@ def to_peft(
 
 
 def _written(directory):
-    """What `to_peft` wrote in a directory, for `files.new_directory`."""
+    """The files that `to_peft` wrote, for `files.new_directory`."""
     found = []
     for folder in (directory, *directory.glob("rank_*")):
         names = files.together(*peft_files.NAMES)(folder)
@@ -220,7 +220,7 @@ def _written(directory):
 
 
 def _described(weights, modules, columns):
-    """The `Factors` by module, and the weights with a config that fits them."""
+    """The `Factors` by module, and the weights with a config that fits."""
     fused = {
         module: _fuse(
             [weights.layers.get(path) for path in paths], columns[module]
@@ -234,7 +234,7 @@ def _described(weights, modules, columns):
 
 
 def _tensors(fused, layout, sizes):
-    """The tensors of all `Factors`, by name; `sizes` are those of kernels."""
+    """The tensors of all `Factors`, by name; `sizes` has the kernel sizes."""
     tensors = {}
     for module, factors in fused.items():
         if factors is not None:
@@ -259,8 +259,8 @@ def _check_exportable(tree, head, tables, modules, weights):
     other = sorted(set(spec.full(tree)) - exported)
     if other:
         raise ValueError(
-            "A PEFT adapter can hold adapters, the task head and, but for "
-            "servers, the embedding of tokens, and nothing else that is "
+            "A PEFT adapter can hold adapters, the task head and, except for "
+            "servers, the embedding of tokens, but nothing else that is "
             f"trained. Use `merge`. Received: trained weights {other}"
         )
     check_float(head)
@@ -278,9 +278,9 @@ def _check_exportable(tree, head, tables, modules, weights):
 def _fuse(layers, columns):
     """The `Factors` of Keras layers that are one layer in transformers.
 
-    The columns of all side by side, and a block for each in the rows, at the
-    `columns` of its outputs, with zeros elsewhere. `None` in place of a layer
-    without an adapter, as is the result if none has one above rank 0.
+    The columns of all are side by side. In the rows, each layer has a block at
+    the `columns` of its outputs, with zeros elsewhere. A layer without an
+    adapter is `None`. So is the result if no layer has a rank above 0.
     """
     blocks = [(i, x) for i, x in enumerate(layers) if x is not None and x.rank]
     if not blocks:
@@ -298,7 +298,7 @@ def _fuse(layers, columns):
 
 
 def _of_one_rank(fused, server_rank):
-    """Pads `Factors` to one rank, with their scale in `up`."""
+    """Pads `Factors` to one rank, and multiplies their scale into `up`."""
     rank = max(x.rank for x in fused.values() if x is not None)
     if server_rank is not None:
         rank = as_rank(server_rank, rank, name="server_rank")

@@ -1,4 +1,4 @@
-"""Trained tokens as PEFT has them: `trainable_token_indices`."""
+"""Trained tokens in the form of PEFT: `trainable_token_indices`."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ TENSOR = "token_adapter.trainable_tokens_delta"
 
 
 def of_model(tree, layout):
-    """PEFT's entry of the config and its tensors, empty where none is trained.
+    """PEFT's config entry and tensors for trained tokens; empty without any.
 
-    PEFT keeps the rows themselves, and ours are what is added to them.
+    PEFT stores the rows themselves. We store what is added to them.
     """
     rows = tree.model._dylora.tokens
     if rows is None:
@@ -30,9 +30,10 @@ def of_model(tree, layout):
 
 
 def taken_out(tree, layout, adapter):
-    """An adapter without its trained tokens; their ids; and their update.
+    """The adapter without its trained tokens; their ids; and their update.
 
-    The ids are `None` where it has none, and the update is by its path then.
+    The update is a dict of path to array. Without trained tokens, the ids are
+    `None` and the update is empty.
     """
     found = {k: x for k, x in adapter.tensors.items() if k.endswith(TENSOR)}
     if not found:
@@ -49,7 +50,7 @@ def taken_out(tree, layout, adapter):
             f"Received: {KEY}={adapter.config.get(KEY)!r} and tensors "
             f"{sorted(found)}"
         )
-    # Where the output is tied, PEFT may keep its rows too.
+    # If the output is tied, PEFT may store its rows too.
     if any(not np.array_equal(x, found[key]) for x in found.values()):
         raise ValueError(
             "The output of the model is tied to its table of tokens, so an "

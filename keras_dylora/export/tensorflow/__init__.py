@@ -1,1 +1,1 @@
-"""What writes artifacts under TensorFlow, which all of it imports."""
+"""The writers of artifacts, all of which import TensorFlow."""

@@ -1,4 +1,4 @@
-"""The child process of `by_tensorflow`, a `python -m` under TensorFlow."""
+"""The child process of `by_tensorflow`: a `python -m` under TensorFlow."""
 
 import contextlib
 import importlib
@@ -21,7 +21,7 @@ def main(folder):
     request = json.loads((folder / by_tensorflow.REQUEST_NAME).read_text())
     for name in request["modules"]:
         importlib.import_module(name)
-    # The file is the caller's own model, not one from elsewhere.
+    # Safe: the file holds the caller's own model.
     model = keras.saving.load_model(
         folder / by_tensorflow.MODEL_NAME, compile=False, safe_mode=False
     )

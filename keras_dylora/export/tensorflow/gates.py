@@ -1,4 +1,4 @@
-"""The gates of what is served: of each rank, and of each adapter."""
+"""The gates of an artifact: of each rank, and of each adapter."""
 
 import numpy as np
 import tensorflow as tf
@@ -10,10 +10,10 @@ from keras_dylora.layers.tuned import find
 class Gates:
     """The gates of a plan's ranks: one for all layers, or one for each.
 
-    Where a rank is tuned, cores stand in their place, see `TunedCut`.
+    If a rank is tuned, cores replace the gates; see `TunedCut`.
 
-    Where several adapters are served, the layers hold the columns of all side
-    by side, and a gate opens those of one.
+    If several adapters are served, the layers hold the columns of all side by
+    side, and a gate opens those of one adapter.
 
     Args:
         plan: `Plan`.
@@ -71,9 +71,9 @@ class Gates:
             start += width
 
     def by_path(self, gate, batched):
-        """Dict of path to what its layer reads, of a row of the table.
+        """Dict of path to what its layer reads, from one row of the table.
 
-        Or of a row for each example, if `batched`.
+        If `batched`, `gate` has a row for each example.
         """
         axes = 2 if self.tuned else 1
         found = {}
@@ -84,11 +84,11 @@ class Gates:
         return found
 
     def of(self, served):
-        """The gate of a rank of the one adapter, in NumPy."""
+        """The gate at a rank of the only adapter, in NumPy."""
         return self.table[0, served.value]
 
     def highest(self, index):
-        """The largest rank that is served of the adapter of each example."""
+        """The highest served rank of the adapter of each example."""
         largest = [
             [x.value for x in self.plan.ranks if self.known[i, x.value]][-1]
             for i in range(len(self.known))
@@ -96,9 +96,9 @@ class Gates:
         return tf.gather(tf.constant(largest, tf.int32), index)
 
     def index(self, adapter, batch):
-        """The place of an adapter for each example, from one name or as many.
+        """The index of the adapter of each example, from one name or several.
 
-        `None` is the only one.
+        If `adapter` is `None`, there is only one adapter.
         """
         if adapter is None:
             return tf.zeros([batch], tf.int32)
@@ -116,7 +116,7 @@ class Gates:
             return tf.broadcast_to(index, [batch])
 
     def rows(self, rank, index, batch):
-        """Gate rows of the examples, from a scalar rank or one per example."""
+        """The gates of the examples, from a scalar rank or one per example."""
         rank, high = tf.reshape(rank, [-1]), self.plan.highest
         checks = [_one_or_each("rank", rank, batch)]
         with tf.control_dependencies(checks):

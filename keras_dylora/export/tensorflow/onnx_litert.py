@@ -1,6 +1,6 @@
 """ONNX and LiteRT files: the merged SavedModel of each rank, converted.
 
-Needs the TensorFlow backend; ONNX needs tf2onnx too.
+They need the TensorFlow backend. ONNX also needs tf2onnx.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from keras_dylora.export.tensorflow import saved_model
 
 
 def write(model, folder, plan):
-    """Writes `rank_1/model.onnx` and so on, as `writers.write`."""
+    """Writes `rank_1/model.onnx` and so on, like `writers.write`."""
     convert = {"onnx": _to_onnx, "litert": _to_litert}[plan.format]
     with tempfile.TemporaryDirectory(prefix="keras_dylora-") as temporary:
         steps = saved_model.write(model, pathlib.Path(temporary), plan)
@@ -52,8 +52,8 @@ def _to_onnx(source, target, plan):
     @tf.function(input_signature=specs, autograph=False)
     def function(*tensors):
         names = [spec.name for spec in specs]
-        # tf2onnx makes inputs of tensors that a function holds, as of a table
-        # of positions.
+        # tf2onnx turns tensors that a function holds into inputs, such as a
+        # table of positions.
         serve.set_external_captures([tf.convert_to_tensor(x) for x in held])
         return serve(**dict(zip(names, tensors, strict=True)))
 
@@ -63,12 +63,12 @@ def _to_onnx(source, target, plan):
         custom_op_handlers={"Erfc": (_erfc, [])},
         output_path=str(target),
     )
-    # tf2onnx leaves operations that it doesn't know as they are.
+    # tf2onnx leaves operations that it doesn't know unchanged.
     onnx.checker.check_model(str(target))
 
 
 def _erfc(graph, node, name, arguments):
-    """`1 - erf(x)`, of the exact GELU, which tf2onnx doesn't know."""
+    """`1 - erf(x)`, which the exact GELU uses and tf2onnx doesn't know."""
     (output,) = node.output
     shape, dtype = graph.get_shape(output), graph.get_dtype(output)
     graph.remove_node(name)

@@ -1,6 +1,7 @@
 """SavedModels: one for each rank, or one for all ranks.
 
-Needs the TensorFlow backend. Every parameter is tracked, and so stored, once.
+They need the TensorFlow backend. Every parameter is tracked, and so stored,
+only once.
 """
 
 import dataclasses
@@ -19,22 +20,22 @@ DEFAULT_SIGNATURE = "serving_default"
 
 
 def write(model, folder, plan):
-    """Writes the SavedModels of a plan, as `writers.write`."""
+    """Writes the SavedModels of a plan, like `writers.write`."""
     writer = _write_shared if plan.layout == "shared" else _write_merged
     yield from writer(model, folder, plan)
 
 
 @dataclasses.dataclass
 class _Endpoint:
-    """What a signature computes, before its rank is chosen.
+    """The function of a signature, before its rank is chosen.
 
     Args:
-        name: str. Name of the signature that has no fixed rank.
-        rank_prefix: str or `None`. What comes before the name of a rank in
-            those of the ones that have.
+        name: str. The name of the signature without a fixed rank.
+        rank_prefix: str or `None`. The text before the name of a rank in the
+            names of the signatures with a fixed rank.
         run: callable from a dict of tensors to a dict of tensors.
-        specs: dict of name to `tf.TensorSpec`. What `run` takes.
-        text: `Preprocessing` or `None`. What makes it from strings.
+        specs: dict of name to `tf.TensorSpec`. The inputs of `run`.
+        text: `Preprocessing` or `None`. It makes these inputs from strings.
     """
 
     name: str
@@ -45,13 +46,13 @@ class _Endpoint:
 
     @property
     def signature(self):
-        """Specs of the tensors that the signature takes."""
+        """The specs of the tensors that the signature takes."""
         if self.text is None:
             return self.specs
         return {"text": tf.TensorSpec((None,), tf.string, name="text")}
 
     def prepare(self, tensors):
-        """The tensors of `run` from those of the signature."""
+        """The inputs of `run`, from those of the signature."""
         if self.text is None:
             return tensors
         made = self.text(tensors["text"])
@@ -102,7 +103,7 @@ def _write_shared(model, folder, plan):
     stored = stored_variables.create(model.weights, plan.dtype)
     endpoints = _endpoints(model, plan)
     artifact = _Artifact([model, *(x.text.layer for x in endpoints if x.text)])
-    choice = {}  # what a signature takes beside its inputs
+    choice = {}  # the inputs of a signature besides those of the model
     if plan.adapters:
         choice["adapter"] = tf.TensorSpec(None, tf.string, name="adapter")
     rank_spec = tf.TensorSpec(None, tf.int32, name="rank")
@@ -149,7 +150,7 @@ def _write_shared(model, folder, plan):
 
 
 def _traced(endpoint, adaptation, stored, gates, heads, batch):
-    """What an endpoint runs, as a graph that several signatures call."""
+    """The function of an endpoint, as a graph that several signatures call."""
 
     def call(tensors, gate, index=None):
         if gates.by_layer:
@@ -168,9 +169,9 @@ def _traced(endpoint, adaptation, stored, gates, heads, batch):
 
 
 def _at_any_rank(endpoint, run, gates, rank_of):
-    """At the adapter that is an input, and at the rank that is one too.
+    """The endpoint at the adapter and the rank that are inputs.
 
-    Or at what `rank_of` says, by the places of the adapters.
+    If given, `rank_of` is a function of the indices of the adapters to ranks.
     """
     first = next(iter(endpoint.signature))
 
@@ -242,8 +243,8 @@ class _Artifact:
         self.functions[name] = function.get_concrete_function(**specs)
 
     def save(self, path, default):
-        # A plain module: a Keras model tracks each variable under two nodes,
-        # which `tf.saved_model.save` writes as two copies.
+        # A plain module, as a Keras model tracks each variable under two nodes,
+        # and `tf.saved_model.save` would write two copies.
         module = tf.Module()
         module.parameters, module.tables = self._captured()
         for name, function in self.functions.items():
@@ -254,17 +255,17 @@ class _Artifact:
         }
         try:
             tf.saved_model.save(module, str(path), signatures=signatures)
-        except tf.errors.OpError as error:  # a full disk, for one
+        except tf.errors.OpError as error:  # such as a full disk
             raise OSError(
                 f"TensorFlow must be able to write the artifact. "
                 f"Received: {error.message}"
             ) from error
 
     def _captured(self):
-        """Variables and tables that the functions read, and no others.
+        """The variables and tables that the functions read, and no others.
 
-        The words in the tables of the model's own tokenizer, for one, are
-        nobody's business.
+        For example, the words in the tables of the model's own tokenizer must
+        stay private.
         """
         functions = self.functions.values()
         variables = {id(v): v for f in functions for v in f.graph.variables}

@@ -1,4 +1,4 @@
-"""Several adapters of a model as one, with the columns of all side by side."""
+"""Several adapters of a model as one, with all columns side by side."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,16 @@ from keras_dylora.live.model import adaptation_of
 
 
 def stack(model, adapters, dtype):
-    """Makes the adapters of a model one; it can't be trained or used then.
+    """Stacks the adapters of a model, which can't be used or trained then.
 
     Args:
         model: an enabled model.
         adapters: tuple of `ServedAdapter`.
-        dtype: str or `None`. What wider parameters of a head are stored in.
+        dtype: str or `None`. The dtype in which wider parameters of a head are
+            stored.
 
     Returns:
-        `Heads`, what else the adapters differ in.
+        `Heads`, the other weights in which the adapters differ.
     """
     adaptation = adaptation_of(model)
     layers = adaptation.layers.values()
@@ -60,8 +61,8 @@ def stack(model, adapters, dtype):
 class Heads:
     """The layers that are trained in full, once for each adapter.
 
-    Each is called with the weights of every adapter; of its outputs, an
-    example gets those of its own.
+    Each layer is called with the weights of every adapter. Each example gets
+    the outputs of its own adapter.
     """
 
     def __init__(self, tree, stacked, dtype):
@@ -77,10 +78,10 @@ class Heads:
 
     @contextlib.contextmanager
     def of(self, index, stored):
-        """Within it, calls are with the head of each example.
+        """Within a `with` block, each example is called with its own head.
 
-        `index` is the place of its adapter, `stored` what is read in place of
-        other variables.
+        `index` is the index of its adapter. `stored` has the values that are
+        read instead of other variables.
         """
         for layer in self._owners:
             call = functools.partial(self._call, layer.call, index, stored)
@@ -104,10 +105,10 @@ class Heads:
 
 
 def _chosen(outputs, index):
-    """The rows of `(adapters, rows, …)` by the adapters of the examples.
+    """Selects from `(adapters, rows, …)` the rows of each example's adapter.
 
-    There may be several rows for an example: beam search folds its beams into
-    the batch.
+    An example may have several rows, as beam search folds its beams into the
+    batch.
     """
     rows = tf.shape(outputs)[1]
     index = tf.repeat(index, rows // tf.maximum(tf.size(index), 1))

@@ -1,6 +1,6 @@
-"""TensorFlow variables that a trace reads in place of the model's own.
+"""TensorFlow variables that a trace reads instead of the model's own.
 
-They hold what is stored differently from what the live model has: merged
+They hold values that are stored in another form than in the live model: merged
 kernels, or parameters in a shorter dtype.
 """
 
@@ -14,7 +14,8 @@ from keras_dylora import _keras
 def create(variables, dtype, copies=()):
     """Pairs of the Keras and the TensorFlow variable, by `id` of the first.
 
-    For floats wider than `dtype`, if one is given, and for `copies`.
+    There is a pair for each float that is wider than `dtype`, if one is given,
+    and for each of `copies`.
     """
     copied, stored = {id(v) for v in copies}, {}
     for variable in variables:
@@ -26,7 +27,7 @@ def create(variables, dtype, copies=()):
 
 
 def narrowed(value, dtype):
-    """A tensor in `dtype`, if one is given and it is a wider float."""
+    """The tensor in `dtype`, if one is given and the tensor is wider."""
     if (
         dtype is not None
         and value.dtype.is_floating
@@ -37,10 +38,10 @@ def narrowed(value, dtype):
 
 
 def reading(stored):
-    """Makes Keras read the stored variables, in the dtype it expects.
+    """Makes Keras read the stored variables, in the dtype that it expects.
 
-    Writes go to where they went: the seed of a sampler is written inside a
-    loop, out of which no tensor may be kept.
+    Writes still go to the model's variables: the seed of a sampler is written
+    inside a loop, and no tensor may be kept out of a loop.
     """
     if not stored:
         return contextlib.nullcontext()
