@@ -11,9 +11,9 @@ import keras_dylora as kd
 # Fixed-rank LoRA. Below its rank it is cut off: as its columns come, at
 # `alpha / b`, or in the order of their singular values, at its own scale.
 FIXED = ("lora", "lora-svd", "lora-tuned")
-# A run whose last steps also tune the cuts of the ranks below the maximum.
-TUNED = ("lora-tuned", "progressive-tuned")
-TUNE_SHARE = 0.4
+# The share of the last steps, which tune the cuts of the ranks below the
+# maximum. The steps before it are at the maximum rank.
+TUNED = {"lora-tuned": 0.2, "progressive-tuned": 0.6}
 FIELDS = {
     "dylora": {},
     "dylora-frozen": {"frozen": True},
@@ -39,7 +39,7 @@ LABELS = {
 }
 # Progressive runs: the share of the steps before the order, and the learning
 # rate that they go on with, over the peak.
-PROGRESSIVE = {"progressive": (0.4, 2.0), "progressive-tuned": (0.3, 1.0)}
+PROGRESSIVE = {"progressive": (0.4, 2.0), "progressive-tuned": (0.4, 1.0)}
 
 
 def config(method, steps, rank, alpha, **fields):
@@ -54,14 +54,13 @@ def config(method, steps, rank, alpha, **fields):
     """
     fields = {"rank": rank, "alpha": alpha, **fields}
     if method in TUNED:
-        fields["tune"] = TUNE_SHARE
+        fields["tune"] = TUNED[method]
     if method in PROGRESSIVE:
         return kd.DyLoRAConfig.progressive(
             full_rank_steps(method, steps), **fields
         )
     if method == "lora-tuned":
-        # Put in order where the tuning begins.
-        fields["full_rank_steps"] = 1 - TUNE_SHARE
+        fields["full_rank_steps"] = 1 - TUNED[method]
     if method in FIXED:
         fields["min_rank"] = rank
     if method == "matryoshka":
@@ -96,7 +95,7 @@ def described(method):
             "draws": repr(kd.DyLoRAConfig.progressive(1).distribution),
         }
     if method in TUNED:
-        found |= {"tune_share": TUNE_SHARE, "tuned": "beside training"}
+        found |= {"tune_share": TUNED[method], "tuned": "in training"}
     if method == "matryoshka":
         found["gate"] = "sum"  # 0.1.0 had the mean
     return found
