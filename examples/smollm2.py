@@ -219,7 +219,7 @@ def main(argv=None):
     tokenizer, model = Tokenizer(path), causal_lm(path)
     train, _, test = tweets(tokenizer, args.limit)
     config = kd.DyLoRAConfig.progressive(
-        0.3, tune=0.4, rank=8, alpha=32, target_layers="all-linear"
+        0.4, tune=0.6, rank=8, alpha=32, target_layers="all-linear"
     )
     kd.enable_dylora(model, config)
     model.compile(
