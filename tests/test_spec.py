@@ -384,6 +384,8 @@ def test_clone_is_refused(kind):
     if kind != "hand_built":
         copy = model.from_config(model.get_config())
         assert copy.dylora_config == model.dylora_config
+        # One of its own would revive all files that are loaded later.
+        assert type(copy) is type(model)
 
 
 def walks(monkeypatch):

@@ -31,6 +31,8 @@ def to_dylora_class(model, adaptation, dylora_class):
 
     `dylora_class` is `DyLoRAModel` or a subclass of it.
     """
+    if is_combined(dylora_class):  # as in `model.from_config`
+        dylora_class, _ = dylora_class.__bases__
     optimizer = new_optimizer(model)
     combined = combined_class(dylora_class, type(model))
     _keras.set_class(model, combined)
