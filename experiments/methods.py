@@ -95,7 +95,7 @@ def described(method):
             "draws": repr(kd.DyLoRAConfig.progressive(1).distribution),
         }
     if method in TUNED:
-        found |= {"tune_share": TUNED[method], "tuned": "in training"}
+        found |= {"tune_share": TUNED[method], "tuned": "in training, 0.3"}
     if method == "matryoshka":
         found["gate"] = "sum"  # 0.1.0 had the mean
     return found

@@ -6,7 +6,7 @@ import pytest
 
 import keras_dylora as kd
 from keras_dylora.live.tuning import Tuning
-from keras_dylora.training.objectives import AT_CUTS
+from keras_dylora.training.objectives import CUT_SHARE
 from tests import backend
 from tests.marks import once
 from tests.models import mlp, mlp_data, randomize
@@ -79,26 +79,50 @@ def assert_same(found, wanted, atol=0):
 
 
 @pytest.mark.parametrize("jit", [None, "trace"])
-def test_examples_at_the_cuts_and_the_maximum(jit):
+def test_a_step_trains_the_maximum_and_the_cuts_and_tunes_them(jit):
     if jit and backend.NAME != "torch":
         pytest.skip("is torch's")
     compiled = {"jit_compile": jit} if jit else {}
-    # The last of eight steps, in which the cuts are nested still.
-    model = model_of(compiled, full_rank_steps=7, tune=1 / 8)
-    history = fit(model, epochs=2).history
-    drawn = {1: AT_CUTS / 2, 2: AT_CUTS / 2, 4: 1 - AT_CUTS}
-    options = {"rank_distribution": kd.Categorical(drawn), "tune": 0}
-    other = model_of(compiled, full_rank_steps=7, **options)
-    fit(other, epochs=2)
-    # Then they are tuned on the same batch.
-    ranks = [dict.fromkeys(other._dylora.layers, b) for b in (1, 2)]
-    tuning = Tuning(other, ranks, 1)
-    tuning.step(InOrder()[STEPS - 1])
-    other._dylora.set_tuned_cuts(tuning.cuts())
-    assert_same(model, other, 1e-6)
-    assert_same_cuts(model, other, 1e-5)
-    assert int(backend.to_numpy(model.optimizer.iterations)) == 2 * STEPS
-    assert len(history["loss"]) == len(history["mae"]) == 2
+    x, y = InOrder()[STEPS - 1]
+
+    def made(**options):
+        model = model_of(full_rank_steps=0, **options)
+        rate = keras.optimizers.SGD(0.1)  # changes are as the gradients
+        model.compile(rate, "mse", metrics=["mae"], **compiled)
+        return model
+
+    model = made(tune=1 / STEPS)
+    history = fit(model, epochs=1).history
+    # As far as it had come before the last step, in which cuts are nested.
+    before = made(tune=0)
+    before.fit(
+        *(v[:-BATCH] for v in mlp_data()), BATCH, shuffle=False, verbose=0
+    )
+    start = backend.snapshot(before.weights)
+
+    def change(ranks):
+        weights = {"rank_distribution": kd.Categorical(ranks), "tune": 0}
+        other = made(**weights)
+        other.set_weights(start)
+        other._dylora.ranks_drawn.assign(STEPS - 1)
+        other.train_on_batch(x, y)
+        after = backend.snapshot(other.weights)
+        return [a - b for a, b in zip(after, start, strict=True)]
+
+    maximum, cut = change({4: 1}), change({1: 1, 2: 1})
+    for value, weight, a, b in zip(
+        start, before.weights, maximum, cut, strict=True
+    ):
+        weight.assign(value + a + CUT_SHARE * b)
+    assert_same(model, before, 1e-6)
+    # Then the cuts are tuned on the same batch.
+    ranks = [dict.fromkeys(before._dylora.layers, b) for b in (1, 2)]
+    tuning = Tuning(before, ranks, 1)
+    tuning.step((x, y))
+    before._dylora.set_tuned_cuts(tuning.cuts())
+    assert_same_cuts(model, before, 1e-5)
+    assert history.keys() == {"loss", "mae"}
+    assert int(backend.to_numpy(model.optimizer.iterations)) == STEPS
     report = kd.evaluate_ranks(model, *mlp_data(), verbose=0)
     assert [report.state(b) for b in (1, 2, 3)] == ["tuned"] * 2 + ["trained"]
 

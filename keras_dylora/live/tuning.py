@@ -38,13 +38,10 @@ class Tuning:
         self.sides = [keras.Variable(left), keras.Variable(left.swapaxes(2, 3))]
         scale = np.vectorize(config.scale.at)(np.maximum(ranks, 1))
         self.scale = scale.astype("float32")[..., None, None]
-        most = [model._dylora.max_ranks[path] for path in self.paths]
-        gates = ops.convert_to_numpy(config.scale.gate(most))
-        self.whole = gates[..., None] * np.eye(config.rank, dtype="float32")
         rate = keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0)
         self.optimizer = keras.optimizers.Adam(rate, *DECAYS, epsilon=1e-9)
         self.optimizer.build(self.sides)
-        self.gradient = training.loss_gradient(model, self._in_turn)
+        self.gradient = training.loss_gradient(model, self.cores_at)
 
     @property
     def done(self):
@@ -98,27 +95,23 @@ class Tuning:
     def cores_at(self, sides, cuts):
         """What layers read at a cut for each example, by path.
 
-        `cuts` is int32 of `(batch,)`, whose last value is the maximum rank.
+        `cuts` is int32 of `(batch,)`. With but one cut, one core is for all.
         """
         left, right = map(ops.convert_to_tensor, sides)
         cores = ops.convert_to_tensor(self.scale) * (left @ right)
-        whole = ops.convert_to_tensor(self.whole, "float32")
-        cores = ops.concatenate([cores, whole[None]])
+        if len(self.chosen) == 1:
+            cuts = [0]
         return {
             path: ops.take(cores[:, i], cuts, axis=0)
             for i, path in enumerate(self.paths)
         }
 
-    def _in_turn(self, sides, turns):
-        # With but one cut, one core is for all examples.
-        return self.cores_at(sides, turns if len(self.chosen) > 1 else [0])
-
 
 class TuningInFit:
     """The last steps of a `fit`, which tune the cuts of `tuned_ranks` too.
 
-    Each trains at the maximum rank and at the cuts as they are, and then tunes
-    the cuts on the same batch. The place in the run is kept with the live
+    Each trains the maximum rank and the cuts as they are, and then tunes the
+    cuts on the same batch. The place in the run is kept with the live
     adapter while the run isn't over, so that an interrupted one goes on from
     there, also from a file.
     """

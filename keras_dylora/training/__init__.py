@@ -11,7 +11,7 @@ from keras_dylora.training import functions
 from keras_dylora.training.full_rank import at_full_rank, order_columns
 from keras_dylora.training.interruption import interruptible, with_callback
 from keras_dylora.training.loss_gradient import loss_gradient
-from keras_dylora.training.objectives import AtCuts
+from keras_dylora.training.objectives import WithCuts
 from keras_dylora.training.phases import Phases
 from keras_dylora.training.step import check_frozen, drawn, masked
 
@@ -36,7 +36,7 @@ def with_tuning(model, tuning):
     `tuning` is a `Tuning` of the cuts.
     """
     adaptation = model._dylora
-    adaptation.objective = AtCuts(
+    adaptation.objective = WithCuts(
         adaptation.config, len(tuning.chosen), tuning.cores_at
     )
     model.make_train_function(force=True)

@@ -10,9 +10,9 @@ import functools
 import keras
 from keras import ops
 
-from keras_dylora.distributions import Categorical, RankDraw
+from keras_dylora.distributions import RankDraw, Uniform
 
-AT_CUTS = 0.25  # of the examples, where most are at the maximum rank
+CUT_SHARE = 0.3  # of the loss at cuts, beside that at the maximum rank
 
 
 class Sampled:
@@ -76,39 +76,45 @@ class Sampled:
         return self.config.scale.gate(rank)
 
 
-class AtCuts(Sampled):
-    """Most examples are at the maximum rank, the others at cuts.
+class WithCuts(Sampled):
+    """The loss at the maximum rank, and a share of the loss at cuts.
 
-    The data of a step is `(batch, sides)`, the second of which makes the cuts.
+    Each example is at one of the cuts. The data of a step is `(batch, sides)`,
+    the second of which makes the cuts.
 
     Args:
         config: `DyLoRAConfig`.
         cuts: int. How many cuts there are.
-        cores_at: function of the sides and of a cut for each example, int32
-            of `(batch,)`, of which `cuts` is the maximum. It gives a dict of
-            path to `(batch, rank, rank)`.
+        cores_at: function of the sides and of the cut of each example, int32
+            of `(batch,)`. It gives a dict of path to `(batch, rank, rank)`.
     """
+
+    own_loss = True
 
     def __init__(self, config, cuts, cores_at):
         super().__init__(config)
-        shares = dict.fromkeys(range(1, cuts + 1), AT_CUTS / cuts)
-        shares[cuts + 1] = 1 - AT_CUTS
-        self.draw = RankDraw(Categorical(shares), 1, cuts + 1, config.seed)
+        self.draw = RankDraw(Uniform(), 0, cuts - 1, config.seed)
         self.cores_at = cores_at
 
     def taken(self, data):
         batch, self.sides = data
         return batch
 
-    def gate(self, adaptation, x):
-        place, size = adaptation.ranks_drawn, _size(x)
-        cut = self.draw.for_examples(place, size) - 1
-        place.assign(place + 1)
-        return self.cores_at(self.sides, cut), {}
+    def _rank(self, adaptation, place, x):
+        self.cut = self.draw.for_examples(place, _size(x))
+        return ops.convert_to_tensor(self.config.rank, "int32")
 
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
-        _check_examples(x, y_pred)
-        return compute_loss(x, y, y_pred, *args, **kwargs)
+        adaptation = model._dylora
+        loss = compute_loss(x, y, y_pred, *args, **kwargs)
+        with (
+            _unchanged(model.metrics_variables),
+            adaptation.overridden(self.cores_at(self.sides, self.cut)),
+            forward(model, x) as predictions,
+        ):
+            _check_examples(x, predictions)
+            cut = compute_loss(x, y, predictions, *args, **kwargs)
+        return loss + CUT_SHARE * cut
 
 
 class Summed(Sampled):

@@ -23,15 +23,14 @@ def begin(model, data):
     """Sets the gates of a step, and in frozen mode opens its columns.
 
     Returns:
-        The gates `(batch, rank)` or cores `(batch, rank, rank)` of the examples
-        by path, for `training`, or `None` if one gate is for all; and a dict of
-        what the step logs. The dict has `rank`, an int32 scalar tensor, if one
-        rank is drawn.
+        The gates `(batch, rank)` of the examples by path, for `training`, or
+        `None` if one gate is for all; and a dict of what the step logs. The
+        dict has `rank`, an int32 scalar tensor, if one rank is drawn.
     """
     adaptation = model._dylora
     x, *_ = keras.utils.unpack_x_y_sample_weight(data)
     gates, logs = adaptation.objective.gate(adaptation, x)
-    if any(len(gate.shape) > 1 for gate in gates.values()):
+    if any(len(gate.shape) == 2 for gate in gates.values()):
         return gates, logs
     adaptation.assign_gates(gates)
     if adaptation.config.frozen:
