@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 import keras_dylora as kd
+from keras_dylora.training.objectives import CUT_SHARE
 
 # Fixed-rank LoRA. Below its rank it is cut off: as its columns come, at
 # `alpha / b`, or in the order of their singular values, at its own scale.
@@ -95,7 +96,7 @@ def described(method):
             "draws": repr(kd.DyLoRAConfig.progressive(1).distribution),
         }
     if method in TUNED:
-        found |= {"tune_share": TUNED[method], "tuned": "in training, 0.3"}
+        found |= {"tune_share": TUNED[method], "cut_share": CUT_SHARE}
     if method == "matryoshka":
         found["gate"] = "sum"  # 0.1.0 had the mean
     return found

@@ -129,10 +129,10 @@ class DyLoRAConfig:
             `fit` puts the columns of the adapters in order, as `order_ranks`
             does, and ranks are drawn from there. Can't be `frozen`. Defaults
             to `0`.
-        tune: float in `[0, 1)`. The last share of the steps of `fit`. In each
-            of them, three of four examples train the maximum rank, and the
-            others the cuts of `tuned_ranks`. Then the batch tunes those cuts,
-            as `tune_ranks` does. Defaults to `0`.
+        tune: float in `[0, 1)`. The last share of the steps of `fit`. Each of
+            them trains the maximum rank together with the cuts of
+            `tuned_ranks`, and then tunes those cuts on the same batch, as
+            `tune_ranks` does. It takes three passes. Defaults to `0`.
         rank_pattern: dict of str to int in `1..rank`. Lower maximum ranks of
             some layers. A key is a name, path or regular expression, as in
             `target_layers`; the first one that matches a layer counts. At a
