@@ -299,6 +299,15 @@ class DyLoRAConfig:
         }
 
     @property
+    def draws_ranks(self) -> bool:
+        """Whether a run has steps at drawn ranks.
+
+        It has none if shares of its steps make up `full_rank_steps` and `tune`.
+        """
+        full_rank = self.full_rank_steps
+        return not (is_share(full_rank) and full_rank + self.tune >= 1 - 1e-9)
+
+    @property
     def tuned_ranks(self) -> list[int]:
         """list of int. The ranks whose cuts are tuned if none are named.
 

@@ -243,6 +243,50 @@ def test_a_lora_that_is_ordered_and_tuned():
     assert sides(model).keys() == {1, 2}
 
 
+class PutBack(keras.callbacks.Callback):
+    """Gives the model the weights of an epoch, as `EarlyStopping` does."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.epoch:
+            self.weights = self.model.get_weights()
+            self.outputs = at_rank_1(self.model)
+
+    def on_train_end(self, logs=None):
+        self.model.set_weights(self.weights)
+
+
+def at_rank_1(model):
+    with model.rank_scope(1):
+        return model.predict(mlp_data(8)[0], verbose=0)
+
+
+def test_weights_of_an_epoch_have_their_cuts():
+    model, back = model_of(full_rank_steps=0.5), PutBack(1)
+    fit(model, [back])
+    np.testing.assert_allclose(at_rank_1(model), back.outputs, atol=1e-5)
+    assert sides(model).keys() == {1, 2}
+
+
+@pytest.mark.parametrize("full_rank", once([0.5, 1], but=[0.5]))
+def test_weights_of_before_the_tuning_have_no_cuts(full_rank):
+    model = model_of(full_rank_steps=full_rank)
+    with pytest.warns(UserWarning, match="so they are dropped"):
+        fit(model, [PutBack(0)])
+    assert not sides(model)
+
+
+def test_ranks_that_are_not_tuned_are_cuts_of_ordered_columns():
+    model = model_of(full_rank_steps=0.5)
+    fit(model)
+    report = kd.evaluate_ranks(model, *mlp_data(), verbose=0)
+    states = [report.state(b) for b in (1, 2, 3, 4)]
+    assert states == ["tuned", "tuned", "cut", "trained"]
+
+
 @pytest.mark.once
 def test_an_adapter_of_its_own():
     model = model_of()

@@ -53,10 +53,15 @@ class ActiveRanks:
 
     @property
     def lowest_trained(self):
-        """int. The lowest trained rank: the maximum in `full_rank_steps`."""
+        """int. The lowest trained rank: the maximum in `full_rank_steps`.
+
+        In a run whose other steps all tune, it is the maximum too.
+        """
         # The position is read last, as reading it waits for the device.
         begun = at_full_rank(self) and ops.convert_to_numpy(self.ranks_drawn)
-        lowest = self.config.rank if begun else self.config.min_rank
+        lowest = self.config.min_rank
+        if begun or not self.config.draws_ranks:
+            lowest = self.config.rank
         return min(lowest, self.max_rank)
 
     @property

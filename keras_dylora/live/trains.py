@@ -98,7 +98,7 @@ class Trains(_Base):
         finally:
             tuning.end()
         if phases is not None:
-            phases.order_what_came_back()
+            phases.settle()
         # On TensorFlow, a subclassed model is built only in its first step.
         if hasattr(self, "_dylora"):
             warn_of_idle(self._dylora)

@@ -35,6 +35,7 @@ class Phases(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._batches = 0  # that can't be the last of a phase
         self._unordered = set()  # digests of the columns before the order
+        self._tuned = {}  # cuts of the epochs, by digest of the columns
         # What comes: places in the rank sequence, and functions.
         self._ahead = None
 
@@ -125,22 +126,26 @@ class Phases(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._tuning.publish()
+        if self._tuning.tuning is not None:
+            self._tuned[self._digest()] = self._tuning.tuning.cuts()
         if any(begin == self._order for _, begin in self._ahead):
             self._write_back(self.model)
             self._unordered.add(self._digest())
 
-    def order_what_came_back(self):
-        """Orders columns of before the order, which a callback put back.
+    def settle(self):
+        """Settles columns and cuts, which callbacks may have put back.
 
-        Once all callbacks have ended. The optimizer keeps what it has: that is
-        of the ordered ones already.
+        To be called after all callbacks have ended.
         """
+        if self._tuned:
+            self._settle_cuts()
         if (
             not self._unordered
             or self._at_full_rank()
             or self._digest() not in self._unordered
         ):
             return
+        # The optimizer's state is already that of the ordered columns.
         order_columns(self.model, None)
         warnings.warn(
             "The columns of adapters must be in order after `full_rank_steps`, "
@@ -148,6 +153,24 @@ class Phases(keras.callbacks.Callback):
             "order, restored by a callback such as `EarlyStopping`",
             stacklevel=users_line(),
         )
+
+    def _settle_cuts(self):
+        """Makes the cuts those of the columns, and orders the columns.
+
+        So a rank that wasn't tuned is the best cut of the columns.
+        """
+        adaptation = self.model._dylora
+        cuts = self._tuned.get(self._digest())
+        adaptation.set_tuned_cuts(cuts or [])
+        if cuts is None:
+            warnings.warn(
+                "Cuts are tuned for the columns of the same step, so they are "
+                "dropped: call `tune_ranks`. Received: weights of before the "
+                "tuning, restored by a callback such as `EarlyStopping`",
+                stacklevel=users_line(),
+            )
+        elif adaptation.config.full_rank_steps:
+            order_columns(self.model, self.model.optimizer)
 
     def on_train_end(self, logs=None):
         self._tuning.end()
