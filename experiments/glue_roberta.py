@@ -255,8 +255,9 @@ def run(
     name = f"{task}, {method}{at_rank}, seed {seed}"
     print(f"{name}: {steps} steps", flush=True)
     result = fit(model, splits["train"], each, seed, verbose)
-    if method == "lora-svd":
-        kd.order_ranks(model)
+    result["seconds"] += methods.finish(
+        model, method, splits["train"], steps, each.batch_size
+    )
     ranks = {}
     if method in ADAPTERS:
         ranks = {str(b): b for b in evaluated_ranks(rank)}

@@ -12,9 +12,9 @@ from keras_dylora.training.objectives import CUT_SHARE
 # Fixed-rank LoRA. Below its rank it is cut off: as its columns come, at
 # `alpha / b`, or in the order of their singular values, at its own scale.
 FIXED = ("lora", "lora-svd", "lora-tuned")
-# The share of the last steps, which tune the cuts of the ranks below the
-# maximum. The steps before it are at the maximum rank.
-TUNED = {"lora-tuned": 0.2, "progressive-tuned": 0.6}
+# Methods that tune the cuts of the ranks below the maximum, with the share of
+# the steps: those of the training that tune too, or further ones.
+TUNED = {"progressive-tuned": 0.6, "lora-tuned": 0.2}
 FIELDS = {
     "dylora": {},
     "dylora-frozen": {"frozen": True},
@@ -31,7 +31,7 @@ LABELS = {
     "dylora-frozen": "DyLoRA (frozen)",
     "lora": "LoRA",
     "lora-svd": "LoRA, ordered",
-    "lora-tuned": "LoRA, ordered and tuned",
+    "lora-tuned": "LoRA, ordered, tuned in further steps",
     "lora-each": "LoRA at each rank",
     "summed": "summed",
     "matryoshka": "matryoshka",
@@ -54,14 +54,12 @@ def config(method, steps, rank, alpha, **fields):
         **fields: further fields of the config.
     """
     fields = {"rank": rank, "alpha": alpha, **fields}
-    if method in TUNED:
+    if method == "progressive-tuned":
         fields["tune"] = TUNED[method]
     if method in PROGRESSIVE:
         return kd.DyLoRAConfig.progressive(
             full_rank_steps(method, steps), **fields
         )
-    if method == "lora-tuned":
-        fields["full_rank_steps"] = 1 - TUNED[method]
     if method in FIXED:
         fields["min_rank"] = rank
     if method == "matryoshka":
@@ -95,11 +93,45 @@ def described(method):
             "restart": height,
             "draws": repr(kd.DyLoRAConfig.progressive(1).distribution),
         }
-    if method in TUNED:
-        found |= {"tune_share": TUNED[method], "cut_share": CUT_SHARE}
+        if method in TUNED:
+            found |= {"tune_share": TUNED[method], "cut_share": CUT_SHARE}
+    elif method in TUNED:
+        found["further_share"] = TUNED[method]
     if method == "matryoshka":
         found["gate"] = "sum"  # 0.1.0 had the mean
     return found
+
+
+def finish(model, method, data, steps, batch_size):
+    """Ends a training, as the method wants it.
+
+    Args:
+        model: a trained model.
+        method: str. One of `TRAINED`, or another that needs no end.
+        data: `(x, y)` or `(x, y, sample_weight)`, arrays of the training part.
+        steps: int. Those of the training.
+        batch_size: int. Of a step that tunes.
+
+    Returns:
+        The seconds that it took.
+    """
+    start = time.perf_counter()
+    if method in ("lora-svd", "lora-tuned"):
+        kd.order_ranks(model)
+    if method == "lora-tuned":
+        *ranks, _ = own_ranks(model.dylora_config.rank)
+        x, y, *sample_weight = data
+        kd.tune_ranks(
+            model,
+            x,
+            y,
+            ranks,
+            round(TUNED[method] * steps),
+            *sample_weight,
+            batch_size=batch_size,
+            verbose=0,
+        )
+    return time.perf_counter() - start
 
 
 def lora_each(settings, run_at):

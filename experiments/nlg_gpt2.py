@@ -213,8 +213,9 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     model = build(task, method, seed, settings, steps)
     print(f"{task}, {method}, seed {seed}: {steps} steps", flush=True)
     result = fit(model, train, settings, seed, verbose)
-    if method == "lora-svd":
-        kd.order_ranks(model)
+    result["seconds"] += methods.finish(
+        model, method, train, steps, settings.batch_size
+    )
     ranks = {}
     if method != "fine-tune":
         # Rank 0 is the pretrained model.

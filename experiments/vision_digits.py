@@ -173,8 +173,9 @@ def run(results, name, method, seed, settings, folder, verbose=1):
     rate, warmup = settings.learning_rate, settings.warmup
     compiled(model, rate, steps, warmup, **restart)
     result = fit(model, train, settings, seed, verbose)
-    if method == "lora-svd":
-        kd.order_ranks(model)
+    result["seconds"] += methods.finish(
+        model, method, train, steps, settings.batch_size
+    )
     result["metrics"] = {}
     for b in methods.own_ranks(settings.rank):
         with model.rank_scope(b):
