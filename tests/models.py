@@ -58,7 +58,9 @@ def with_tuned_cuts(model, *ranks, seed=7):
     return model
 
 
-def mlp(frozen=False, rank=4, seed=0, options=None, **kwargs):
+def mlp(
+    frozen=False, rank=4, seed=0, options=None, model=kd.DyLoRAModel, **kwargs
+):
     """A functional model of two adapted layers and a trained head.
 
     `options` are the model's, `kwargs` its layers'.
@@ -68,7 +70,7 @@ def mlp(frozen=False, rank=4, seed=0, options=None, **kwargs):
     x = kd.DyLoRADense(12, "tanh", name="first", **common)(inputs)
     x = kd.DyLoRADense(6, name="second", **common)(x)
     outputs = keras.layers.Dense(3, name="head")(x)
-    return kd.DyLoRAModel(inputs, outputs, seed=seed, **options or {})
+    return model(inputs, outputs, seed=seed, **options or {})
 
 
 class BuiltLate(kd.DyLoRAModel):

@@ -38,9 +38,9 @@ class At(keras.callbacks.Callback):
             self.function(self.model)
 
 
-def model_of(compiled=None, **options):
+def model_of(compiled=None, model=kd.DyLoRAModel, **options):
     options = {"draw": "example", **OPTIONS, **options}
-    model = randomize(mlp(scaling="constant", options=options))
+    model = randomize(mlp(scaling="constant", options=options, model=model))
     model.compile("adam", "mse", metrics=["mae"], **compiled or {})
     return model
 
@@ -224,6 +224,25 @@ def test_every_objective(options):
     assert sides(model).keys() == {1, 2}
     fit(model, epochs=1)  # trains its own way again, and tunes
     assert sides(model).keys() == {1, 2}
+
+
+class WithStep(kd.DyLoRAModel):
+    """A model whose own training step looks at the batch."""
+
+    def train_step(self, *args):
+        x, y = args[-1]
+        assert x.shape[1:] == (10,) and y.shape[1:] == (3,)
+        return super().train_step(*args)
+
+
+def test_a_training_step_of_ones_own():
+    model = model_of(model=WithStep)
+    fit(model)
+    assert sides(model).keys() == {1, 2}
+    other = model_of()
+    fit(other)
+    assert_same(model, other, 1e-6)
+    assert model.train_step.__func__ is WithStep.train_step
 
 
 def test_a_line_for_each_phase(capsys):

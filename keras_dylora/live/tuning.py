@@ -151,7 +151,6 @@ class TuningInFit:
         if again:
             self.tuning.restore(self._named.tuning)
         self.publish()
-        self.objective = model._dylora.objective
         model.train_function = training.with_tuning(model, self.tuning)
 
     def forget(self):
@@ -183,5 +182,5 @@ class TuningInFit:
             return
         self.publish()
         self.tuning = None
-        self.model._dylora.objective = self.objective
+        training.without_tuning(self.model)
         reset_functions(self.model)

@@ -11,7 +11,7 @@ from keras_dylora.training import functions
 from keras_dylora.training.full_rank import at_full_rank, order_columns
 from keras_dylora.training.interruption import interruptible, with_callback
 from keras_dylora.training.loss_gradient import loss_gradient
-from keras_dylora.training.objectives import WithCuts
+from keras_dylora.training.objectives import OBJECTIVES, WithCuts
 from keras_dylora.training.phases import Phases
 from keras_dylora.training.step import check_frozen, drawn, masked
 
@@ -36,11 +36,26 @@ def with_tuning(model, tuning):
     `tuning` is a `Tuning` of the cuts.
     """
     adaptation = model._dylora
-    adaptation.objective = WithCuts(
+    objective = adaptation.objective = WithCuts(
         adaptation.config, len(tuning.chosen), tuning.cores_at
     )
+
+    # The sides of the cuts come with the batch, as a compiled function would
+    # take them for constants.
+    def train_step(*args):
+        *state, (batch, objective.sides) = args
+        return type(model).train_step(model, *state, batch)
+
+    model.__dict__["train_step"] = train_step
     model.make_train_function(force=True)
     return skin.with_tuning(model, model.train_function, tuning)
+
+
+def without_tuning(model):
+    """Undoes `with_tuning`, but for the train function."""
+    config = model._dylora.config
+    model._dylora.objective = OBJECTIVES[config.objective](config)
+    model.__dict__.pop("train_step", None)
 
 
 def make(model, kind, keras_make, force):

@@ -19,7 +19,6 @@ _EAGER = get_opaque_trace_state(convention="flax")
 
 def train_step(model, keras_step, state, data):
     """Runs one DyLoRA step on `data`; returns its logs and the new state."""
-    data = model._dylora.objective.taken(data)
     trainable, non_trainable, optimizer, metrics = state
     gates = [gate.variable for gate in model._dylora.gates]
     with _scope(model, trainable, non_trainable, optimizer) as scope:

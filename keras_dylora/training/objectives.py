@@ -48,10 +48,6 @@ class Sampled:
             drawn = ops.where(full, self.config.rank, drawn)
         return drawn
 
-    def taken(self, data):
-        """The batch of a step's data, of which an objective may take more."""
-        return data
-
     def loss(self, model, forward, compute_loss, x, y, y_pred, *args, **kwargs):
         """The loss of a step, a scalar tensor.
 
@@ -79,8 +75,7 @@ class Sampled:
 class WithCuts(Sampled):
     """The loss at the maximum rank, and a share of the loss at cuts.
 
-    Each example is at one of the cuts. The data of a step is `(batch, sides)`,
-    the second of which makes the cuts.
+    Each example is at one of the cuts. `sides` are set in each step.
 
     Args:
         config: `DyLoRAConfig`.
@@ -95,10 +90,6 @@ class WithCuts(Sampled):
         super().__init__(config)
         self.draw = RankDraw(Uniform(), 0, cuts - 1, config.seed)
         self.cores_at = cores_at
-
-    def taken(self, data):
-        batch, self.sides = data
-        return batch
 
     def _rank(self, adaptation, place, x):
         self.cut = self.draw.for_examples(place, _size(x))

@@ -14,7 +14,6 @@ def train_step(model, keras_step, data):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
         model(x)
         model.start_training()
-    data = model._dylora.objective.taken(data)
     gates = [gate.variable for gate in model._dylora.gates]
     inference = [ops.copy(gate) for gate in gates]
     masked = step.masked(model)
