@@ -600,7 +600,10 @@ class Machine(RuleBasedStateMachine):
             self.model.trainable = value
             self.account_of_model_flag(value)
         else:
-            layers_of(self.model)[name].trainable = value
+            layer = layers_of(self.model)[name]
+            if backend.NAME == "tensorflow" and layer.trainable == value:
+                return  # TensorFlow skips what is so already
+            layer.trainable = value
             leaves = self.kind.within.get(name, (name,))
             for key in self.flags:
                 if key.split("/")[0] in leaves and self.can_train(key):
