@@ -121,19 +121,4 @@ def main(args):
         for kind in kinds
         if f"{OURS}, {kind}" in names
     ]
-    columns = {
-        "": lambda row: row["method"],
-        "trained parameters": lambda row: f"{row['parameters']:,}",
-        "seconds a step": lambda row: f"{table.middle(row):.3f}",
-        "memory, MB": lambda row: f"{table.middle(row, 'memory') / 1e6:.0f}",
-    }
-    headings = "ratio", "step times", "memory"
-    table.write(
-        args,
-        [
-            table.of_rows(columns, rows),
-            table.of_ratios(headings, rows, ratios, ("seconds", "memory")),
-        ],
-        {row["method"]: table.middle(row) for row in rows},
-        "seconds a step",
-    )
+    table.write_step_times(args, rows, ratios, memory=True)

@@ -57,13 +57,14 @@ def of_ratios(headings, rows, pairs, keys=("seconds",)):
     return markdown(header, lines)
 
 
-def write_step_times(args, rows, ratios):
+def write_step_times(args, rows, ratios, memory=False):
     """Writes the times of training steps, and their ratios.
 
     Args:
         args: what the command was given.
         rows: list of dicts, of `grid.Training` and its like.
         ratios: as the `pairs` of `of_ratios`.
+        memory: bool. Whether the rows have `memory` too, in bytes.
     """
     columns = {
         "": lambda row: row["method"],
@@ -74,10 +75,14 @@ def write_step_times(args, rows, ratios):
         ),
         "seconds a step": lambda row: f"{middle(row):.3f}",
     }
-    headings = ("ratio of step times", "median")
+    headings, keys = ("ratio of step times", "median"), ("seconds",)
+    if memory:
+        columns["memory, MB"] = lambda row: f"{middle(row, 'memory') / 1e6:.0f}"
+        headings = "ratio", "step times", "memory"
+        keys = "seconds", "memory"
     write(
         args,
-        [of_rows(columns, rows), of_ratios(headings, rows, ratios)],
+        [of_rows(columns, rows), of_ratios(headings, rows, ratios, keys)],
         {row["method"]: middle(row) for row in rows},
         "seconds a step",
     )

@@ -81,7 +81,7 @@ def assert_same(found, wanted, atol=0):
 @pytest.mark.parametrize("jit", [None, "trace"])
 def test_a_step_trains_the_maximum_and_the_cuts_and_tunes_them(jit):
     if jit and backend.NAME != "torch":
-        pytest.skip("is torch's")
+        pytest.skip("only torch traces a step by `jit_compile`")
     compiled = {"jit_compile": jit} if jit else {}
     x, y = InOrder()[STEPS - 1]
 
@@ -199,7 +199,7 @@ def test_an_error_keeps_the_cuts_so_far():
 
 def test_several_steps_in_one():
     if backend.NAME == "torch":
-        pytest.skip("Keras has none on torch")
+        pytest.skip("Keras has no `steps_per_execution` on torch")
     model = model_of({"steps_per_execution": 3})
     fit(model, epochs=4)  # the eighth step comes with the ninth
     assert int(backend.to_numpy(model.optimizer.iterations)) == 16

@@ -93,9 +93,10 @@ class Tuning:
         return [ops.convert_to_numpy(v) for v in self.sides]
 
     def cores_at(self, sides, cuts):
-        """What layers read at a cut for each example, by path.
+        """The cores of examples at cuts, a dict of path to tensor.
 
-        `cuts` is int32 of `(batch,)`. With but one cut, one core is for all.
+        `cuts` is int32 of `(batch,)`, the cut of each example. If there is only
+        one cut, its core is for all examples.
         """
         left, right = map(ops.convert_to_tensor, sides)
         cores = ops.convert_to_tensor(self.scale) * (left @ right)
@@ -136,7 +137,7 @@ class TuningInFit:
             )
 
     def begin(self, steps, again):
-        """Has the `fit` that runs tune besides from now on.
+        """Makes the running `fit` train with cuts and tune them.
 
         Args:
             steps: int. How many steps tune, with those that did before.
@@ -167,7 +168,7 @@ class TuningInFit:
             self._named.tuning = self.tuning.state()
 
     def publish(self):
-        """Has the model compute with the cuts as they are now."""
+        """Makes the model compute with the cuts as they are now."""
         if self.tuning is None:
             return
         training.write_back(self.model)

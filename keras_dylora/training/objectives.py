@@ -75,7 +75,8 @@ class Sampled:
 class WithCuts(Sampled):
     """The loss at the maximum rank, and a share of the loss at cuts.
 
-    Each example is at one of the cuts. `sides` are set in each step.
+    Each example is at one of the cuts. Each step sets `sides`, the two sides of
+    all cuts.
 
     Args:
         config: `DyLoRAConfig`.

@@ -7,6 +7,7 @@ import warnings
 import keras
 from keras import ops
 
+from keras_dylora.checks import is_share
 from keras_dylora.cuts import users_line
 from keras_dylora.layers.factors import float32_array
 from keras_dylora.training.full_rank import at_full_rank, order_columns
@@ -45,12 +46,15 @@ class Phases(keras.callbacks.Callback):
             self._go_on()
 
     def _found(self, epoch):
-        """What comes in a `fit` that begins at an epoch; tells schedules."""
+        """The phases to come in a `fit` that begins at an epoch.
+
+        Gives the schedules the number of steps.
+        """
         full_rank = self.model._run_option("full_rank_steps")
         tune = self.model._run_option("tune")
-        is_share = isinstance(full_rank, float)
+        share = is_share(full_rank)
         ordered = full_rank and self._at_full_rank()
-        if not self._decays and not is_share and not tune:
+        if not self._decays and not share and not tune:
             return [(full_rank, self._order)] if ordered else []
         steps = (self.params or {}).get("steps")
         if steps is None:
@@ -66,7 +70,7 @@ class Phases(keras.callbacks.Callback):
         untuned = total - tuned
         begin = self._drawn() - done
         order = full_rank
-        if is_share:
+        if share:
             order = begin + min(round(full_rank * total), untuned)
         comes = full_rank and (epoch or ordered)
         self._decays.tell(total, order - begin if comes else None, done)
@@ -127,7 +131,7 @@ class Phases(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._tuning.publish()
         if self._tuning.tuning is not None:
-            self._tuned[self._digest()] = self._tuning.tuning.cuts()
+            self._tuned[self._digest()] = self.model._dylora.named.cuts
         if any(begin == self._order for _, begin in self._ahead):
             self._write_back(self.model)
             self._unordered.add(self._digest())
