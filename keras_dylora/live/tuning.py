@@ -1,7 +1,7 @@
-"""Tuning: steps that learn the cuts of some ranks, and change nothing else.
+"""Tuning: steps that learn the cuts of some ranks and change nothing else.
 
-All cuts are tuned at once: the examples of a batch take turns, so that a pass
-serves each cut. With one layer's columns `down` and rows `up`, cut `c` computes
+A step tunes all cuts: each example of the batch is at one of them. In a layer
+with columns `down` and rows `up`, cut `c` computes
 `(x @ down) @ left[c] @ right[c] @ up`, and a step changes `left` and `right`.
 """
 
@@ -13,7 +13,7 @@ from keras_dylora import training
 from keras_dylora.layers.tuned import TunedCut
 from keras_dylora.live.recompile import reset_functions
 
-RATE = 0.05  # Adam's, which falls to zero in a line
+RATE = 0.05  # the first learning rate of Adam; it falls to zero linearly
 DECAYS = 0.9, 0.98
 
 
@@ -23,7 +23,7 @@ class Tuning:
     Args:
         model: an enabled model.
         chosen: list of dicts of path to rank, at least one.
-        steps: int. How many steps it will have.
+        steps: int. The number of steps to come, for the learning rate.
     """
 
     def __init__(self, model, chosen, steps):
@@ -31,8 +31,8 @@ class Tuning:
         config, self.paths = model.dylora_config, list(chosen[0])
         ranks = np.array([list(each.values()) for each in chosen])
         eye = np.eye(config.rank)[:, : ranks.max()]
-        # Entries beyond the rank of a layer are zero, and so stay: each side
-        # is multiplied by zeros of the other.
+        # Entries beyond the rank of a layer are zero and stay zero: their
+        # gradients are products with zeros of the other side.
         used = np.arange(ranks.max()) < ranks[..., None]
         left = (eye * used[..., None, :]).astype("float32")
         self.sides = [keras.Variable(left), keras.Variable(left.swapaxes(2, 3))]
@@ -45,13 +45,13 @@ class Tuning:
 
     @property
     def done(self):
-        """int. How many steps it has had."""
+        """int. The number of steps so far."""
         return int(ops.convert_to_numpy(self.optimizer.iterations))
 
     def step(self, data):
         """Takes a step on a batch `(x, y, sample_weight)`.
 
-        Returns its loss, a float.
+        Returns the loss, a float.
         """
         batch = keras.utils.unpack_x_y_sample_weight(data)
         size = len(keras.tree.flatten(batch)[0])
@@ -77,12 +77,12 @@ class Tuning:
         ]
 
     def state(self):
-        """All that another one needs to go on, a list of arrays."""
+        """Returns what another `Tuning` needs to go on, a list of arrays."""
         variables = [*self.sides, *self.optimizer.variables]
         return [ops.convert_to_numpy(v) for v in variables]
 
     def restore(self, state):
-        """Goes on from a `state`, if it is of the same ranks."""
+        """Goes on from a `state`, if it belongs to the same ranks."""
         variables = [*self.sides, *self.optimizer.variables]
         if [np.shape(x) for x in state] == [tuple(v.shape) for v in variables]:
             for variable, value in zip(variables, state, strict=True):
@@ -95,8 +95,8 @@ class Tuning:
     def cores_at(self, sides, cuts):
         """The cores of examples at cuts, a dict of path to tensor.
 
-        `cuts` is int32 of `(batch,)`, the cut of each example. If there is only
-        one cut, its core is for all examples.
+        `cuts` is int32 of `(batch,)`, the cut of each example. A single cut has
+        one core for all examples.
         """
         left, right = map(ops.convert_to_tensor, sides)
         cores = ops.convert_to_tensor(self.scale) * (left @ right)
@@ -109,12 +109,11 @@ class Tuning:
 
 
 class TuningInFit:
-    """The last steps of a `fit`, which tune the cuts of `tuned_ranks` too.
+    """The last steps of a `fit`, which also tune the cuts of `tuned_ranks`.
 
-    Each trains the maximum rank and the cuts as they are, and then tunes the
-    cuts on the same batch. The place in the run is kept with the live
-    adapter while the run isn't over, so that an interrupted one goes on from
-    there, also from a file.
+    Each of them trains the maximum rank and the cuts, and then tunes the cuts
+    on the same batch. The live adapter keeps the state of the tuning until the
+    run is over, so an interrupted run can go on, also from a file.
     """
 
     def __init__(self, model):
@@ -140,8 +139,9 @@ class TuningInFit:
         """Makes the running `fit` train with cuts and tune them.
 
         Args:
-            steps: int. How many steps tune, with those that did before.
-            again: bool. Whether this `fit` goes on with one that tuned.
+            steps: int. The number of steps that tune, with those of an
+                interrupted run.
+            again: bool. Whether an interrupted run goes on.
         """
         model = self.model
         training.write_back(model)
@@ -155,13 +155,13 @@ class TuningInFit:
         model.train_function = training.with_tuning(model, self.tuning)
 
     def forget(self):
-        """Forgets the place in a run that was interrupted."""
+        """Forgets the state of an interrupted run."""
         self._named.tuning = ()
 
     def keep(self):
         """Gives the adapter the cuts as they are now.
 
-        What the model computes at its active rank follows with `publish`.
+        The active rank computes with them only after `publish`.
         """
         if self.tuning is not None:
             self._named.cuts = self.tuning.cuts()
@@ -178,7 +178,7 @@ class TuningInFit:
         self._named.tuning = self.tuning.state()
 
     def end(self):
-        """Gives the model back what it trains with, however `fit` ended."""
+        """Restores the model's own training, however `fit` ended."""
         if self.tuning is None:
             return
         self.publish()

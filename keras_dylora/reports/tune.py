@@ -1,4 +1,4 @@
-"""tune_ranks: the best cut of trained columns, for each rank that is used."""
+"""tune_ranks: finds the best cut of trained columns for each rank."""
 
 import itertools
 from collections.abc import Iterable
@@ -30,16 +30,15 @@ def tune_ranks(
 ) -> Model:
     """Tunes the cut of each rank, so that lower ranks lose less.
 
-    Rank `b` is the first `b` columns of every adapter. Tuned, it is the best
-    `b` mixtures of all columns, found on some batches of the training data,
-    while the base, the adapters and the head stay as they are. The model
-    computes with a tuned cut wherever its rank is used: `set_rank`,
-    `evaluate_ranks`, `merge`, `save_adapter`, `to_peft`, `export_ranks`. Cut
-    so, the adapter is a plain LoRA of rank `b`.
+    An untuned rank `b` is the first `b` columns of every adapter. A tuned rank
+    `b` is the best `b` mixtures of all columns. They are found on some batches
+    of the training data, while the base, the adapters and the head stay as
+    they are. The model computes with a tuned cut wherever its rank is used:
+    `set_rank`, `evaluate_ranks`, `merge`, `save_adapter`, `to_peft`,
+    `export_ranks`. A tuned cut is a plain LoRA of rank `b`.
 
-    The maximum rank needs no cut. Training goes on from the columns as they
-    are, without the tuned cuts, which are dropped then. The result is the same
-    each time.
+    The maximum rank needs no cut. If you train on, the columns move, and the
+    tuned cuts are dropped. The result is the same each time.
 
     Args:
         model: an enabled, compiled model that is trained. It may be a LoRA
@@ -47,16 +46,16 @@ def tune_ranks(
         x: inputs, as for `model.evaluate`, of the training data.
         y: targets, as for `model.evaluate`.
         ranks: ints below the maximum, and `RankAllocation`s. Defaults to
-            `None`: those of a `Categorical` distribution, otherwise the
+            `None`: the ranks of a `Categorical` distribution, otherwise the
             powers of two.
-        steps: int. How many batches are taken. Defaults to `None`, 100.
+        steps: int. The number of batches. Defaults to `None`, 100.
         sample_weight: as for `model.evaluate`. Defaults to `None`.
-        batch_size: int. Examples of a step, which the cuts share; a dataset
-            has its own. Defaults to `32`.
+        batch_size: int. The number of examples in a step, which the cuts
+            share. A dataset has its own. Defaults to `32`.
         verbose: whether to show a progress bar. Defaults to `"auto"`, yes.
 
     Returns:
-        `model` itself. Cuts of other ranks that it had are kept.
+        `model` itself. It keeps the cuts of other ranks that it had.
 
     Raises:
         TypeError: if a rank or `steps` isn't an integer.
@@ -74,7 +73,7 @@ def tune_ranks(
 
     Reference:
 
-    - [LoRA-XS, 2024](https://arxiv.org/abs/2405.17604), whose core this is
+    - [LoRA-XS, 2024](https://arxiv.org/abs/2405.17604), for the core
     """
     adaptation = adaptation_of(model)
     check_compiled(model)
@@ -101,7 +100,7 @@ def tune_ranks(
 
 
 def _chosen(adaptation, ranks):
-    """The ranks as dicts of path to rank, each once."""
+    """The ranks as dicts of path to rank, without duplicates."""
     high = adaptation.max_rank
     if ranks is None:
         ranks = [b for b in adaptation.config.tuned_ranks if b < high]

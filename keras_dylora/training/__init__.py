@@ -1,8 +1,8 @@
 """A training step: Keras's own, between a drawn rank and a masked update.
 
-Keras has two step conventions. `stateful` serves TensorFlow and torch,
-`stateless` serves JAX; what a DyLoRA step does is in `step`, what gate and
-loss it has in `objectives`.
+Keras has two step conventions: `stateful` serves TensorFlow and torch, `jax`
+serves JAX. `step` has what a DyLoRA step does, and `objectives` has its gates
+and its loss.
 """
 
 import keras
@@ -31,17 +31,17 @@ make_generate = functions.make_generate
 
 
 def with_tuning(model, tuning):
-    """A train function that trains with cuts, and tunes them on each batch.
+    """Makes a train function that trains with cuts and tunes them.
 
-    `tuning` is a `Tuning` of the cuts.
+    `tuning` is a `Tuning`, whose cuts it uses on each batch.
     """
     adaptation = model._dylora
     objective = adaptation.objective = WithCuts(
         adaptation.config, len(tuning.chosen), tuning.cores_at
     )
 
-    # The sides of the cuts come with the batch, as a compiled function would
-    # take them for constants.
+    # The sides of the cuts come with the batch: a compiled function would take
+    # them for constants.
     def train_step(*args):
         *state, (batch, objective.sides) = args
         return type(model).train_step(model, *state, batch)
@@ -52,7 +52,7 @@ def with_tuning(model, tuning):
 
 
 def without_tuning(model):
-    """Undoes `with_tuning`, but for the train function."""
+    """Undoes `with_tuning`; the caller makes the train function again."""
     config = model._dylora.config
     model._dylora.objective = OBJECTIVES[config.objective](config)
     model.__dict__.pop("train_step", None)

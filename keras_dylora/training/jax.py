@@ -1,4 +1,4 @@
-"""The step of JAX: `train_step(state, data)` returns a new state."""
+"""The step on JAX: `train_step(state, data)` returns a new state."""
 
 import contextlib
 import itertools
@@ -63,15 +63,16 @@ def _values(scope, model):
 
 
 def tracing():
-    """Whether JAX traces a function, which reads no variable by itself."""
+    """Whether JAX is tracing; a variable then has no value of its own."""
     return get_opaque_trace_state(convention="flax") != _EAGER
 
 
 def restore_on_error(model, kind, function):
-    """A function of Keras's, of any kind, that loses nothing if it fails.
+    """Wraps a function of Keras so that a failure loses no weight.
 
     Keras takes the state out of the variables before the first batch, and the
-    compiled function its memory. So the data of all its steps comes first.
+    compiled function takes over its memory. So the wrapper first reads the data
+    of all steps, and puts the state back if something fails.
     """
 
     def restoring(state, iterator):
@@ -86,13 +87,13 @@ def restore_on_error(model, kind, function):
 
 
 def with_tuning(model, train, tuning):
-    """A train function that trains on a batch, and then tunes on it."""
+    """Makes a train function that trains on a batch, and then tunes on it."""
 
     def function(state, iterator):
         def step(batch):
             nonlocal state
             logs, state = train(state, iter([(batch, tuning.values())]))
-            _keras.put_back(model, state)  # to tune reads the variables
+            _keras.put_back(model, state)  # the tuning reads the variables
             tuning.step(batch)
             return logs
 
@@ -115,7 +116,8 @@ def write_back(model):
 def forward(model, x):
     """Yields predictions of Keras's training step, with their `losses`.
 
-    Keras's scope around the loss collects none, so this call has its own.
+    Keras's scope around the loss collects no losses, so this call collects
+    its own.
     """
     with _keras.override_losses(model, []):
         predictions, states, losses = model.stateless_call(

@@ -1,4 +1,4 @@
-"""The gradient of a model's loss by what its layers read in place of gates."""
+"""The gradient of a model's loss with respect to the gates of its layers."""
 
 import keras
 import numpy as np
@@ -8,20 +8,21 @@ from keras_dylora.training import functions, step
 
 
 def loss_gradient(model, gates_of):
-    """A function that differentiates the mean loss of a batch.
+    """Makes a function that differentiates the mean loss of a batch.
 
-    The loss is that of `evaluate`: no dropout, and no weight changes.
+    The loss is that of `evaluate`: it has no dropout, and no weight changes.
 
     Args:
         model: an enabled model.
-        gates_of: function of a list of tensors that gives what the layers
-            read, a dict of path to tensor as `GateRow.value`. It takes a
-            structure of integer tensors besides.
+        gates_of: function of a list of float tensors and of a structure of
+            integer tensors. It returns the gates, a dict of path to tensor as
+            in `GateRow.value`.
 
     Returns:
         A function of the list, of the structure, and of a batch
-        `(x, y, sample_weight)`, all in NumPy; `y` and `sample_weight` may be
-        `None`. It gives the loss, a float, and a list of gradients in NumPy.
+        `(x, y, sample_weight)`, all in NumPy. `y` and `sample_weight` may be
+        `None`. It returns the loss, a float, and the list of gradients in
+        NumPy.
     """
 
     def loss(values, indices, batch):
@@ -61,7 +62,7 @@ def _by_jax(model, loss):
     differentiated = jax.jit(jax.value_and_grad(stateless))
 
     def gradient(values, *data):
-        # As arguments: constants would be compiled into the function.
+        # The variables are arguments: JAX would compile constants in.
         return differentiated(values, [v.value for v in variables], *data)
 
     return gradient

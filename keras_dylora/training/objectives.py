@@ -1,7 +1,6 @@
-"""The objectives: what gate a step has, and what loss.
+"""The objectives: each is a class that gives a step its gates and its loss.
 
-An objective is one class: its name in `OBJECTIVES` is the one that
-`DyLoRAConfig` takes.
+`OBJECTIVES` maps the names that `DyLoRAConfig` takes to the classes.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from keras import ops
 
 from keras_dylora.distributions import RankDraw, Uniform
 
-CUT_SHARE = 0.3  # of the loss at cuts, beside that at the maximum rank
+CUT_SHARE = 0.3  # the weight of the loss at cuts; the maximum rank has 1
 
 
 class Sampled:
@@ -25,10 +24,10 @@ class Sampled:
         self.config = config
 
     def gate(self, adaptation, x):
-        """The gates of a step on inputs `x`, and a dict of what it logs.
+        """Returns the gates of a step on inputs `x`, and a dict of its logs.
 
-        The gates are a dict of path to `(rank,)`, or to `(batch, rank)` with
-        one for each example. The model's place in the rank sequence moves on.
+        The gates are a dict of path to `(rank,)`, or to `(batch, rank)` with a
+        gate for each example. The model moves on in its rank sequence.
         """
         place, logs = adaptation.ranks_drawn, {}
         rank = self._rank(adaptation, place, x)
@@ -53,10 +52,11 @@ class Sampled:
 
         Args:
             model: the `DyLoRAModel`.
-            forward: a context manager of the model and `x` that yields
-                predictions; within it, `model.losses` are of that call.
-            compute_loss: Keras's, which takes all other arguments; `y_pred`
-                are predictions at the gate of the step.
+            forward: function of the model and `x` that returns a context
+                manager. It yields predictions; within it, `model.losses` are
+                the losses of that call.
+            compute_loss: Keras's method, which takes all other arguments.
+                `y_pred` are the predictions at the gate of the step.
         """
         if self.config.draw == "example":
             _check_examples(x, y_pred)
@@ -73,14 +73,14 @@ class Sampled:
 
 
 class WithCuts(Sampled):
-    """The loss at the maximum rank, and a share of the loss at cuts.
+    """The loss at the maximum rank plus `CUT_SHARE` of the loss at cuts.
 
-    Each example is at one of the cuts. Each step sets `sides`, the two sides of
-    all cuts.
+    Each example is at one of the cuts, drawn at random. Set `sides`, the two
+    sides of all cuts, before each step.
 
     Args:
         config: `DyLoRAConfig`.
-        cuts: int. How many cuts there are.
+        cuts: int. The number of cuts.
         cores_at: function of the sides and of the cut of each example, int32
             of `(batch,)`. It gives a dict of path to `(batch, rank, rank)`.
     """
@@ -112,9 +112,10 @@ class WithCuts(Sampled):
 class Summed(Sampled):
     """The loss at every rank, weighted by its probability (Eq. 2).
 
-    Keras's own step calls it, so its gradients, loss scaling and metrics (of
-    the highest rank that is trained) are Keras's. What layers add to the
-    loss, as activity regularization, is of the same rank.
+    Keras's own step calls it, so gradients, loss scaling and metrics are
+    Keras's. The metrics are those of the highest rank that is trained. The
+    losses that layers add, such as activity regularization, belong to the rank
+    of their pass.
     """
 
     draws = False
@@ -127,7 +128,7 @@ class Summed(Sampled):
         adaptation = model._dylora
         total, probabilities = 0.0, self.config.rank_probabilities
         highest = max(probabilities)
-        # The highest first, while `model.losses` are those beside `y_pred`.
+        # The highest first, while `model.losses` belong to `y_pred`.
         for b in sorted(probabilities, reverse=True):
             if b == highest:
                 loss = compute_loss(x, y, y_pred, *args, **kwargs)
@@ -175,7 +176,7 @@ def _size(x):
 def _check_examples(x, y_pred):
     """Raises a `ValueError` unless there is an output for each example.
 
-    As far as shapes are known: on TensorFlow, the size of a batch may not be.
+    It checks what is known: in a TensorFlow graph, the batch may have no size.
     """
     size = keras.tree.flatten(x)[0].shape[0]
     shapes = [tuple(y.shape) for y in keras.tree.flatten(y_pred)]

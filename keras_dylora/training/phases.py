@@ -1,4 +1,4 @@
-"""Phases: at the full rank, at drawn ranks, tuning; each begins in time."""
+"""Phases: what changes within `fit`, as the columns' order and the tuning."""
 
 import functools
 import math
@@ -14,16 +14,17 @@ from keras_dylora.training.full_rank import at_full_rank, order_columns
 
 
 class Phases(keras.callbacks.Callback):
-    """Orders the columns of a model within `fit`, and has it tune, in time.
+    """Begins the phases of a run: the order of the columns, and the tuning.
 
-    Both may come at a share of all steps, which `fit` knows, as it does those
-    of a `ProgressiveDecay`. A phase ends after the last batch of it, or of the
-    compiled function that `steps_per_execution` makes of several. The place
-    of a model in its sequence is read only when one may end: that waits for
-    the device.
+    A phase may begin at a number of steps or at a share of all steps. Only
+    `fit` knows how many steps there are, so this callback also tells
+    `ProgressiveDecay`. With `steps_per_execution`, a phase begins at the end of
+    the compiled function that reaches its step. The callback reads the step
+    only where a phase may begin, since a read waits for the device.
 
     Args:
-        write_back: function of a model that brings its variables up to date.
+        write_back: function of a model that writes the state of a running
+            `fit` to the variables.
         decays: `Decays` of the model.
         tuning: `TuningInFit` of the model.
     """
@@ -34,10 +35,10 @@ class Phases(keras.callbacks.Callback):
         self._decays, self._tuning = decays, tuning
 
     def on_train_begin(self, logs=None):
-        self._batches = 0  # that can't be the last of a phase
+        self._batches = 0  # to pass before a phase may begin
         self._unordered = set()  # digests of the columns before the order
         self._tuned = {}  # cuts of the epochs, by digest of the columns
-        # What comes: places in the rank sequence, and functions.
+        # The phases to come: pairs of the step and the function to call.
         self._ahead = None
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -46,9 +47,9 @@ class Phases(keras.callbacks.Callback):
             self._go_on()
 
     def _found(self, epoch):
-        """The phases to come in a `fit` that begins at an epoch.
+        """Finds the phases of a `fit` that begins at an epoch.
 
-        Gives the schedules the number of steps.
+        It also gives the schedules the number of steps.
         """
         full_rank = self.model._run_option("full_rank_steps")
         tune = self.model._run_option("tune")
@@ -95,8 +96,8 @@ class Phases(keras.callbacks.Callback):
             self._go_on()
 
     def _go_on(self):
-        """Begins the phases whose place is reached."""
-        self._batches = math.inf  # not read again in this run
+        """Begins the phases whose step is reached."""
+        self._batches = math.inf  # the step isn't read again in this run
         if not self._ahead:
             return
         self._write_back(self.model)
@@ -137,9 +138,10 @@ class Phases(keras.callbacks.Callback):
             self._unordered.add(self._digest())
 
     def settle(self):
-        """Settles columns and cuts, which callbacks may have put back.
+        """Makes columns and cuts fit each other at the end of a run.
 
-        To be called after all callbacks have ended.
+        A callback may have restored weights of an earlier epoch, so call this
+        after all callbacks have ended.
         """
         if self._tuned:
             self._settle_cuts()
@@ -149,7 +151,7 @@ class Phases(keras.callbacks.Callback):
             or self._digest() not in self._unordered
         ):
             return
-        # The optimizer's state is already that of the ordered columns.
+        # The optimizer's state already belongs to the ordered columns.
         order_columns(self.model, None)
         warnings.warn(
             "The columns of adapters must be in order after `full_rank_steps`, "
@@ -159,9 +161,9 @@ class Phases(keras.callbacks.Callback):
         )
 
     def _settle_cuts(self):
-        """Makes the cuts those of the columns, and orders the columns.
+        """Takes the cuts that belong to the columns, and orders the columns.
 
-        So a rank that wasn't tuned is the best cut of the columns.
+        After the order, a rank that wasn't tuned is the best cut of its size.
         """
         adaptation = self.model._dylora
         cuts = self._tuned.get(self._digest())

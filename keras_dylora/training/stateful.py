@@ -1,4 +1,4 @@
-"""The step of TensorFlow and torch: `train_step(data)` changes variables."""
+"""The step on TensorFlow and torch: `train_step(data)` changes variables."""
 
 import contextlib
 
@@ -32,10 +32,11 @@ def train_step(model, keras_step, data):
 
 
 def restore_on_error(model, kind, function):
-    """A train function that leaves the inference rank behind if it fails.
+    """Wraps a train function so that a failure keeps the inference rank.
 
-    A TensorFlow graph stops at the operation that fails, before it puts the
-    gates back. Functions of another kind, "test" or "predict", set no gates.
+    A TensorFlow graph stops at the operation that fails, before it restores the
+    gates. The functions of `evaluate` and `predict` set no gates, so they stay
+    as they are.
     """
     if kind != "train":
         return function
@@ -56,7 +57,7 @@ def restore_on_error(model, kind, function):
 
 
 def with_tuning(model, train, tuning):
-    """A train function that trains on a batch, and then tunes on it."""
+    """Makes a train function that trains on a batch, and then tunes on it."""
 
     def step(batch):
         logs = train([(batch, tuning.values())])
@@ -74,12 +75,12 @@ def _gates(model):
 
 
 def tracing():
-    """Whether variables are no state now; here they always are."""
+    """Whether a variable has no value of its own now; never the case here."""
     return False
 
 
 def write_back(model):
-    """Variables are up to date at any time; nothing to do."""
+    """Does nothing: variables are always up to date here."""
 
 
 @contextlib.contextmanager
