@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 
 from keras_dylora._keras.tracing import changed_besides, storage, traceable
+from keras_dylora.training.graph import simplify
 
 SHAPES = 8  # the number of shapes of batches; steps on others are eager
 
@@ -129,7 +130,7 @@ class _Trace:
                 traced, tracing_mode="fake", _allow_non_fake_inputs=True
             )(self.values, batch)
         _check_constants(graph, state)
-        _drop_detach(graph)
+        simplify(graph)
         self.graph = graph
         self.call = self._compile if compiled else graph
 
@@ -205,13 +206,3 @@ def _check_constants(graph, state):
             raise ValueError(
                 f"a weight that is read past Keras's variables: {path}"
             )
-
-
-def _drop_detach(graph):
-    """Drops nodes that only say that no gradient is wanted, as none is."""
-    for node in list(graph.graph.nodes):
-        if node.target is torch.ops.aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()

@@ -1,0 +1,189 @@
+"""What is changed in a traced graph of torch, so that it computes less.
+
+Keras's layers call one operation after another. A graph shows which of them
+can be one, or none. Eager steps can't tell.
+"""
+
+import torch
+
+aten = torch.ops.aten
+
+LARGEST = 2**16  # the number of values in a constant that is kept
+_VIEWS = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.squeeze.dim,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+)
+_ATTENTION = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
+
+
+def simplify(graph):
+    """Changes a `GraphModule` in place.
+
+    - Nodes that only detach from the gradient are dropped, as none is wanted.
+    - Values that depend on no input are computed once.
+    - A bias is added within the matrix product before it.
+    - Copies are left out where the original does as well.
+    """
+    _drop_detach(graph)
+    _keep_constants(graph)
+    _add_biases_within_products(graph)
+    _drop_copies(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _drop_detach(graph):
+    for node in list(graph.graph.nodes):
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+
+
+def _keep_constants(graph):
+    nodes = graph.graph.nodes
+    constant = set()
+    for node in nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (
+            _is_pure(node) and constant.issuperset(inputs) and _is_small(node)
+        ):
+            constant.add(node)
+    # What is written must be made anew by each step.
+    for node in nodes:
+        if _is_written(node):
+            for x in node.all_input_nodes:
+                _leave_out(x, constant)
+    with torch.no_grad():
+        values = {}
+
+        def value(node):
+            if node not in values:
+                values[node] = (
+                    getattr(graph, node.target)
+                    if node.op == "get_attr"
+                    else node.target(
+                        *torch.fx.map_arg(node.args, value),
+                        **torch.fx.map_arg(node.kwargs, value),
+                    )
+                )
+            return values[node]
+
+        for i, node in enumerate([n for n in nodes if n in constant]):
+            if node.op == "get_attr" or constant.issuperset(node.users):
+                continue
+            name = f"_constant_{i}"
+            graph.register_buffer(name, value(node), persistent=False)
+            with graph.graph.inserting_before(node):
+                kept = graph.graph.get_attr(name)
+            kept.meta = dict(node.meta)
+            node.replace_all_uses_with(kept)
+
+
+def _leave_out(node, constant):
+    if node in constant:
+        constant.remove(node)
+        for x in node.all_input_nodes:
+            _leave_out(x, constant)
+
+
+def _is_pure(node):
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and not _is_written(node)
+        and torch.Tag.nondeterministic_seeded not in node.target.tags
+    )
+
+
+def _is_written(node):
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+    )
+
+
+def _is_small(node):
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.numel() <= LARGEST
+
+
+def _add_biases_within_products(graph):
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        for product, bias in (node.args, node.args[::-1]):
+            found = _product(product, bias)
+            if found is not None:
+                _fuse(graph.graph, node, found, bias)
+                break
+
+
+def _product(node, bias):
+    """The matrix product whose values, in their order, `node` is.
+
+    It is `None` unless `bias` is for the columns of the product.
+    """
+    if not isinstance(node, torch.fx.Node) or not isinstance(
+        bias, torch.fx.Node
+    ):
+        return None
+    value, added = node.meta.get("val"), bias.meta.get("val")
+    if (
+        bias.op != "placeholder"
+        or not value.is_contiguous()
+        or value.shape[-added.ndim :] != added.shape
+    ):
+        return None
+    while node.target in _VIEWS and len(node.users) == 1:
+        node = node.args[0]
+    if len(node.users) > 1:
+        return None
+    if node.target is aten.mm.default or (
+        node.target is aten.bmm.default and node.meta["val"].shape[0] == 1
+    ):
+        product = node.meta["val"]
+        same = product.shape[-1] == added.numel()
+        return node if same and product.dtype == added.dtype else None
+    return None
+
+
+def _fuse(graph, node, product, bias):
+    call = graph.call_function
+    with graph.inserting_before(node):
+        sides = product.args
+        if product.target is aten.bmm.default:
+            sides = [call(aten.squeeze.dim, (x, 0)) for x in sides]
+        flat = call(aten.view.default, (bias, [-1]))
+        fused = call(aten.addmm.default, (flat, *sides))
+        shape = list(node.meta["val"].shape)
+        found = call(aten.view.default, (fused, shape))
+    found.meta = dict(node.meta)
+    node.replace_all_uses_with(found)
+
+
+def _drop_copies(graph):
+    """Copies into contiguous memory only what isn't contiguous.
+
+    Attention on a CPU needs no contiguous inputs.
+    """
+    for node in list(graph.graph.nodes):
+        if (
+            node.target is not aten.clone.default
+            or node.kwargs.get("memory_format") != torch.contiguous_format
+        ):
+            continue
+        (original,) = node.args
+        either = [*node.users, *original.users]
+        if original.op == "placeholder" or any(map(_is_written, either)):
+            continue
+        if all(user.target in _ATTENTION for user in node.users):
+            node.replace_all_uses_with(original)
+        else:
+            node.target, node.kwargs = aten.contiguous.default, {}
