@@ -14,6 +14,7 @@ _VIEWS = (
     aten._unsafe_view.default,
     aten.permute.default,
     aten.squeeze.dim,
+    aten.t.default,
     aten.transpose.int,
     aten.unsqueeze.default,
 )
@@ -30,11 +31,13 @@ def simplify(graph):
     - Values that depend on no input are computed once.
     - A bias is added within the matrix product before it.
     - Copies are left out where the original does as well.
+    - Of views of views, the last alone is made, and each once.
     """
     _drop_detach(graph)
     _keep_constants(graph)
     _add_biases_within_products(graph)
     _drop_copies(graph)
+    _join_views(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -155,17 +158,22 @@ def _product(node, bias):
 
 
 def _fuse(graph, node, product, bias):
-    call = graph.call_function
+    sides = product.args
     with graph.inserting_before(node):
-        sides = product.args
         if product.target is aten.bmm.default:
-            sides = [call(aten.squeeze.dim, (x, 0)) for x in sides]
-        flat = call(aten.view.default, (bias, [-1]))
-        fused = call(aten.addmm.default, (flat, *sides))
+            sides = [_made(graph, aten.squeeze.dim, x, 0) for x in sides]
+        flat = _made(graph, aten.view.default, bias, [-1])
+        fused = _made(graph, aten.addmm.default, flat, *sides)
         shape = list(node.meta["val"].shape)
-        found = call(aten.view.default, (fused, shape))
-    found.meta = dict(node.meta)
+        found = _made(graph, aten.view.default, fused, shape)
     node.replace_all_uses_with(found)
+
+
+def _made(graph, target, *args):
+    """A new node, with its value as a fake tensor."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*torch.fx.map_arg(args, lambda x: x.meta["val"]))
+    return node
 
 
 def _drop_copies(graph):
@@ -187,3 +195,43 @@ def _drop_copies(graph):
             node.replace_all_uses_with(original)
         else:
             node.target, node.kwargs = aten.contiguous.default, {}
+
+
+def _join_views(graph):
+    """Replaces a view of a view by one view, and equal views by the first.
+
+    The base must lie in one piece in memory. A view that does too has the same
+    values in the same order, in another shape.
+    """
+    known = {}
+    for node in list(graph.graph.nodes):
+        if node.target not in _VIEWS:
+            continue
+        base = node
+        while base.target in _VIEWS:
+            base = base.args[0]
+        value, origin = node.meta["val"], base.meta["val"]
+        if not origin.is_contiguous() or value.numel() != origin.numel():
+            continue
+        turned = not value.is_contiguous()
+        if turned and not (value.ndim == 2 and value.t().is_contiguous()):
+            continue
+        shape = tuple(value.shape[::-1] if turned else value.shape)
+        with graph.graph.inserting_before(node):
+            if (base, shape) not in known:
+                same = shape == tuple(origin.shape)
+                known[base, shape] = (
+                    base
+                    if same
+                    else _made(
+                        graph.graph, aten.view.default, base, list(shape)
+                    )
+                )
+            found = known[base, shape]
+            if turned:
+                if (found, "t") not in known:
+                    known[found, "t"] = _made(
+                        graph.graph, aten.t.default, found
+                    )
+                found = known[found, "t"]
+        node.replace_all_uses_with(found)
