@@ -144,7 +144,7 @@ def build(task, method, rank, distribution, seed, settings, steps):
             else settings.fine_tune_learning_rate,
             steps,
             settings.warmup,
-            **methods.restart(method, steps),
+            **methods.restart(method, steps, settings.target_layers),
         ),
         weight_decay=settings.weight_decay,
         gradient_accumulation_steps=(
@@ -230,7 +230,7 @@ def run(
     # LoRA draws the rank it has.
     drawn = method in ADAPTERS and method not in methods.FIXED
     key |= {"distribution": distribution} if drawn else {}
-    key |= methods.described(method)
+    key |= methods.described(method, settings.target_layers)
     key["settings"] = dataclasses.asdict(settings)
     del key["settings"]["rank"], key["settings"]["seeds"]
     if settings.test_size == TEST_SIZE:  # as 0.1.0 had it

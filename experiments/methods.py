@@ -39,8 +39,12 @@ LABELS = {
     "progressive-tuned": "progressive, tuned",
 }
 # Progressive runs: the share of the steps before the order, and the learning
-# rate that they go on with, over the peak.
-PROGRESSIVE = {"progressive": (0.4, 2.0), "progressive-tuned": (0.4, 1.0)}
+# rate at the restart as a multiple of the peak, with query and value adapted
+# and with more layers.
+PROGRESSIVE = {
+    "progressive": (0.4, 2.0, 2.0),
+    "progressive-tuned": (0.4, 2.0, 1.0),
+}
 
 
 def config(method, steps, rank, alpha, **fields):
@@ -71,26 +75,36 @@ def config(method, steps, rank, alpha, **fields):
 
 
 def full_rank_steps(method, steps):
-    share, _ = PROGRESSIVE[method]
+    share, *_ = PROGRESSIVE[method]
     return round(share * steps)
 
 
-def restart(method, steps):
-    """The arguments that only this method gives to `WarmupLinear`."""
+def restart(method, steps, targets):
+    """The arguments that only this method gives to `WarmupLinear`.
+
+    `targets` are the target layers of the config, `None` for query and value.
+    """
     if method not in PROGRESSIVE:
         return {}
-    _, height = PROGRESSIVE[method]
-    return {"restart": full_rank_steps(method, steps), "height": height}
+    return {
+        "restart": full_rank_steps(method, steps),
+        "height": _height(method, targets),
+    }
 
 
-def described(method):
+def _height(method, targets):
+    _, few, many = PROGRESSIVE[method]
+    return few if targets is None else many
+
+
+def described(method, targets):
     """The fields in which a kept run must agree, besides its method's name."""
     found = {}
     if method in PROGRESSIVE:
-        share, height = PROGRESSIVE[method]
+        share, *_ = PROGRESSIVE[method]
         found = {
             "full_rank_share": share,
-            "restart": height,
+            "restart": _height(method, targets),
             "draws": repr(kd.DyLoRAConfig.progressive(1).distribution),
         }
         if method in TUNED:

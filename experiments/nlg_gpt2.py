@@ -139,7 +139,7 @@ def build(task, method, seed, settings, steps):
         settings.weight_decay,
         settings.label_smoothing,
         sampler=BeamSearch(),
-        **methods.restart(method, steps),
+        **methods.restart(method, steps, settings.target_layers),
     )
     return model
 
@@ -194,7 +194,7 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
         )
     key = {"task": task, "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
-    key |= methods.described(method)
+    key |= methods.described(method, settings.target_layers)
     key["settings"] = dataclasses.asdict(settings)
     for name in ("target_layers", "budgets"):
         if not getattr(settings, name):  # as 0.1.0 had it

@@ -141,7 +141,8 @@ def run(results, name, method, seed, settings, folder, verbose=1):
         )
     key = {"task": f"digits-{name}", "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
-    key |= methods.described(method)
+    make, targets = MODELS[name]
+    key |= methods.described(method, targets)
     key["settings"] = dataclasses.asdict(settings)
     found = results.get(key)
     if found is not None:
@@ -156,7 +157,6 @@ def run(results, name, method, seed, settings, folder, verbose=1):
     )
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    make, targets = MODELS[name]
     model = make()
     model.backbone.load_weights(pretrained(name, folder, settings, verbose))
     steps = settings.epochs * -(-settings.train_size // settings.batch_size)
@@ -169,7 +169,7 @@ def run(results, name, method, seed, settings, folder, verbose=1):
         seed=seed,
     )
     kd.enable_dylora(model, config, verbose=verbose)
-    restart = methods.restart(method, steps)
+    restart = methods.restart(method, steps, targets)
     rate, warmup = settings.learning_rate, settings.warmup
     compiled(model, rate, steps, warmup, **restart)
     result = fit(model, train, settings, seed, verbose)
