@@ -80,19 +80,31 @@ def compile_model(
     weight_decay=0.01,
     label_smoothing=0.0,
     sampler="top_k",
+    up=None,
     **restart,
 ):
     """AdamW with linear warm-up and decay, and the smoothed loss.
 
-    `generate` writes with the sampler. `restart` is what `WarmupLinear` takes
+    `generate` writes with the sampler. With `up`, as in LoRA+, the rate of `up`
+    is so many times that of `down`. `restart` is what `WarmupLinear` takes
     besides.
     """
-    optimizer = keras.optimizers.AdamW(
-        WarmupLinear(learning_rate, steps, min(warmup / steps, 0.5), **restart),
-        beta_2=0.999,
-        weight_decay=weight_decay,
-    )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+
+    def adamw(rate):
+        share = min(warmup / steps, 0.5)
+        optimizer = keras.optimizers.AdamW(
+            WarmupLinear(rate, steps, share, **restart),
+            beta_2=0.999,
+            weight_decay=weight_decay,
+        )
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        return optimizer
+
+    optimizer = adamw(learning_rate)
+    if up is not None:
+        optimizers = keras.optimizers.OptimizerMap(optimizer)
+        optimizers[".*/up"] = adamw(up * learning_rate)
+        optimizer = keras.optimizers.MultiOptimizer(optimizers)
     model.compile(
         optimizer=optimizer,
         loss=SmoothedCrossEntropy(label_smoothing),

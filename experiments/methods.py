@@ -33,6 +33,7 @@ LABELS = {
     "lora-svd": "LoRA, ordered",
     "lora-tuned": "LoRA, ordered, tuned in further steps",
     "lora-each": "LoRA at each rank",
+    "lora-plus": "LoRA+",
     "summed": "summed",
     "matryoshka": "matryoshka",
     "progressive": "progressive",

@@ -38,7 +38,8 @@ from experiments.beam_search import BeamSearch
 from experiments.nlg_generate import generate
 from experiments.runs import Results
 
-METHODS = (*methods.METHODS, "fine-tune")
+METHODS = (*methods.METHODS, "lora-plus", "fine-tune")
+UP = {"lora-plus": 4.0}  # the learning rate of `up` over that of `down`
 # Tasks of text, of which the perplexity is measured.
 TEXT = ("reviews", "smollm2")
 TASKS = (*nlg_data.TASKS, *TEXT)
@@ -122,7 +123,7 @@ def build(task, method, seed, settings, steps):
     if method != "fine-tune":
         learning_rate = settings.learning_rate
         config = methods.config(
-            method,
+            "lora" if method in UP else method,
             steps,
             settings.rank,
             settings.alpha,
@@ -139,6 +140,7 @@ def build(task, method, seed, settings, steps):
         settings.weight_decay,
         settings.label_smoothing,
         sampler=BeamSearch(),
+        up=UP.get(method),
         **methods.restart(method, steps, settings.target_layers),
     )
     return model
@@ -195,6 +197,8 @@ def run(results, task, method, seed, settings, metrics=(), verbose=1):
     key = {"task": task, "method": method, "seed": seed}
     key["backend"] = keras.backend.backend()
     key |= methods.described(method, settings.target_layers)
+    if method in UP:
+        key["up"] = UP[method]
     key["settings"] = dataclasses.asdict(settings)
     for name in ("target_layers", "budgets"):
         if not getattr(settings, name):  # as 0.1.0 had it
@@ -297,7 +301,7 @@ def write(folder, task, runs, rank):
     print(f"\n{text}\nNext: docs/results.md, what other runs gave.")
     curves = {
         methods.LABELS[method]: curve(
-            found, names[0], rank if method in methods.FIXED else 1
+            found, names[0], rank if method in (*methods.FIXED, *UP) else 1
         )
         for method, found in runs.items()
         if method != "fine-tune"
