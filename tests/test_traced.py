@@ -139,6 +139,19 @@ def test_a_traced_step_is_the_eager_one(optimizer, config, policy, monkeypatch):
     assert_equal(found, expected, mlp_data()[0])
 
 
+class AddsTable(keras.layers.Layer):
+    """Adds a row of a large tensor that is no weight."""
+
+    def build(self, shape):
+        import torch
+
+        self.table = torch.arange(2**17 * shape[-1], dtype=torch.float32)
+
+    def call(self, inputs):
+        size = inputs.shape[-1]
+        return inputs + self.table.view(-1, size).t().contiguous().t()[3]
+
+
 class AddsMean(keras.layers.Layer):
     """Adds the mean of a batch, by a tensor that it fills."""
 
@@ -150,13 +163,14 @@ class AddsMean(keras.layers.Layer):
         return inputs + mean
 
 
-def test_what_a_step_writes_is_made_anew_in_each_step():
+@pytest.mark.parametrize("layer", [AddsMean, AddsTable])
+def test_tensors_of_a_layer_are_what_they_are_in_an_eager_step(layer):
     x, y = mlp_data(16)
     found = []
     for jit_compile in (False, "trace"):
         keras.utils.set_random_seed(0)
         inputs = keras.Input(x.shape[1:])
-        outputs = keras.layers.Dense(y.shape[1])(AddsMean()(inputs))
+        outputs = keras.layers.Dense(y.shape[1])(layer()(inputs))
         model = keras.Model(inputs, outputs)
         kd.enable_dylora(model, rank=1, target_layers="all-linear")
         model.compile("sgd", "mse", jit_compile=jit_compile)

@@ -137,12 +137,10 @@ def _product(node, bias):
         bias, torch.fx.Node
     ):
         return None
-    value, added = node.meta.get("val"), bias.meta.get("val")
-    if (
-        bias.op != "placeholder"
-        or not value.is_contiguous()
-        or value.shape[-added.ndim :] != added.shape
-    ):
+    if bias.op != "placeholder" or "val" not in node.meta:
+        return None
+    value, added = node.meta["val"], bias.meta["val"]
+    if not value.is_contiguous() or value.shape[-added.ndim :] != added.shape:
         return None
     while node.target in _VIEWS and len(node.users) == 1:
         node = node.args[0]
@@ -181,20 +179,34 @@ def _drop_copies(graph):
 
     Attention on a CPU needs no contiguous inputs.
     """
-    for node in list(graph.graph.nodes):
+    nodes = list(graph.graph.nodes)
+    written = {
+        _base(x)
+        for node in nodes
+        if _is_written(node)
+        for x in node.all_input_nodes
+    }
+    for node in nodes:
         if (
             node.target is not aten.clone.default
             or node.kwargs.get("memory_format") != torch.contiguous_format
         ):
             continue
         (original,) = node.args
-        either = [*node.users, *original.users]
-        if original.op == "placeholder" or any(map(_is_written, either)):
+        base = _base(original)
+        if base.op == "placeholder" or written & {base, node}:
             continue
         if all(user.target in _ATTENTION for user in node.users):
             node.replace_all_uses_with(original)
         else:
             node.target, node.kwargs = aten.contiguous.default, {}
+
+
+def _base(node):
+    """The node that a view is of, or the node itself."""
+    while node.target in _VIEWS:
+        node = node.args[0]
+    return node
 
 
 def _join_views(graph):
@@ -207,11 +219,13 @@ def _join_views(graph):
     for node in list(graph.graph.nodes):
         if node.target not in _VIEWS:
             continue
-        base = node
-        while base.target in _VIEWS:
-            base = base.args[0]
-        value, origin = node.meta["val"], base.meta["val"]
-        if not origin.is_contiguous() or value.numel() != origin.numel():
+        base = _base(node)
+        value, origin = node.meta["val"], base.meta.get("val")
+        if (
+            origin is None  # a constant
+            or not origin.is_contiguous()
+            or value.numel() != origin.numel()
+        ):
             continue
         turned = not value.is_contiguous()
         if turned and not (value.ndim == 2 and value.t().is_contiguous()):
