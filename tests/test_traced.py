@@ -521,3 +521,27 @@ def test_without_a_compiler_the_graph_runs_as_it_is(monkeypatch):
     expected.compile(adam(), "mse")
     expected.fit(*mlp_data(16), batch_size=8, verbose=0)
     assert_equal(model, expected, mlp_data()[0], CLOSE)
+
+
+def test_a_model_of_convolutions():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 16, 16, 3)).astype("float32")
+    y = rng.normal(size=(8, 2)).astype("float32")
+    models = []
+    for jit_compile in (False, "trace"):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input(x.shape[1:]),
+                keras.layers.Conv2D(8, 3, padding="same", activation="relu"),
+                keras.layers.Conv2D(4, 3, strides=2),
+                keras.layers.GlobalAveragePooling2D(),
+                keras.layers.Dense(2),
+            ]
+        )
+        kd.enable_dylora(model, rank=2, target_layers="all-conv")
+        model.compile(adam(), "mse", jit_compile=jit_compile)
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            model.fit(x, y, batch_size=4, epochs=3, verbose=0)
+        models.append(model)
+    assert_equal(*models, x, CLOSE)

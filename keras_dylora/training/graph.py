@@ -38,6 +38,7 @@ def simplify(graph):
     _add_biases_within_products(graph)
     _drop_copies(graph)
     _join_views(graph)
+    _reshape(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -249,3 +250,14 @@ def _join_views(graph):
                     )
                 found = known[found, "t"]
         node.replace_all_uses_with(found)
+
+
+def _reshape(graph):
+    """Makes each view a reshape, which copies where a view is impossible.
+
+    Some operations, such as a convolution on a CPU, lay out their results in
+    another order of axes than fake tensors say.
+    """
+    for node in graph.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
