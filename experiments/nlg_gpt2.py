@@ -38,8 +38,8 @@ from experiments.beam_search import BeamSearch
 from experiments.nlg_generate import generate
 from experiments.runs import Results
 
-METHODS = (*methods.METHODS, "lora-plus", "fine-tune")
 UP = {"lora-plus": 4.0}  # the learning rate of `up` over that of `down`
+METHODS = (*methods.METHODS, *UP, "fine-tune")
 # Tasks of text, of which the perplexity is measured.
 TEXT = ("reviews", "smollm2")
 TASKS = (*nlg_data.TASKS, *TEXT)

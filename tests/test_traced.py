@@ -163,7 +163,19 @@ class AddsMean(keras.layers.Layer):
         return inputs + mean
 
 
-@pytest.mark.parametrize("layer", [AddsMean, AddsTable])
+class AddsMeanThroughView(keras.layers.Layer):
+    """Reads the tensor that it fills through a view from before."""
+
+    def call(self, inputs):
+        import torch
+
+        mean = torch.zeros(inputs.shape[-1])
+        row = mean.view(1, -1)
+        mean += inputs.mean(0)
+        return inputs + 2 * row
+
+
+@pytest.mark.parametrize("layer", [AddsMean, AddsMeanThroughView, AddsTable])
 def test_tensors_of_a_layer_are_what_they_are_in_an_eager_step(layer):
     x, y = mlp_data(16)
     found = []

@@ -1,4 +1,4 @@
-"""What is changed in a traced graph of torch, so that it computes less.
+"""Passes over a traced graph of torch, which make it compute less.
 
 Keras's layers call one operation after another. A graph shows which of them
 can be one, or none. Eager steps can't tell.
@@ -32,6 +32,7 @@ def simplify(graph):
     - A bias is added within the matrix product before it.
     - Copies are left out where the original does as well.
     - Of views of views, the last alone is made, and each once.
+    - A view that memory doesn't allow is a copy.
     """
     _drop_detach(graph)
     _keep_constants(graph)
@@ -59,11 +60,15 @@ def _keep_constants(graph):
             _is_pure(node) and constant.issuperset(inputs) and _is_small(node)
         ):
             constant.add(node)
-    # What is written must be made anew by each step.
+    # What is written must be made anew by each step, and what is made of it,
+    # such as a view.
     for node in nodes:
-        if _is_written(node):
+        if _writes(node):
             for x in node.all_input_nodes:
                 _leave_out(x, constant)
+    for node in nodes:
+        if not constant.issuperset(node.all_input_nodes):
+            constant.discard(node)
     with torch.no_grad():
         values = {}
 
@@ -101,12 +106,12 @@ def _is_pure(node):
     return (
         node.op == "call_function"
         and isinstance(node.target, torch._ops.OpOverload)
-        and not _is_written(node)
+        and not _writes(node)
         and torch.Tag.nondeterministic_seeded not in node.target.tags
     )
 
 
-def _is_written(node):
+def _writes(node):
     return (
         isinstance(node.target, torch._ops.OpOverload)
         and node.target._schema.is_mutable
@@ -134,9 +139,7 @@ def _product(node, bias):
 
     It is `None` unless `bias` is for the columns of the product.
     """
-    if not isinstance(node, torch.fx.Node) or not isinstance(
-        bias, torch.fx.Node
-    ):
+    if not all(isinstance(x, torch.fx.Node) for x in (node, bias)):
         return None
     if bias.op != "placeholder" or "val" not in node.meta:
         return None
@@ -184,7 +187,7 @@ def _drop_copies(graph):
     written = {
         _base(x)
         for node in nodes
-        if _is_written(node)
+        if _writes(node)
         for x in node.all_input_nodes
     }
     for node in nodes:
