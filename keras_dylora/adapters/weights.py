@@ -24,7 +24,12 @@ from keras_dylora.layers.tuned import TunedCut, find
 from keras_dylora.live.enable import upgrade
 from keras_dylora.live.model import DyLoRAModel, adaptation_of
 from keras_dylora.live.named import DEFAULT, check_name
-from keras_dylora.live.targets import Targets, check_targets, trained_by_default
+from keras_dylora.live.targets import (
+    Targets,
+    check_called,
+    check_targets,
+    trained_by_default,
+)
 from keras_dylora.live.tokens import find_tokens
 
 
@@ -260,6 +265,7 @@ class AdapterWeights:
         """
         layers = {p: x for p, x in tree.layers.items() if p in self.layers}
         check_targets(layers)
+        check_called(tree, layers)
         tokens = self._token_rows(tree)
         trained = trained_by_default(tree)
         if whole or self.trained:

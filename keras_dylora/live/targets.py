@@ -86,14 +86,11 @@ def find_targets(tree, config, backbone=None):
     unused = never_called(tree, chosen)
     check_targets({p: x for p, x in chosen.items() if p not in unused})
     if unused:
-        message = (
-            "An adapter needs a layer that the model calls; the model reads "
-            "only the kernels of these layers, or doesn't use them. "
-            f"Received: {listing(unused)}"
-        )
         if len(unused) == len(chosen):
-            raise ValueError(message)
-        warnings.warn(f"{message}, which are left out", stacklevel=3)
+            raise ValueError(_not_called(unused))
+        warnings.warn(
+            f"{_not_called(unused)}, which are left out", stacklevel=3
+        )
         left_out |= dict.fromkeys(unused, "the model never calls")
         chosen = {p: x for p, x in chosen.items() if p not in left_out}
     tokens = find_tokens(tree, config.trainable_tokens, chosen)
@@ -144,6 +141,21 @@ def _no_target(wanted, known):
         if names
         else "A model must have a layer that can be adapted. "
         "Received: a model without one"
+    )
+
+
+def check_called(tree, layers):
+    """Raises a `ValueError` if the model never calls one of the layers."""
+    unused = never_called(tree, layers)
+    if unused:
+        raise ValueError(_not_called(unused))
+
+
+def _not_called(paths):
+    return (
+        "An adapter needs a layer that the model calls; the model reads only "
+        "the kernels of these layers, or doesn't use them. "
+        f"Received: {listing(paths)}"
     )
 
 

@@ -144,6 +144,8 @@ def keras_logits(model):
     inputs = {"token_ids": ids, "padding_mask": mask.astype("int32")}
     if "segment_ids" in model.input:
         inputs["segment_ids"] = np.zeros_like(ids)
+    if "position_ids" in model.input:
+        inputs["position_ids"] = np.broadcast_to(np.arange(8), ids.shape)
     outputs = model(inputs)
     if isinstance(outputs, dict):
         outputs = outputs["pooled_output"]

@@ -11,6 +11,7 @@ from keras_dylora.adapters.peft.layout import (
     head,
     rows,
     stack,
+    takes_more_than_text,
 )
 
 
@@ -22,11 +23,11 @@ def layout_of(model):
     for name, layout in LAYOUTS.items():
         # Both must match, as another model may reuse the class of a task.
         if name in names and layout.backbone in backbone:
-            if getattr(body, "vision_encoder", None) is not None:
+            if takes_more_than_text(body) and not layout.architectures:
                 raise ValueError(
                     "PEFT adapters can be exchanged for models of one kind of "
                     f"input. Received: a {type(body).__name__}, which also "
-                    "takes images"
+                    "takes images or sounds"
                 )
             layout.check_variant(model)
             return layout
@@ -70,6 +71,17 @@ _LLAMA = attention("self_attention", _PROJECTIONS) | {
     **feedforward("mlp.up_proj", "mlp.down_proj"),
 }
 
+_LINEAR_ATTENTION = {
+    f"linear_attn.{name}": (f"linear_attn/{name}",)
+    for name in (
+        "in_proj_qkv",
+        "in_proj_z",
+        "in_proj_b",
+        "in_proj_a",
+        "out_proj",
+    )
+}
+
 _GEMMA = attention("attention", _PROJECTIONS) | {
     "mlp.gate_proj": ("ffw_gating",),
     "mlp.up_proj": ("ffw_gating_2",),
@@ -106,11 +118,27 @@ def _t5_blocks(half, attention, number):
     )
 
 
-def _decoder(family, linear, keras=LAYER, **task):
-    """The rows of a decoder like Llama, by the name of its family."""
+def _decoder(family, linear, keras=LAYER, optional=(), outside=None, **task):
+    """The rows of a decoder like Llama, by the name of its family.
+
+    `optional` names layers that not every block has, and `outside` has layers
+    outside of the blocks that not every model has.
+    """
     backbone = f"{family}Backbone"
-    bare = stack(backbone, linear, keras, "layers.{}", **_TOKENS)
+    blocks = Blocks("layers.{}", keras, linear, optional=optional)
+    bare = Layout(backbone, (blocks,), optional=outside or {}, **_TOKENS)
     return rows(bare, f"{family}CausalLM", "model.", "CAUSAL_LM", **task)
+
+
+def _holders(family, held_from):
+    """Arguments for a decoder that is published within a class for images."""
+    return {
+        "architectures": {
+            f"{family}ForCausalLM": "model.",
+            f"{family}ForConditionalGeneration": "model.language_model.",
+        },
+        "held_from": held_from,
+    }
 
 
 def _roberta(family):
@@ -203,11 +231,32 @@ LAYOUTS = {
         "Gemma3",
         _GEMMA,
         "decoder_block_{}",
-        architectures={
-            "Gemma3ForCausalLM": "model.",
-            "Gemma3ForConditionalGeneration": "model.language_model.",
+        **_holders("Gemma3", 2560),  # that of 4B
+    ),
+    **_decoder(
+        "Gemma4",
+        _GEMMA
+        | {
+            "per_layer_input_gate": ("per_layer_input_gate",),
+            "per_layer_projection": ("per_layer_up_proj",),
         },
-        held_from=2560,  # the one of 4B
+        "decoder_block_{}",
+        # Some blocks take keys or values from others.
+        optional=(
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "per_layer_input_gate",
+            "per_layer_projection",
+        ),
+        outside={"per_layer_model_projection": ("per_layer_model_projection",)},
+        **_holders("Gemma4", 1),
+    ),
+    **_decoder(
+        "Qwen3_5",
+        _LLAMA | _LINEAR_ATTENTION,
+        # A block has one of both.
+        optional=(*_PROJECTIONS.split(), *_LINEAR_ATTENTION),
+        **_holders("Qwen3_5", 1),
     ),
     **_decoder(
         "Phi3",

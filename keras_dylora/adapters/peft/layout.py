@@ -78,6 +78,8 @@ class Layout:
         backbone: str. The class of the KerasHub backbone.
         blocks: tuple of `Blocks`.
         outside: dict like `Blocks.linear`, for layers outside of the blocks.
+        optional: dict like `outside`, for layers that not every model has.
+            Defaults to none.
         embedding: str. The embedding of tokens. Defaults to `""`: none that can
             have an adapter.
         transposed: bool. Whether transformers stores the weights as
@@ -94,7 +96,7 @@ class Layout:
         architectures: dict of the classes of transformers that may hold the
             model to the prefix in each. Defaults to none but the model's own.
         held_from: int. The width of the backbone from which published models
-            have the last of `architectures`. Defaults to `None`: none has.
+            have the last of `architectures`. Defaults to `0`, without them.
         alone: bool. Whether the class of transformers holds nothing but the
             model. Defaults to `True`.
     """
@@ -102,6 +104,7 @@ class Layout:
     backbone: str
     blocks: tuple
     outside: dict = dataclasses.field(default_factory=dict)
+    optional: dict = dataclasses.field(default_factory=dict)
     embedding: str = ""
     transposed: bool = False
     interleaved: bool = False
@@ -110,19 +113,25 @@ class Layout:
     head: dict = dataclasses.field(default_factory=dict)
     only: dict = dataclasses.field(default_factory=dict)
     architectures: dict = dataclasses.field(default_factory=dict)
-    held_from: int | None = None
+    held_from: int = 0
     alone: bool = True
 
     def of_architecture(self, model, architecture):
         """The layout in a class of transformers, by the name of the class.
 
+        A model that takes images is in the class that does, if none is named.
         Raises a `ValueError` if the class isn't known. Warns if none is named
-        and the published models of this size have another class.
+        for a model of text, and the published models of this size have another
+        class.
         """
         if architecture is None:
+            if not self.architectures:
+                return self
+            own, holder = self.architectures
             body = getattr(model, "backbone", model)
-            if self.held_from and body.hidden_dim >= self.held_from:
-                own, holder = self.architectures
+            if takes_more_than_text(body):
+                return self.of_architecture(model, holder)
+            if body.hidden_dim >= self.held_from:
                 warnings.warn(
                     "transformers and vLLM load the published models of this "
                     f"size as a {holder}, whose layers are called "
@@ -174,6 +183,9 @@ class Layout:
         for blocks in self.blocks:
             found |= blocks.modules(paths)
         found |= self.outside
+        for name, layers in self.optional.items():
+            if set(layers) <= set(paths):
+                found[name] = layers
         wanted = {path for layers in found.values() for path in layers}
         missing = sorted(wanted - set(paths))
         if missing or not found:
@@ -234,6 +246,11 @@ class Layout:
             module: self.columns([tree.layers[path] for path in paths])
             for module, paths in modules.items()
         }
+
+
+def takes_more_than_text(backbone):
+    encoders = ("vision_encoder", "audio_encoder")
+    return any(getattr(backbone, x, None) is not None for x in encoders)
 
 
 # The parts of the rows of families.

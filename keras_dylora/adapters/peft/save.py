@@ -64,8 +64,8 @@ def to_peft(
     Args:
         model: an enabled KerasHub text classifier of RoBERTa, XLM-R, BERT,
             DistilBERT, ALBERT or DeBERTa-v3, a causal LM of GPT-2, OPT, Bloom,
-            Falcon, GPT-NeoX, Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to
-            3, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or T5,
+            Falcon, GPT-NeoX, Llama, Mistral, Mixtral, Qwen 2, 3 and 3.5, Gemma
+            1 to 4, Phi-3 or SmolLM 3, a sequence-to-sequence LM of BART or T5,
             an image classifier of ViT or ResNet, or the backbone of one, or
             of ELECTRA.
         directory: str or path. It is written under another name, then renamed.
@@ -88,11 +88,12 @@ def to_peft(
         report: `RankReport`. Its metrics go into the model card, `README.md`.
             Defaults to `None`.
         architecture: str. The class of transformers that holds the base, as
-            `config.json` of the base names it. Some classes have other names
-            for the layers: from 4B on, Gemma 3 is published as
-            `"Gemma3ForConditionalGeneration"`, not as `"Gemma3ForCausalLM"`.
-            Defaults to `None`: the class for text alone, with a warning if the
-            published models of this size have another class.
+            `config.json` of the base names it. Gemma 3 from 4B on, Gemma 4 and
+            Qwen 3.5 are published as `"Gemma3ForConditionalGeneration"` and so
+            on, in which the layers have other names than in
+            `"Gemma3ForCausalLM"`. Defaults to `None`: the class that takes
+            images if `model` does, else the class for text alone, with a
+            warning if the published models of this size have another class.
 
     Raises:
         TypeError: if a rank isn't an integer.
@@ -250,7 +251,8 @@ def _check_exportable(tree, head, tables, modules, weights):
     if other:
         raise ValueError(
             "A PEFT adapter can adapt the linear layers, convolutions and "
-            "embedding of tokens that transformers has in its backbone. "
+            "embedding of tokens that transformers has in its backbone. Name "
+            "only these in `target_layers`, or use `merge`. "
             f"Received: adapters at {other}"
         )
     spec = tree.model._dylora.spec
