@@ -197,7 +197,7 @@ def test_texts():
     assert found.parameters == 2 * 32
 
 
-def test_a_search_traces_one_function():
+def test_a_search_traces_one_function(pytestconfig):
     model, x, y = student()
     compute_loss, traces = model.compute_loss, []
 
@@ -207,8 +207,11 @@ def test_a_search_traces_one_function():
 
     object.__setattr__(model, "compute_loss", counted)
     kd.allocate_ranks(model, x, y, [0.2, 0.5, 0.7], verbose=0)
-    # torch compiles nothing.
-    assert len(traces) == (72 if backend.NAME == "torch" else 1)
+    # torch traces nothing by itself.
+    eager = backend.NAME == "torch" and not pytestconfig.getoption(
+        "jit_compile"
+    )
+    assert len(traces) == (72 if eager else 1)
 
 
 def test_progress_is_shown(capsys):

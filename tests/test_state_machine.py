@@ -39,6 +39,7 @@ STEPS = 2  # the rows of a fresh adapter move first, then its columns
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 6)).astype("float32")
 Y = RNG.normal(size=(4, 2)).astype("float32")
+IDS = RNG.integers(0, 9, size=(4, 6))
 
 
 def dense(name, units, activation="tanh", **adapter):
@@ -101,6 +102,17 @@ def hand_built(dropout, **adapter):
     return kd.DyLoRAModel(inputs, outputs, name="model")
 
 
+def of_tokens():
+    """An embedding and a convolution have the adapters."""
+    inputs = keras.Input((6,), dtype="int32")
+    x = keras.layers.Embedding(9, 8, name="first")(inputs)
+    x = keras.layers.LayerNormalization(name="norm")(x)
+    x = keras.layers.Conv1D(5, 3, 2, activation="tanh", name="second")(x)
+    x = dense("plain", 5)(keras.layers.GlobalMaxPooling1D(name="most")(x))
+    outputs = dense("out", 2, None)(statistics()(x))
+    return keras.Model(inputs, outputs, name="model")
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A kind of model: its layers in order, and those that hold others."""
@@ -109,6 +121,7 @@ class Kind:
     chain: tuple
     within: dict
     trainable_layers: tuple = TRAINED
+    x: np.ndarray = dataclasses.field(default_factory=lambda: X)
 
 
 KINDS = {
@@ -122,6 +135,12 @@ KINDS = {
         subclassed,
         ("first", "inner", "norm", "second", "statistics", "out"),
         {"body": ("first", "inner", "norm", "second")},
+    ),
+    "of tokens": Kind(
+        of_tokens,
+        ("first", "norm", "second", "most", "plain", "statistics", "out"),
+        {},
+        x=IDS,
     ),
     "hand-built": Kind(
         hand_built, ("first", "norm", "second", "statistics", "out"), {}
@@ -187,12 +206,10 @@ class Arguments:
 
 def outputs(kind, values, arguments, ranks, cuts):
     """What a model computes at the ranks of its layers."""
-    x, cut = X.astype("float64"), cuts.get(key_of(ranks), {})
+    x, cut = kind.x, cuts.get(key_of(ranks), {})
     for name in kind.chain:
         b, sides = ranks.get(name, 0), cut.get(name)
         x = layer_outputs(name, x, values, arguments, b, sides)
-        if name in ("first", "second", "plain"):
-            x = np.tanh(x)
     return x
 
 
@@ -202,17 +219,31 @@ def key_of(ranks):
 
 def layer_outputs(name, x, values, arguments, b, sides):
     own = {k.split("/")[1]: v for k, v in values.items() if k.startswith(name)}
-    if "kernel" in own:
-        y = x @ own["kernel"]
-        if "kernel_scale" in own:  # both sides are rounded to int8
-            step = np.max(np.abs(x), axis=-1, keepdims=True) / 127
-            y = np.round(x / step) @ own["kernel"].astype("float64")
-            y = y * step / own["kernel_scale"]
+    kernel = own.get("kernel", own.get("embeddings"))
+    if kernel is not None:
+        update = 0.0
         if b:
             down, up = cut_at(b, sides, own["down"], own["up"])
-            update = down @ up
-            y = y + arguments.scale(b) * (x @ update)
-        return y + own["bias"]
+            update = arguments.scale(b) * (down @ up)
+        if "embeddings" in own:
+            return (kernel + update)[x]
+        if kernel.ndim == 3:  # windows of three, two apart
+            x = np.stack(
+                [x[:, i : i + 3] for i in range(0, x.shape[1] - 2, 2)], 1
+            )
+            x = x.reshape(*x.shape[:2], -1)
+            kernel = kernel.reshape(-1, kernel.shape[-1])
+        x = x.astype("float64")
+        y = x @ kernel
+        if "kernel_scale" in own:  # both sides are rounded to int8
+            step = np.max(np.abs(x), axis=-1, keepdims=True) / 127
+            y = np.round(x / step) @ kernel.astype("float64")
+            y = y * step / own["kernel_scale"]
+        y = y + x @ update if b else y
+        y = y + own["bias"]
+        return y if name == "out" else np.tanh(y)
+    if name == "most":
+        return x.max(axis=1)
     if name == "norm":
         mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     else:
@@ -356,7 +387,7 @@ class Machine(RuleBasedStateMachine):
             if set(self.live.ranks.values()) == {b}:
                 continue
             with self.model.rank_scope(b):
-                found = backend.to_numpy(self.model(X))
+                found = backend.to_numpy(self.model(self.kind.x))
             self.assert_outputs(found, self.computed(b))
 
     def attempt(self, operation, refused=None):
@@ -508,7 +539,7 @@ class Machine(RuleBasedStateMachine):
         # Most of the time is that of calls.
         state = self.computed()
         if self.seen is not model or not np.array_equal(state, self.state):
-            self.assert_outputs(backend.to_numpy(model(X)), state)
+            self.assert_outputs(backend.to_numpy(model(self.kind.x)), state)
         self.seen, self.state = model, state
 
     def check_flags(self):
@@ -536,7 +567,8 @@ class Machine(RuleBasedStateMachine):
         if self.stale:
             self.compile()
         if self.attempt(
-            lambda: self.model.fit(X, Y, epochs=STEPS, verbose=0), False
+            lambda: self.model.fit(self.kind.x, Y, epochs=STEPS, verbose=0),
+            False,
         ):
             self.check_moved(read(self.model))
             self.live.limit, self.open = None, False
@@ -771,9 +803,11 @@ class Machine(RuleBasedStateMachine):
         b = min(b, self.highest)
         merged = kd.merge(self.model, b)
         assert not isinstance(merged, kd.DyLoRAModel)
-        assert type(layers_of(merged)["first"]) is keras.layers.Dense
+        for name in ADAPTED:
+            original = type(layers_of(self.model)[name]).original_class
+            assert type(layers_of(merged)[name]) is original
         if not self.quantized:
-            found = backend.to_numpy(merged(X))
+            found = backend.to_numpy(merged(self.kind.x))
             self.assert_outputs(found, self.computed(b))
 
     # Adapters.
@@ -899,7 +933,7 @@ class Machine(RuleBasedStateMachine):
         saved, model = self.adapter_file.account, self.kind.build()
         set_weights(model, saved["base"])
         kd.load_adapter(model, f"{self.folder}/adapter")
-        found = backend.to_numpy(model(X))
+        found = backend.to_numpy(model(self.kind.x))
         self.assert_outputs(found, saved["outputs"])
 
     @precondition(lambda self: self.enabled)
@@ -967,7 +1001,9 @@ class Machine(RuleBasedStateMachine):
                 self.base[key] = value
                 self.flags.setdefault(key, False)
         quantized = {k.split("/")[0] for k in found if "kernel_scale" in k}
-        assert quantized >= set(ADAPTED)
+        layers = layers_of(self.model)
+        linear = {x for x in ADAPTED if isinstance(layers[x], kd.DyLoRADense)}
+        assert quantized >= linear
         in_full = {key.split("/")[0] for key in self.own} - set(ADAPTED)
         assert quantized <= {*ADAPTED, "plain", "out"} - in_full
         self.epoch += 1
