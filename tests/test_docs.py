@@ -223,7 +223,7 @@ def save_for_transformers(folder):
         intermediate_size=SIZES["intermediate_dim"],
     )
     transformers.BertForSequenceClassification(config).save_pretrained(
-        folder / "bert-base-uncased"
+        folder / "google/bert_uncased_L-2_H-128_A-2"
     )
 
 

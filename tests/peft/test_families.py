@@ -179,7 +179,7 @@ def served(twin, folder):
     ("dtype", "atol"),
     [
         ("float32", 1e-3),
-        pytest.param("bfloat16", 2e-2, marks=pytest.mark.long),
+        pytest.param("bfloat16", 1e-2, marks=pytest.mark.long),
     ],
 )
 def test_served(pair, dtype, atol, tmp_path):
@@ -191,7 +191,9 @@ def test_served(pair, dtype, atol, tmp_path):
         model.set_rank(rank)
         found = logits(served(copy.deepcopy(twin), tmp_path / name))
         expected = logits(model)
-        np.testing.assert_allclose(found, expected, atol=atol)
+        # A number in bfloat16 is off by a share of itself.
+        size = np.abs(expected).max() if dtype == "bfloat16" else 1.0
+        np.testing.assert_allclose(found, expected, atol=atol * size)
 
 
 def test_from_peft_to_keras(pair, tmp_path):
