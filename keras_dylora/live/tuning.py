@@ -5,6 +5,8 @@ with columns `down` and rows `up`, cut `c` computes
 `(x @ down) @ left[c] @ right[c] @ up`, and a step changes `left` and `right`.
 """
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -13,7 +15,11 @@ from keras_dylora import training
 from keras_dylora.layers.tuned import TunedCut
 from keras_dylora.live.recompile import reset_functions
 
-RATE = 0.05  # the first learning rate of Adam; it falls to zero linearly
+# The first learning rate of Adam, which falls to zero linearly. With fewer
+# targets in a batch it is lower, by the square root of their number, as the
+# gradient is noisier (Malladi et al., 2022, https://arxiv.org/abs/2205.10287).
+RATE = 0.05
+TARGETS = 1024
 DECAYS = 0.9, 0.98
 
 
@@ -38,8 +44,8 @@ class Tuning:
         self.sides = [keras.Variable(left), keras.Variable(left.swapaxes(2, 3))]
         scale = np.vectorize(config.scale.at)(np.maximum(ranks, 1))
         self.scale = scale.astype("float32")[..., None, None]
-        rate = keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0)
-        self.optimizer = keras.optimizers.Adam(rate, *DECAYS, epsilon=1e-9)
+        self.steps = steps
+        self.optimizer = keras.optimizers.Adam(RATE, *DECAYS, epsilon=1e-9)
         self.optimizer.build(self.sides)
         self.gradient = training.loss_gradient(model, self.cores_at)
 
@@ -59,6 +65,9 @@ class Tuning:
         loss, gradients = self.gradient(
             self.values(), turns.astype("int32"), batch
         )
+        share = min(1.0, _targets(batch) / TARGETS) ** 0.5
+        left = max(0.0, 1 - self.done / self.steps)
+        self.optimizer.learning_rate = RATE * share * left
         self.optimizer.apply(
             [ops.convert_to_tensor(g.astype("float32")) for g in gradients],
             self.sides,
@@ -106,6 +115,24 @@ class Tuning:
             path: ops.take(cores[:, i], cuts, axis=0)
             for i, path in enumerate(self.paths)
         }
+
+
+def _targets(batch):
+    """The number of targets in a batch, such as its examples or tokens.
+
+    Float targets may be one-hot, so their last axis doesn't count.
+    """
+    x, y, _ = batch
+    if y is None:
+        return len(keras.tree.flatten(x)[0])
+    found = 0
+    for each in keras.tree.flatten(y):
+        shape = tuple(each.shape)
+        dtype = keras.backend.standardize_dtype(each.dtype)
+        if keras.backend.is_float_dtype(dtype) and len(shape) > 1:
+            shape = shape[:-1]
+        found += math.prod(shape)
+    return found
 
 
 class TuningInFit:
