@@ -9,16 +9,16 @@ Accelerator: None
 """
 ## Introduction
 
-LoRA leaves a pretrained model frozen and trains two small matrices beside each
-of some layers. Their inner size is the rank. It decides how large the adapter
-is and how much it can learn, and it is fixed before the training. To compare
-ranks, you train once for each.
+LoRA leaves a pretrained model frozen. It trains two small matrices beside each
+adapted layer. Their inner size is the rank. It decides how large the adapter is
+and how much it can learn, and you fix it before the training. To compare ranks,
+you train once for each.
 
-A progressive run trains all of them at once. It begins as LoRA at the maximum
-rank. Then the columns of the adapters are put in the order of their importance,
-and from there on each example of a batch has a rank of its own, which uses the
-first columns alone. What matters most ends up in the first columns, so the
-adapter can be cut at any rank. [How it works](../how.md) has the details.
+A progressive run trains all ranks at once. It begins as a LoRA at the maximum
+rank. Then `fit` puts the columns of the adapters in the order of their
+importance. From there on each example of a batch has its own rank, and uses
+only the first columns. So the adapter can be cut at any rank. [How it
+works](../how.md) has the details.
 
 Here a small pretrained text classifier learns whether a sentence of a movie
 review is positive. We look at all its ranks, pick one, save it, and load it
@@ -78,18 +78,15 @@ for text, label in zip(texts[:3], labels[:3], strict=True):
 of at most 32 tokens. Online you would write
 `keras_hub.models.TextClassifier.from_preset("roberta_base_en", num_classes=2)`.
 
-Two fifths of the steps are at the maximum rank. Rank 8 is enough here: all
-lower ranks come with it. With alpha at the rank, the adapters are added at a
+Two fifths of the steps are at the maximum rank. Rank 8 is enough here, and all
+lower ranks come with it. Alpha equals the rank, so the adapters are added at a
 scale of 1.
 
 `enable_dylora` changes the model in place and says in a line what it did. The
 backbone is frozen, the adapters and the head are trained.
 """
 
-batch_size = 32
-steps = math.ceil(len(texts) / batch_size)
-order = round(0.4 * steps)
-config = kd.DyLoRAConfig.progressive(order, rank=8, alpha=8)
+config = kd.DyLoRAConfig.progressive(rank=8, alpha=8)
 clf = kd.enable_dylora(classifier(MINILM, sequence_length=32), config)
 
 """
@@ -100,27 +97,21 @@ in the numbers of the second table, so they don't begin near zero.
 clf.dylora_summary()
 
 """
-When the columns have been ordered, the run trains something else than before.
-So a learning rate that decays should begin anew there, at up to twice its peak.
-Keras has a schedule that does it: the first decay ends with the steps at the
-maximum rank, the second with the run.
+Once the columns are in order, the run trains something else than before. So its
+learning rate should be high again there. `ProgressiveDecay` does that: `fit`
+tells it how many steps there are and when the columns are ordered.
 
 KerasHub makes a dataset of the strings, which Keras doesn't shuffle. Ours come
 shuffled.
 """
 
-schedule = keras.optimizers.schedules.CosineDecayRestarts(
-    2e-3, first_decay_steps=order, t_mul=(steps - order) / order, m_mul=2.0
-)
 clf.compile(
-    keras.optimizers.AdamW(schedule),
+    keras.optimizers.AdamW(kd.ProgressiveDecay(2e-3)),
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     metrics=["accuracy"],
 )
-history = clf.fit(
-    texts, labels, batch_size=batch_size, shuffle=False, verbose=0
-)
-print(f"{steps} steps, loss {history.history['loss'][-1]:.3f}")
+history = clf.fit(texts, labels, batch_size=32, shuffle=False, verbose=0)
+print(f"loss {history.history['loss'][-1]:.3f}")
 
 """
 ## Look at every rank

@@ -9,15 +9,15 @@ Accelerator: None
 """
 ## Introduction
 
-How much rank a task needs differs. A classifier of sentences is often happy
-with rank 1. A language model that moves to another kind of text gains from
-further ranks. That makes it a good example of what one run for all ranks is
-for: you see the curve, and take the point that your budget allows.
+Tasks need different ranks. For a classifier of sentences, rank 1 is often
+enough. A language model that moves to another kind of text gains from further
+ranks. One run for all ranks shows you the whole curve, and you take the point
+that your budget allows.
 
-The model is a GPT-2 of 4 layers that we pretrain here, on movie reviews, as
-nothing larger fits into a few minutes on two cores. Don't expect good sentences
-from it. Then one progressive run adapts it to tweets. We look at its perplexity
-at every rank, let it write at some, and give each layer a rank of its own
+The model is a GPT-2 of 4 layers, which we pretrain here on movie reviews.
+Nothing larger fits into a few minutes on two cores, so don't expect good
+sentences from it. Then one progressive run adapts it to tweets. We look at its
+perplexity at every rank, let it write at some, and give each layer its own rank
 within a budget.
 
 ## Setup
@@ -34,7 +34,6 @@ For the notebook, start Jupyter there with `PYTHONPATH=$PWD`, so that it finds
 `examples`.
 """
 
-import math
 import pathlib
 
 import keras
@@ -84,25 +83,20 @@ for tweet in tweets[:2]:
 """
 ## One progressive run
 
-All linear layers get an adapter, in place of query and value alone. Columns
-that are spread over more layers [bring more](../choosing.md#layers) than as
-many in a few, and there is more to choose from when each layer has a rank of
-its own. There is no head, so the adapters are all that is trained.
+All linear layers get an adapter, not only query and value. Columns that are
+spread over more layers [bring more](../choosing.md#layers) than as many in a
+few. There is no head, so the adapters are all that is trained.
 
-A learning rate that decays begins anew when the steps at the maximum rank end
-and the columns are in order.
+The first two fifths of the steps train a LoRA at the maximum rank. Then `fit`
+puts its columns in order, and trains with a rank for each example.
+`ProgressiveDecay` restarts the learning rate there. Both learn from `fit` how
+many steps there are.
 """
 
-epochs, batch_size = 2, 32
-steps = epochs * math.ceil(len(tweets) / batch_size)
-order = round(0.4 * steps)
 config = kd.DyLoRAConfig.progressive(
-    order, rank=8, alpha=32, target_layers="all-linear"
+    rank=8, alpha=32, target_layers="all-linear"
 )
 model = kd.enable_dylora(model, config)
-schedule = keras.optimizers.schedules.CosineDecayRestarts(
-    5e-3, first_decay_steps=order, t_mul=(steps - order) / order, m_mul=2.0
-)
 
 """
 The loss is the mean over the tokens of a batch without the padding. The sampler
@@ -112,17 +106,15 @@ tweets come shuffled.
 """
 
 model.compile(
-    keras.optimizers.AdamW(schedule),
+    keras.optimizers.AdamW(kd.ProgressiveDecay(5e-3)),
     keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, reduction="mean_with_sample_weight"
     ),
     weighted_metrics=[keras_hub.metrics.Perplexity(from_logits=True)],
     sampler="greedy",
 )
-history = model.fit(
-    tweets, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0
-)
-print(f"{steps} steps, loss {history.history['loss'][-1]:.3f}")
+history = model.fit(tweets, batch_size=32, epochs=2, shuffle=False, verbose=0)
+print(f"loss {history.history['loss'][-1]:.3f}")
 
 """
 ## Perplexity at every rank
@@ -166,11 +158,10 @@ for b in (0, 1, config.rank):
 """
 ## A rank for each layer
 
-Layers don't gain from ranks alike. `allocate_ranks` finds a rank for each
-within a budget, here a quarter of the adapters' parameters. It follows the
-gradient of the loss by the ranks on some hundred training examples. Nothing is
-trained: each layer is cut where it is told, as all of them were trained at
-every rank.
+Some layers gain more from a rank than others. `allocate_ranks` finds a rank for
+each within a budget, here a quarter of the adapters' parameters. It follows the
+gradient of the loss by the ranks on a few hundred training examples. It trains
+nothing, since every layer already works at every rank.
 """
 
 small = kd.allocate_ranks(model, tweets[:400], budget=0.25, verbose=0)

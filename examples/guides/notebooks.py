@@ -18,7 +18,12 @@ import nbformat
 SCRIPTS = pathlib.Path(__file__).parent
 ROOT = SCRIPTS.parents[1]
 NOTEBOOKS = ROOT / "docs/guides"
-GUIDES = ("finetune_and_pick_a_rank", "gpt2_at_every_rank", "export_and_serve")
+GUIDES = (
+    "finetune_and_pick_a_rank",
+    "gpt2_at_every_rank",
+    "smollm2_at_every_rank",
+    "export_and_serve",
+)
 HEADER = ("Title", "Authors", "Date created", "Description", "Accelerator")
 
 
