@@ -113,6 +113,24 @@ def test_what_a_layer_computes():
     assert_equal(backend.to_numpy(layer(x)), np.tanh(wanted))
 
 
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "rate"), [(64, 0.0125), (1024, 0.05), (2048, 0.05)]
+)
+def test_the_rate_goes_with_the_targets(batch_size, rate, classes):
+    """Adam's first step moves each entry by the rate."""
+    model = trained()
+    x, y = mlp_data(batch_size)
+    if classes:
+        y = y.argmax(axis=-1)
+        model.compile("sgd", classification_loss())
+    kd.tune_ranks(model, x, y, [2], 1, batch_size=batch_size, verbose=0)
+    (cut,) = model._dylora.named.cuts
+    for left in cut.left.values():
+        moved = np.abs(left - np.eye(RANK)[:, :2])
+        np.testing.assert_allclose(moved, rate, rtol=1e-3)
+
+
 def test_a_batch_may_mix_cuts():
     model = tuned([1, 2])
     adaptation, turns = model._dylora, [0, 1, 1, 0, 0, 0, 1, 0]
