@@ -89,7 +89,8 @@ model.compile(
     sampler="greedy",
 )
 x, y, weight = train
-model.fit(x, y, sample_weight=weight, batch_size=16, verbose=0)
+history = model.fit(x, y, sample_weight=weight, batch_size=16, verbose=0)
+print(f"loss {history.history['loss'][-1]:.3f}")
 
 """
 ## Perplexity at every rank
