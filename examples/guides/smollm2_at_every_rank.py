@@ -74,7 +74,7 @@ config = kd.DyLoRAConfig.progressive(
     alpha=32,
     target_layers="all-linear",
 )
-kd.enable_dylora(model, config)
+model = kd.enable_dylora(model, config)
 
 """
 `ProgressiveDecay` is a learning rate that knows from `fit` when the columns are
