@@ -16,12 +16,13 @@ BENCHMARKS = (
     "allocate",
     "export",
     "adapters",
+    "generate",
     "gpu",
     "large",
     "growth",
 )
 # Where it isn't minilm.
-DEFAULT_SIZES = {"gpu": "card", "large": "llama-1b"}
+DEFAULT_SIZES = {"generate": "gpt2", "gpu": "card", "large": "llama-1b"}
 
 
 def main(argv=None):
@@ -43,10 +44,12 @@ def main(argv=None):
             "small",
             "minilm",
             "roberta-base",
+            "gpt2",
             "gpt2-medium",
             "llama-1b",
         ),
-        help="minilm; of gpu roberta-base and gpt2-medium; of large llama-1b",
+        help="minilm; of generate gpt2; of gpu roberta-base and gpt2-medium; "
+        "of large llama-1b",
     )
     parser.add_argument(
         "--processes", default=2, type=int, help="fresh ones, a competitor"

@@ -40,6 +40,7 @@ SIZES = {
     "minilm": Size(30522, 6, 12, 384),
     "roberta-base": Size(50265, 12, 12, 768),
     "tiny-gpt2": Size(1000, 2, 2, 32, writes=True),
+    "gpt2": Size(50257, 12, 12, 768, writes=True, batch=8, positions=1024),
     "gpt2-medium": Size(50257, 24, 16, 1024, writes=True, positions=1024),
 }
 ATTENTION = ("query", "key", "value", "attention_output")
@@ -120,6 +121,7 @@ class KerasTraining:
             optimizer=keras.optimizers.AdamW(1e-3),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             jit_compile=jit_compile,
+            **({"sampler": "greedy"} if size.writes else {}),
         )
         self.parameters = sum(
             int(np.prod(v.shape)) for v in self.model.trainable_variables
@@ -325,6 +327,7 @@ TRAINED = {
     "DyLoRA, linear": dylora(LINEAR),
     "Keras LoRA 8, linear": keras_lora(8, LINEAR),
     "fine-tuning": whole,
+    "no adapters": whole,
     "DyLoRA 64, q+v": dylora(rank=64),
     "DyLoRA, 1 of 6 layers": dylora(("query",)),
     "DyLoRA, 4 of 6 layers": dylora(ATTENTION),

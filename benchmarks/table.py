@@ -85,6 +85,7 @@ def write_step_times(args, rows, ratios, memory=False):
         [of_rows(columns, rows), of_ratios(headings, rows, ratios, keys)],
         {row["method"]: middle(row) for row in rows},
         "seconds a step",
+        data=rows,
     )
 
 

@@ -6,7 +6,7 @@ import sys
 import keras
 import pytest
 
-from benchmarks import growth, kinds, step
+from benchmarks import competitors, generate, growth, kinds, step
 from benchmarks.gpu import RIVALS, SERVED
 
 
@@ -82,6 +82,18 @@ def test_kinds(tmp_path):
         assert min(ours["seconds"]) > 0 and min(ours["memory"]) > 0
 
 
+@pytest.mark.long
+def test_generate(tmp_path):
+    rows = measured("generate", tmp_path, "--rounds", "1", "--steps", "2")
+    backend = keras.backend.backend()
+    assert [row["method"] for row in rows] == [
+        name
+        for name, (method, _) in generate.CELLS.items()
+        if competitors.run_on(backend, method)
+    ]
+    assert all(row["rows"] > 0 and min(row["seconds"]) > 0 for row in rows)
+
+
 def test_axes_of_growth():
     axes = growth.axes("minilm")
     assert axes["rank"][64] == (growth.SIZES["minilm"], 64)
@@ -90,6 +102,11 @@ def test_axes_of_growth():
     assert (again.quantized, again.remat) == ("int4", True)
     with pytest.raises(SystemExit, match="Received: colour"):
         growth.main(argparse.Namespace(size="tiny", axes=["rank", "colour"]))
+
+
+def test_what_does_not_write():
+    with pytest.raises(SystemExit, match="Received: --size minilm"):
+        generate.main(argparse.Namespace(size="minilm"))
 
 
 def test_nothing_to_divide_by():

@@ -26,7 +26,6 @@ from keras_dylora.live.model import DyLoRAModel, adaptation_of
 from keras_dylora.live.named import DEFAULT, check_name
 from keras_dylora.live.targets import (
     Targets,
-    check_called,
     check_targets,
     trained_by_default,
 )
@@ -264,8 +263,7 @@ class AdapterWeights:
         others.
         """
         layers = {p: x for p, x in tree.layers.items() if p in self.layers}
-        check_targets(layers)
-        check_called(tree, layers)
+        check_targets(tree, layers)
         tokens = self._token_rows(tree)
         trained = trained_by_default(tree)
         if whole or self.trained:

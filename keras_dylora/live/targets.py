@@ -84,7 +84,7 @@ def find_targets(tree, config, backbone=None):
     if not chosen:
         raise ValueError(_no_target(config.target_layers, known))
     unused = never_called(tree, chosen)
-    check_targets({p: x for p, x in chosen.items() if p not in unused})
+    _check_layers({p: x for p, x in chosen.items() if p not in unused})
     if unused:
         if len(unused) == len(chosen):
             raise ValueError(_not_called(unused))
@@ -144,9 +144,10 @@ def _no_target(wanted, known):
     )
 
 
-def check_called(tree, layers):
-    """Raises a `ValueError` if the model never calls one of the layers."""
-    unused = never_called(tree, layers)
+def check_targets(tree, chosen):
+    """Raises a `ValueError` if one of the layers can't take an adapter."""
+    _check_layers(chosen)
+    unused = never_called(tree, chosen)
     if unused:
         raise ValueError(_not_called(unused))
 
@@ -159,8 +160,8 @@ def _not_called(paths):
     )
 
 
-def check_targets(chosen):
-    """Raises a `ValueError` if one of the layers can't take an adapter."""
+def _check_layers(chosen):
+    """Raises a `ValueError` unless all are built and can be adapted."""
     for path, layer in chosen.items():
         if not layer.built:
             raise ValueError(
