@@ -66,7 +66,8 @@ def train_tensorflow(model, batches):
 def train_torch(model, batches):
     import torch
 
-    for x, y in batches:
+    @model.traced
+    def step(x, y):
         model.zero_grad()
         with model.draw_ranks(x):
             loss = loss_function(y, model(x, training=True))
@@ -74,6 +75,9 @@ def train_torch(model, batches):
         weights = model.trainable_weights
         with torch.no_grad():
             model.optimizer.apply([w.value.grad for w in weights], weights)
+
+    for x, y in batches:
+        step(x, y)
 
 
 def train_jax(model, batches):

@@ -107,3 +107,10 @@ def test_what_takes_more_than_a_call(fields):
     with pytest.raises(ValueError, match="train with `fit`"):
         with model.draw_ranks(tokens()):
             pass
+
+
+@pytest.mark.skipif(backend.NAME == "torch", reason="torch traces it")
+def test_only_torch_needs_a_traced_step():
+    model, _ = linear()
+    with pytest.raises(ValueError, match=f"Received: {backend.NAME}"):
+        model.traced(lambda x, y: None)

@@ -433,6 +433,106 @@ class Reads(keras.Layer):
         return x * 2 if float(keras.ops.sum(x)) > 0 else x
 
 
+def own_step(model, optimizer=None):
+    """A step of a loop of one's own; `optimizer` is one of torch's."""
+    import torch
+
+    def step(x, y, weight=1.0):
+        model.zero_grad()
+        y = keras.ops.convert_to_tensor(y)
+        with model.draw_ranks(x):
+            loss = keras.ops.mean((model(x, training=True) - y) ** 2)
+        (loss * weight).backward()
+        if optimizer is not None:
+            optimizer.step()
+            return loss.detach()
+        weights = model.trainable_weights
+        with torch.no_grad():
+            model.optimizer.apply([w.value.grad for w in weights], weights)
+        return loss.detach()
+
+    return step
+
+
+def test_a_step_of_your_own_is_traced(graphs):
+    """In a row with what changes the model and its variables."""
+    x, y = mlp_data(36)
+    losses, models = [], []
+    for traced in (False, True):
+        model, _ = trained(False, config="example")
+        step = own_step(model)
+        if traced:
+            step = model.traced(step)
+        found = []
+        losses.append(found)
+        models.append(model)
+
+        def steps(count, model=model, step=step, found=found):
+            for i in range(count):
+                at = slice(8 * (i % 5), 8 * (i % 5) + 8)
+                found.append(float(step(x[at], y[at])))
+
+        steps(6)
+        model.optimizer.learning_rate = 0.05
+        model.set_rank(1)
+        model.add_adapter("second")
+        steps(3)
+        model.set_adapter("default")
+        model.delete_adapter("second")
+        steps(3)
+        assert len(graphs) == 2 * traced  # one for the last, smaller batch
+        kd.order_ranks(model)
+        steps(6)
+        kd.tune_ranks(model, x, y, [1], steps=2, verbose=0)
+        with pytest.warns(UserWarning, match="tuned cuts are dropped"):
+            steps(6)
+        kd.truncate(model, 2)
+        model.compile("sgd", "mse")
+        steps(6)
+        model.layers[-1].trainable = False
+        steps(2)
+    np.testing.assert_allclose(*losses, CLOSE, CLOSE)
+    assert_equal(*models, x, CLOSE)
+
+
+def test_a_traced_step_may_return_nothing_and_take_names(graphs):
+    model, _ = trained(False)
+    (x, y), step = mlp_data(8), own_step(model)
+    before = backend.to_numpy(model.dylora_layers[0].down)
+
+    @model.traced
+    def nothing(x, y, weight):
+        """What it does."""
+        step(x, y, weight)
+
+    assert nothing.__doc__ == "What it does."
+    assert nothing(x, y=y, weight=np.float32(0)) is None
+    assert nothing(x, y=y, weight=np.float32(2)) is None
+    assert len(graphs) == 1
+    assert np.abs(backend.to_numpy(model.dylora_layers[0].down) - before).max()
+    with pytest.raises(TypeError, match="Received: 2.0"):
+        nothing(x, y, 2.0)
+
+
+def test_a_step_with_an_optimizer_of_torch_runs_eagerly():
+    import torch
+
+    (x, y), models, losses = mlp_data(8), [], []
+    for traced in (False, True):
+        model, _ = trained(False)
+        weights = [v.value for v in model.trainable_weights]
+        step = own_step(model, torch.optim.Adam(weights))
+        if traced:
+            step = model.traced(step)
+            with pytest.warns(UserWarning, match="no Keras optimizer"):
+                losses.append([float(step(x, y)) for _ in range(3)])
+        else:
+            losses.append([float(step(x, y)) for _ in range(3)])
+        models.append(model)
+    np.testing.assert_allclose(*losses, CLOSE)
+    assert_equal(*models, x, CLOSE)
+
+
 def test_what_reads_a_value_is_named_and_runs_eagerly():
     x, y = mlp_data(16)
     inputs = keras.Input((10,))

@@ -94,13 +94,13 @@ def _branch(function, variables, now):
     start = [value.detach().clone() for value in now]
     pairs = list(zip(variables, start, strict=True))
     with (
-        _written() as written,
+        written() as storages,
         keras.StatelessScope(state_mapping=pairs) as scope,
     ):
         outputs = function()
     after = [scope.get_current_value(v) for v in variables]
     return outputs, [
-        None if x is value and storage(x) not in written else x
+        None if x is value and storage(x) not in storages else x
         for x, value in zip(after, start, strict=True)
     ]
 
@@ -115,7 +115,7 @@ def storage(tensor):
     return tensor.untyped_storage()._cdata
 
 
-def _written():
+def written():
     """A context that yields the `storage` of each tensor changed in place."""
     from torch.utils import _pytree
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -95,7 +95,7 @@ def uncompiled(model):
 def reset_functions(model):
     """Drops the compiled functions of a model and of the models in it."""
     for each in _keras.submodels(model):
-        for name in ("train", "test", "predict", "generate"):
+        for name in ("train", "test", "predict", "generate", "own"):
             if getattr(each, f"{name}_function", None) is not None:
                 setattr(each, f"{name}_function", None)
 

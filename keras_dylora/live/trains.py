@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
 from keras import ops
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from keras import Model as _Base
 else:
     _Base = object
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
 class Trains(_Base):
@@ -72,12 +74,61 @@ class Trains(_Base):
                 "On JAX, a traced function needs the state of the model. "
                 "Received: non_trainable_variables=None"
             )
-        adaptation.named.limit = None  # all columns are trained
-        if adaptation.has_stale_cuts():
-            adaptation.drop_tuned_cuts()
+        self.train_all_columns()
         gate, state = training.drawn(self, x, state)
         with adaptation.rank_chosen(), adaptation.overridden(gate):
             yield state
+
+    def traced(self, step: _Step) -> _Step:
+        """Makes a training step of your own faster on torch: a traced step.
+
+        The step is recorded as one graph, which is then replayed without
+        Python, as `compile(jit_compile="trace")` does in `fit`. With
+        `jit_compile=True` the graph is compiled as well. On TensorFlow and JAX,
+        use `tf.function` and `jax.jit`.
+
+        Args:
+            step: function that takes arrays and returns a structure of tensors,
+                or `None`. It updates the weights with the model's optimizer.
+
+        Returns:
+            A function like `step`.
+
+        Raises:
+            TypeError: when the function is called with anything but arrays and
+                tensors.
+            ValueError: if the backend isn't torch.
+
+        Warns:
+            UserWarning: if the step can't be traced. Then it runs as it is.
+
+        Example:
+
+        ```python
+        @model.traced
+        def step(x, y):
+            with model.draw_ranks(x):
+                loss = loss_function(y, model(x, training=True))
+            loss.backward()
+            weights = model.trainable_weights
+            with torch.no_grad():
+                model.optimizer.apply([w.value.grad for w in weights], weights)
+            return loss
+        ```
+        """
+        if keras.backend.backend() != "torch":
+            raise ValueError(
+                "`traced` is for torch; on TensorFlow use `tf.function`, and "
+                f"on JAX `jax.jit`. Received: {keras.backend.backend()}"
+            )
+        return training.make_own(self, step)
+
+    def train_all_columns(self):
+        """Prepares a step of the user's, whatever was done since the last."""
+        adaptation = self._adaptation
+        adaptation.named.limit = None
+        if adaptation.has_stale_cuts():
+            adaptation.drop_tuned_cuts()
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         with self._dropping_tuned_cuts():

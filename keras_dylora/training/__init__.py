@@ -28,6 +28,7 @@ tracing = skin.tracing
 train_step = skin.train_step
 write_back = skin.write_back
 make_generate = functions.make_generate
+make_own = functions.make_own
 
 
 def with_tuning(model, tuning):

@@ -1,5 +1,6 @@
 """The functions of one batch that `fit`, `evaluate` and `predict` call."""
 
+import functools
 import itertools
 
 import keras
@@ -79,8 +80,47 @@ def make_generate(model, original_class):
     return generate
 
 
+def make_own(model, function):
+    """A training step of the user's, traced whole on torch.
+
+    Args:
+        model: a `DyLoRAModel`.
+        function: function of structures of arrays that returns a structure of
+            tensors, or `None`.
+    """
+
+    def step(data):
+        args, kwargs = data[0]
+        found = function(*args, **kwargs)
+        # A result is a tensor.
+        return () if found is None else (found,)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        from keras_dylora.training.traced import is_array
+
+        for x in keras.tree.flatten([args, kwargs]):
+            if x is not None and not is_array(x):
+                raise TypeError(
+                    "A traced step takes arrays and tensors, as it would "
+                    f"keep any other value. Received: {x!r} (of type "
+                    f"{type(x).__name__})"
+                )
+        model.train_all_columns()
+        # Dropped with the other functions of the model.
+        made = vars(model).get("own_function") or {}
+        if function not in made:
+            model.start_training()
+            vars(model)["own_function"] = made
+            made[function] = _Traced(model, "train", step)
+        found = made[function]([(args, kwargs)])
+        return found[0] if found else None
+
+    return call
+
+
 class _Traced:
-    """A function of Keras, traced whole for a model's compile settings."""
+    """A function of a batch, traced whole for a model's compile settings."""
 
     def __init__(self, model, kind, function):
         self.model, self.kind, self.function = model, kind, function
@@ -105,5 +145,5 @@ def traced_step(model, function, slots=()):
         function,
         list({id(v): v for v in variables}.values()),
         model.name,
-        compiled=model.jit_compile != "trace",
+        compiled=model.jit_compile not in ("trace", False),
     )

@@ -15,7 +15,12 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 
-from keras_dylora._keras.tracing import changed_besides, storage, traceable
+from keras_dylora._keras.tracing import (
+    changed_besides,
+    storage,
+    traceable,
+    written,
+)
 from keras_dylora.training.graph import simplify
 
 SHAPES = 8  # the number of shapes of batches; steps on others are eager
@@ -49,7 +54,7 @@ class TracedStep:
         leaves, structure = _pytree.tree_flatten(data[0])
         places = tuple(i for i, x in enumerate(leaves) if x is not None)
         batch, structure = [leaves[i] for i in places], (structure, places)
-        if not all(map(_is_array, batch)):
+        if not all(map(is_array, batch)):
             return self.step(data)
         batch = [keras.ops.convert_to_tensor(x) for x in batch]
         key = (
@@ -99,15 +104,26 @@ class _Trace:
                 for v, x in zip(state, values, strict=True)
             ]
             pairs = list(zip(state, leaves, strict=True))
-            with keras.StatelessScope(
-                # Such as losses of activity regularization.
-                collect_losses=True,
-                state_mapping=pairs,
-            ) as scope:
+            with (
+                keras.StatelessScope(
+                    # Such as losses of activity regularization.
+                    collect_losses=True,
+                    state_mapping=pairs,
+                ) as scope,
+                written() as storages,
+            ):
                 logs = step([_batch(batch, *structure)])
             if changed_besides(scope, state):
                 raise ValueError("a variable that the model doesn't list")
             after = [scope.get_current_value(v) for v in state]
+            if any(x.grad is not None for x in leaves) and not any(
+                x is not leaf or storage(leaf) in storages
+                for v, x, leaf in zip(state, after, leaves, strict=True)
+                if v.trainable
+            ):
+                raise ValueError(
+                    "gradients that no Keras optimizer of the model applies"
+                )
             taken = {storage(x) for x in leaves}
             logs, self.structure = _pytree.tree_flatten(logs)
             self.logs = len(logs)
@@ -166,9 +182,9 @@ def _batch(tensors, structure, places):
     return _pytree.tree_unflatten(leaves, structure)
 
 
-def _is_array(x):
+def is_array(x):
     return isinstance(x, torch.Tensor) or (
-        isinstance(x, np.ndarray) and x.dtype.kind in "biuf"
+        isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "biuf"
     )
 
 
