@@ -1,5 +1,6 @@
 """Steps on torch that are traced whole: equal to the eager ones."""
 
+import shutil
 import threading
 import warnings
 
@@ -137,6 +138,32 @@ def test_a_traced_step_is_the_eager_one(optimizer, config, policy, monkeypatch):
     found, logs = trained("trace", optimizer, config, **weights)
     assert logs == wanted
     assert_equal(found, expected, mlp_data()[0])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("optimizer", "config"),
+    [
+        ("adamw", "progressive"),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in (("accumulates", "frozen"), ("scales", "summed"))
+        ),
+    ],
+)
+def test_a_compiled_step_is_the_eager_one(optimizer, config):
+    found, logs = trained(True, optimizer, config)
+    expected, wanted = trained(False, optimizer, config)
+    assert_equal(found, expected, mlp_data()[0], CLOSE)
+    keras.tree.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, CLOSE), logs, wanted
+    )
+    x, y = mlp_data(16)
+    for model in (found, expected):
+        # Other strides, and a variable that another value is assigned to.
+        model.set_rank(1)
+        model.train_on_batch(np.asfortranarray(x[:8]), y[:8])
+    assert_equal(found, expected, np.asfortranarray(x), CLOSE)
 
 
 class AddsTable(keras.layers.Layer):
@@ -470,7 +497,9 @@ def test_a_step_of_your_own_is_traced(graphs):
         def steps(count, model=model, step=step, found=found):
             for i in range(count):
                 at = slice(8 * (i % 5), 8 * (i % 5) + 8)
-                found.append(float(step(x[at], y[at])))
+                # Also of other strides.
+                rows = np.array(x[at], order="CF"[i % 2])
+                found.append(float(step(rows, y[at])))
 
         steps(6)
         model.optimizer.learning_rate = 0.05

@@ -12,6 +12,7 @@ import warnings
 import keras
 import numpy as np
 import torch
+import torch._inductor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 
@@ -37,9 +38,9 @@ class TracedStep:
         step: function of `[batch]` that returns logs or predictions.
         variables: list of all variables that the step may read or change.
         name: str. The name of the model, for warnings.
-        compiled: bool. Whether the graph goes to `torch.compile`, which takes
-            minutes and makes it faster. Defaults to `False`: it runs the
-            operations of the eager step, one after another.
+        compiled: bool. Whether Inductor, torch's compiler, compiles the graph,
+            which takes a minute and makes it faster. Defaults to `False`: it
+            runs the operations of the eager step, one after another.
     """
 
     def __init__(self, step, variables, name, compiled=False):
@@ -56,7 +57,8 @@ class TracedStep:
         batch, structure = [leaves[i] for i in places], (structure, places)
         if not all(map(is_array, batch)):
             return self.step(data)
-        batch = [keras.ops.convert_to_tensor(x) for x in batch]
+        # A graph relies on the strides of what it was traced with.
+        batch = [keras.ops.convert_to_tensor(x).contiguous() for x in batch]
         key = (
             structure,
             *((x.shape, x.dtype, x.device) for x in batch),
@@ -98,11 +100,12 @@ class _Trace:
     def __init__(self, step, batch, structure, state, compiled):
         self.values = [v.value for v in state]
 
-        def traced(values, batch):
+        def traced(*tensors):
             leaves = [
                 x.detach().requires_grad_() if v.trainable else x.detach()
-                for v, x in zip(state, values, strict=True)
+                for v, x in zip(state, tensors[: len(state)], strict=True)
             ]
+            batch = tensors[len(state) :]
             pairs = list(zip(state, leaves, strict=True))
             with (
                 keras.StatelessScope(
@@ -144,31 +147,29 @@ class _Trace:
         with traceable(state):
             graph = make_fx(
                 traced, tracing_mode="fake", _allow_non_fake_inputs=True
-            )(self.values, batch)
+            )(*self.values, *batch)
         _check_constants(graph, state)
         simplify(graph)
         self.graph = graph
         self.call = self._compile if compiled else graph
 
-    def _compile(self, values, batch):
+    def _compile(self, *tensors):
         """The first call, which compiles the graph for later calls."""
-        call = torch.compile(self.graph, fullgraph=True, dynamic=False)
         try:
-            found = call(values, batch)
+            # As `torch.compile` does, but what it would guard is known here.
+            self.call = torch._inductor.compile(self.graph, list(tensors))
         except torch._dynamo.exc.TorchDynamoException as error:
             warnings.warn(
                 "A step that can't be compiled runs as it is traced. "
                 f"Received: {type(error).__name__}: {str(error).strip()[:300]}",
                 stacklevel=2,
             )
-            call = self.graph
-            found = call(values, batch)
-        self.call = call
-        return found
+            self.call = self.graph
+        return self.call(*tensors)
 
     def __call__(self, batch):
         with torch.no_grad():
-            found = self.call(self.values, batch)
+            found = self.call(*self.values, *batch)
             logs, after = found[: self.logs], found[self.logs :]
             if self.changed:
                 torch._foreach_copy_(self.changed, after)
