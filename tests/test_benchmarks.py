@@ -9,6 +9,8 @@ import pytest
 from benchmarks import competitors, generate, growth, kinds, step
 from benchmarks.gpu import RIVALS, SERVED
 
+ONCE = ("--processes", "1", "--rounds", "1", "--steps", "1")
+
 
 def measured(benchmark, folder, *arguments):
     """The rows of a benchmark that ran in a process of its own."""
@@ -26,7 +28,7 @@ def measured(benchmark, folder, *arguments):
 @pytest.mark.long
 def test_gpu(tmp_path):
     backend = keras.backend.backend()
-    rows = measured("gpu", tmp_path, "--rounds", "1", "--steps", "1")
+    rows = measured("gpu", tmp_path, *ONCE)
     assert {row["model"] for row in rows} == {"tiny", "tiny-gpt2"}
     found = {(row["model"], row["method"]): row for row in rows}
     assert all(row["peak"] > 0 and min(row["seconds"]) > 0 for row in rows)
@@ -57,9 +59,7 @@ def test_large(tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak")
 def test_growth(tmp_path):
-    rows = measured(
-        "growth", tmp_path, "--axes", "model", "--rounds", "1", "--steps", "1"
-    )
+    rows = measured("growth", tmp_path, "--axes", "model", *ONCE)
     torch = keras.backend.backend() == "torch"
     methods = growth.METHODS if torch else (growth.OURS, growth.KERAS)
     assert [(row["at"], row["method"]) for row in rows] == [
@@ -71,7 +71,7 @@ def test_growth(tmp_path):
 
 @pytest.mark.long
 def test_kinds(tmp_path):
-    found = measured("kinds", tmp_path, "--rounds", "1", "--steps", "1")
+    found = measured("kinds", tmp_path, *ONCE)
     rows = {row["method"]: row for row in found}
     assert list(rows) == kinds.NAMES
     for kind in kinds.MODELS:
@@ -84,7 +84,7 @@ def test_kinds(tmp_path):
 
 @pytest.mark.long
 def test_generate(tmp_path):
-    rows = measured("generate", tmp_path, "--rounds", "1", "--steps", "2")
+    rows = measured("generate", tmp_path, *ONCE)
     backend = keras.backend.backend()
     assert [row["method"] for row in rows] == [
         name
