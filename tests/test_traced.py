@@ -461,7 +461,7 @@ class Reads(keras.Layer):
 
 
 def own_step(model, optimizer=None):
-    """A step of a loop of one's own; `optimizer` is one of torch's."""
+    """A step of a loop of one's own; `optimizer` is torch's or Keras's."""
     import torch
 
     def step(x, y, weight=1.0):
@@ -470,12 +470,13 @@ def own_step(model, optimizer=None):
         with model.draw_ranks(x):
             loss = keras.ops.mean((model(x, training=True) - y) ** 2)
         (loss * weight).backward()
-        if optimizer is not None:
+        if isinstance(optimizer, torch.optim.Optimizer):
             optimizer.step()
             return loss.detach()
+        used = optimizer or model.optimizer
         weights = model.trainable_weights
         with torch.no_grad():
-            model.optimizer.apply([w.value.grad for w in weights], weights)
+            used.apply([w.value.grad for w in weights], weights)
         return loss.detach()
 
     return step
@@ -541,6 +542,20 @@ def test_a_traced_step_may_return_nothing_and_take_names(graphs):
     assert np.abs(backend.to_numpy(model.dylora_layers[0].down) - before).max()
     with pytest.raises(TypeError, match="Received: 2.0"):
         nothing(x, y, 2.0)
+
+
+def test_a_step_of_your_own_needs_an_optimizer():
+    model = mlp()
+    with pytest.raises(ValueError, match="which isn't compiled"):
+        model.traced(own_step(model))(*mlp_data(8))
+    model.compile("sgd", "mse")
+    other = keras.optimizers.Adam(0.01)
+    other.build(model.trainable_variables)
+
+    step = model.traced(own_step(model, other))
+    with pytest.warns(UserWarning, match="the model doesn't list"):
+        step(*mlp_data(8))
+    assert int(other.iterations) == 1
 
 
 def test_a_step_with_an_optimizer_of_torch_runs_eagerly():

@@ -97,7 +97,8 @@ class Trains(_Base):
         Raises:
             TypeError: when the function is called with anything but arrays and
                 tensors.
-            ValueError: if the backend isn't torch.
+            ValueError: if the backend isn't torch; or, when the function is
+                called, if the model isn't compiled.
 
         Warns:
             UserWarning: if the step can't be traced. Then it runs as it is.

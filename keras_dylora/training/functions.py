@@ -110,6 +110,12 @@ def make_own(model, function):
         # Dropped with the other functions of the model.
         made = vars(model).get("own_function") or {}
         if function not in made:
+            if getattr(model, "optimizer", None) is None:
+                raise ValueError(
+                    "A traced step updates weights with the optimizer that "
+                    "the model is compiled with. Received: "
+                    f"{model.name}, which isn't compiled"
+                )
             model.start_training()
             vars(model)["own_function"] = made
             made[function] = _Traced(model, "train", step)
