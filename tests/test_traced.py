@@ -661,13 +661,13 @@ def test_a_trace_minds_its_own_thread():
 
 
 @pytest.mark.long
-def test_without_a_compiler_the_graph_runs_as_it_is(monkeypatch):
+def test_without_a_compiler_the_graph_runs_as_it_is():
     import torch
+    import torch._inductor
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    torch._dynamo.reset()
+    nowhere = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
     with pytest.warns(UserWarning, match="can't be compiled"):
-        with torch._inductor.utils.fresh_cache():
+        with nowhere, torch._inductor.utils.fresh_cache():
             keras.utils.set_random_seed(0)
             model = randomize_adapters(randomize(mlp()))
             model.compile(adam(), "mse", jit_compile=True)
@@ -679,12 +679,15 @@ def test_without_a_compiler_the_graph_runs_as_it_is(monkeypatch):
     assert_equal(model, expected, mlp_data()[0], CLOSE)
 
 
-def test_a_model_of_convolutions():
+@pytest.mark.parametrize(
+    "jit_compile", ["trace", pytest.param(True, marks=pytest.mark.long)]
+)
+def test_a_model_of_convolutions(jit_compile):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 16, 16, 3)).astype("float32")
     y = rng.normal(size=(8, 2)).astype("float32")
     models = []
-    for jit_compile in (False, "trace"):
+    for how in (False, jit_compile):
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
             [
@@ -696,7 +699,7 @@ def test_a_model_of_convolutions():
             ]
         )
         kd.enable_dylora(model, rank=2, target_layers="all-conv")
-        model.compile(adam(), "mse", jit_compile=jit_compile)
+        model.compile(adam(), "mse", jit_compile=how)
         with warnings.catch_warnings(action="error", category=UserWarning):
             model.fit(x, y, batch_size=4, epochs=3, verbose=0)
         models.append(model)

@@ -24,18 +24,29 @@ _ATTENTION = (
 )
 
 
-def simplify(graph):
-    """Changes a `GraphModule` in place.
+def fold(graph):
+    """Changes a `GraphModule` in place, for torch's compiler.
 
     - Nodes that only detach from the gradient are dropped, as none is wanted.
     - Values that depend on no input are computed once.
+    """
+    _drop_detach(graph)
+    _keep_constants(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def simplify(graph):
+    """Changes a folded `GraphModule` in place, to run as it is.
+
     - A bias is added within the matrix product before it.
     - Copies are left out where the original does as well.
     - Of views of views, the last alone is made, and each once.
     - A view that memory doesn't allow is a copy.
+
+    The compiler does so by itself. It adds a bias along with what follows the
+    product, which is faster than within the product.
     """
-    _drop_detach(graph)
-    _keep_constants(graph)
     _add_biases_within_products(graph)
     _drop_copies(graph)
     _join_views(graph)

@@ -22,7 +22,7 @@ from keras_dylora._keras.tracing import (
     traceable,
     written,
 )
-from keras_dylora.training.graph import simplify
+from keras_dylora.training.graph import fold, simplify
 
 SHAPES = 8  # the number of shapes of batches; steps on others are eager
 
@@ -149,23 +149,27 @@ class _Trace:
                 traced, tracing_mode="fake", _allow_non_fake_inputs=True
             )(*self.values, *batch)
         _check_constants(graph, state)
-        simplify(graph)
+        fold(graph)
         self.graph = graph
-        self.call = self._compile if compiled else graph
+        self.call = self._compile if compiled else self._as_it_is()
 
     def _compile(self, *tensors):
         """The first call, which compiles the graph for later calls."""
         try:
             # As `torch.compile` does, but what it would guard is known here.
             self.call = torch._inductor.compile(self.graph, list(tensors))
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except Exception as error:  # of any part of the compiler
             warnings.warn(
                 "A step that can't be compiled runs as it is traced. "
                 f"Received: {type(error).__name__}: {str(error).strip()[:300]}",
                 stacklevel=2,
             )
-            self.call = self.graph
+            self.call = self._as_it_is()
         return self.call(*tensors)
+
+    def _as_it_is(self):
+        simplify(self.graph)
+        return self.graph
 
     def __call__(self, batch):
         with torch.no_grad():
