@@ -290,7 +290,9 @@ def test_metrics_tell_which_is_better():
         "adam",
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[
-            keras_hub.metrics.Perplexity(from_logits=True, name="ppl"),
+            keras_hub.metrics.Perplexity(
+                from_logits=True, mask_token_id=-1, name="ppl"
+            ),
             "accuracy",
             keras.losses.SparseCategoricalCrossentropy(True, name="nats"),
             spread,

@@ -729,6 +729,7 @@ def test_a_tensor_that_a_layer_holds_is_no_input(tmp_path, custom, format):
 
 
 def test_artifact_that_cannot_run_is_told_for_what_it_is(tmp_path):
+    pytest.importorskip("onnxruntime")
     model = mlp()
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "model.onnx").write_bytes(b"no model")

@@ -572,6 +572,7 @@ def test_every_private_touch_has_a_canary():
             "covered_quantize",
             "stamped_jit",
             "storage",
+            "written",
         }
         == canaries
     )

@@ -50,12 +50,13 @@ OPTIMIZERS = {
     "loss-scale": lambda: optimizers.LossScaleOptimizer(
         optimizers.Adamax(0.01), initial_scale=16.0
     ),
-    "several": of_each_side,
     "ema": lambda: optimizers.Adam(0.01, use_ema=True, ema_momentum=0.9),
     "accumulation": lambda: optimizers.Adam(
         0.01, gradient_accumulation_steps=3
     ),
 }
+if hasattr(optimizers, "MultiOptimizer"):  # Keras 3.15
+    OPTIMIZERS["several"] = of_each_side
 if hasattr(optimizers, "ScheduleFreeAdamW"):
     OPTIMIZERS["schedule-free"] = lambda: optimizers.ScheduleFreeAdamW(0.01)
 

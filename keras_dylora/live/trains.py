@@ -117,14 +117,9 @@ class Trains(_Base):
             return loss
         ```
         """
-        if keras.backend.backend() != "torch":
-            raise ValueError(
-                "`traced` is for torch; on TensorFlow use `tf.function`, and "
-                f"on JAX `jax.jit`. Received: {keras.backend.backend()}"
-            )
         return training.make_own(self, step)
 
-    def train_all_columns(self):
+    def train_all_columns(self) -> None:
         """Prepares a step of the user's, whatever was done since the last."""
         adaptation = self._adaptation
         adaptation.named.limit = None

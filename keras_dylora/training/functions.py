@@ -88,6 +88,11 @@ def make_own(model, function):
         function: function of structures of arrays that returns a structure of
             tensors, or `None`.
     """
+    if keras.backend.backend() != "torch":
+        raise ValueError(
+            "`traced` is for torch; on TensorFlow use `tf.function`, and on "
+            f"JAX `jax.jit`. Received: {keras.backend.backend()}"
+        )
 
     def step(data):
         args, kwargs = data[0]
