@@ -1,8 +1,10 @@
 """Steps on torch that are traced whole: equal to the eager ones."""
 
+import gc
 import shutil
 import threading
 import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -542,6 +544,19 @@ def test_a_traced_step_may_return_nothing_and_take_names(graphs):
     assert np.abs(backend.to_numpy(model.dylora_layers[0].down) - before).max()
     with pytest.raises(TypeError, match="Received: 2.0"):
         nothing(x, y, 2.0)
+
+
+def test_traced_steps_of_your_own_are_freed():
+    model, _ = trained(False)
+    step = own_step(model)
+    kept, traced = weakref.ref(step), model.traced(step)
+    other = model.traced(own_step(model))
+    for each in (traced, other, traced):
+        each(*mlp_data(8))
+    del step, traced, each
+    gc.collect()
+    assert kept() is None
+    other(*mlp_data(8))
 
 
 def test_a_step_of_your_own_needs_an_optimizer():

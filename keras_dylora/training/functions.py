@@ -93,6 +93,7 @@ def make_own(model, function):
             "`traced` is for torch; on TensorFlow use `tf.function`, and on "
             f"JAX `jax.jit`. Received: {keras.backend.backend()}"
         )
+    from keras_dylora.training.traced import is_array
 
     def step(data):
         args, kwargs = data[0]
@@ -100,10 +101,11 @@ def make_own(model, function):
         # A result is a tensor.
         return () if found is None else (found,)
 
+    traced = made_for = None
+
     @functools.wraps(function)
     def call(*args, **kwargs):
-        from keras_dylora.training.traced import is_array
-
+        nonlocal traced, made_for
         for x in keras.tree.flatten([args, kwargs]):
             if x is not None and not is_array(x):
                 raise TypeError(
@@ -111,20 +113,20 @@ def make_own(model, function):
                     f"keep any other value. Received: {x!r} (of type "
                     f"{type(x).__name__})"
                 )
+        if getattr(model, "optimizer", None) is None:
+            raise ValueError(
+                "A traced step updates weights with the optimizer that the "
+                f"model is compiled with. Received: {model.name}, which isn't "
+                "compiled"
+            )
         model.train_all_columns()
-        # Dropped with the other functions of the model.
-        made = vars(model).get("own_function") or {}
-        if function not in made:
-            if getattr(model, "optimizer", None) is None:
-                raise ValueError(
-                    "A traced step updates weights with the optimizer that "
-                    "the model is compiled with. Received: "
-                    f"{model.name}, which isn't compiled"
-                )
+        # A mark on the model, dropped with its other functions.
+        if made_for is None or vars(model).get("own_function") is not made_for:
             model.start_training()
-            vars(model)["own_function"] = made
-            made[function] = _Traced(model, "train", step)
-        found = made[function]([(args, kwargs)])
+            made_for = vars(model).get("own_function") or object()
+            vars(model)["own_function"] = made_for
+            traced = _Traced(model, "train", step)
+        found = traced([(args, kwargs)])
         return found[0] if found else None
 
     return call
