@@ -330,6 +330,7 @@ def main(argv=None):
     parser.add_argument("--rank", type=int, help="default: the task's")
     parser.add_argument("--target-layers", help="such as all-linear")
     parser.add_argument("--learning-rate", type=float, help="as --rank")
+    parser.add_argument("--alpha", type=float, help="as --rank")
     parser.add_argument("--part", choices=PARTS, help="of smollm2")
     parser.add_argument("--output", default="results/nlg", type=pathlib.Path)
     parser.add_argument(
@@ -348,7 +349,7 @@ def main(argv=None):
         else:
             settings = Settings(preset=args.preset)
             metrics = nlg_metrics.available_metrics()
-        names = ("rank", "target_layers", "learning_rate", "part")
+        names = ("rank", "target_layers", "learning_rate", "alpha", "part")
         changes = {name: getattr(args, name) for name in names}
         settings = dataclasses.replace(
             settings, **{k: v for k, v in changes.items() if v is not None}
