@@ -546,6 +546,25 @@ def test_a_traced_step_may_return_nothing_and_take_names(graphs):
         nothing(x, y, 2.0)
 
 
+def test_a_step_of_your_own_after_another_compile(graphs):
+    (x, y), models, losses = mlp_data(8), [], []
+    for traced in (False, True):
+        model, _ = trained(False)
+        step = own_step(model)
+        if traced:
+            step = model.traced(step)
+        found = []
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            for optimizer in (adam(), keras.optimizers.SGD(0.01, 0.9)):
+                model.compile(optimizer, "mse")
+                found += [float(step(x, y)) for _ in range(2)]
+        losses.append(found)
+        models.append(model)
+    assert len(graphs) == 2  # one for each optimizer
+    np.testing.assert_allclose(*losses, CLOSE)
+    assert_equal(*models, x, CLOSE)
+
+
 def test_traced_steps_of_your_own_are_freed():
     model, _ = trained(False)
     step = own_step(model)

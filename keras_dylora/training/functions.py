@@ -122,7 +122,6 @@ def make_own(model, function):
         model.train_all_columns()
         # A mark on the model, dropped with its other functions.
         if made_for is None or vars(model).get("own_function") is not made_for:
-            model.start_training()
             made_for = vars(model).get("own_function") or object()
             vars(model)["own_function"] = made_for
             traced = _Traced(model, "train", step)
@@ -143,7 +142,11 @@ class _Traced:
         model = self.model
         compiled_as = _keras.compile_state(model)
         if compiled_as != self.compiled_as:
-            slots = model.optimizer.variables if self.kind == "train" else ()
+            slots = ()
+            if self.kind == "train":
+                # A slot that a trace made would be forgotten after each step.
+                model.start_training()
+                slots = model.optimizer.variables
             self.step = traced_step(model, self.function, slots)
             self.compiled_as = compiled_as
         return self.step(data)
